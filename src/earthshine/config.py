@@ -1,0 +1,142 @@
+"""Strict conversion between JSON and frozen dataclasses, dotted overrides, and differences.
+
+A config is a tree of frozen dataclasses whose leaves are str, int, float, bool, Literal, or tuples of these or of
+dataclasses. A field that may be one of several dataclasses is a union whose members each carry a field
+`kind: Literal["..."]`; the JSON's "kind" chooses. Nothing unknown is ever ignored.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from earthshine.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A suggestion for a mistyped name: ' Did you mean X?', or the choices when none is near."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""
+
+
+def encode(value: Any) -> Any:
+    """A config as JSON-ready dicts, lists and scalars; the inverse of `decode`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, tuple):
+        return [encode(v) for v in value]
+    return value
+
+
+def decode(cls: type[T], data: Any, where: str = "") -> T:
+    """Build a `cls` from parsed JSON.
+
+    Raises ConfigError for an unknown key (with the nearest known one), a missing key, or a value of the wrong type;
+    and whatever `cls.__post_init__` raises.
+    """
+    return typing.cast(T, _decode(cls, data, where or cls.__name__))
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(typing.get_args(kind), data, where)
+    if origin is Literal:
+        options = typing.get_args(kind)
+        if data not in options:
+            raise ConfigError(f"{where}={data!r} is not one of {', '.join(map(repr, options))}.")
+        return data
+    if origin is tuple:
+        item = typing.get_args(kind)[0]
+        if not isinstance(data, list | tuple):
+            raise ConfigError(f"{where}={data!r} must be a list.")
+        return tuple(_decode(item, v, f"{where}[{i}]") for i, v in enumerate(data))
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, data, where)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
+        raise ConfigError(f"{where}={data!r} must be of type {kind.__name__}, not {type(data).__name__}.")
+    return data
+
+
+def _decode_union(members: Sequence[Any], data: Any, where: str) -> Any:
+    by_kind = {m.__dataclass_fields__["kind"].default: m for m in members}
+    chosen = data.get("kind") if isinstance(data, dict) else None
+    if chosen not in by_kind:
+        raise ConfigError(f"{where}.kind={chosen!r} is not one of {', '.join(sorted(by_kind))}.")
+    return _decode_dataclass(by_kind[chosen], data, where)
+
+
+def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}={data!r} must be an object with the fields of {cls.__name__}.")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in data:
+        if key not in fields:
+            raise ConfigError(f"{where} has no field '{key}'.{nearest(key, fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise ConfigError(f"{where}.{name} is missing: {cls.__name__} needs it.")
+    return cls(**{k: _decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+
+
+def load_json(cls: type[T], path: str | Path) -> T:
+    """Decode a JSON file. Raises ConfigError when it is not readable, not JSON, or not a `cls`."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{path} is not a readable JSON config: {e}.") from e
+    return decode(cls, data)
+
+
+def override(config: T, assignments: Sequence[str]) -> T:
+    """Apply 'a.b=value' assignments, decoded strictly; values are JSON, or plain strings when they are not.
+
+    Raises ConfigError for an unknown path (with the nearest name) or a value of the wrong type.
+    """
+    data = encode(config)
+    for assignment in assignments:
+        path, eq, text = assignment.partition("=")
+        if not eq:
+            raise ConfigError(f"override {assignment!r} must have the form path.to.field=value.")
+        keys = path.split(".")
+        node = data
+        for depth, key in enumerate(keys):
+            if not isinstance(node, dict) or key not in node:
+                known = node if isinstance(node, dict) else ()
+                raise ConfigError(f"override {path!r}: no field '{'.'.join(keys[: depth + 1])}'.{nearest(key, known)}")
+            if depth < len(keys) - 1:
+                node = node[key]
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        if isinstance(node[keys[-1]], str) and not isinstance(value, str):
+            value = text
+        if isinstance(node[keys[-1]], dict) and isinstance(value, dict) and "kind" not in value:
+            value = {**node[keys[-1]], **value}
+        node[keys[-1]] = value
+    return decode(type(config), data)
+
+
+def diff(old: Any, new: Any, where: str = "") -> list[str]:
+    """The leaves in which two encoded configs differ, each as 'path: old -> new'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(set(old) | set(new)):
+            path = f"{where}.{key}" if where else key
+            lines += diff(old.get(key, "(absent)"), new.get(key, "(absent)"), path)
+        return lines
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]

@@ -1,0 +1,61 @@
+"""Every error a user can meet. Standard library only.
+
+A message names the field, the value, the rule and the fix. The command line prints the message without a
+traceback (unless `--traceback`) and exits with the class's `exit_code`.
+"""
+
+
+class EarthshineError(Exception):
+    """Base of all errors meant for people; exit code 1 (the run failed)."""
+
+    exit_code = 1
+
+
+class ConfigError(EarthshineError, ValueError):
+    """A config, an option or a usage that cannot be carried out; exit code 2."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(ConfigError):
+    """A `model_type` or a model feature outside the known families; exit code 2."""
+
+
+class OutputExistsError(ConfigError, FileExistsError):
+    """The output path exists and is not ours to continue; exit code 2."""
+
+
+class WeightsError(EarthshineError, ValueError):
+    """A weight file that is corrupt, or a tensor that is missing, extra, misshapen or not finite; exit code 1."""
+
+
+class DataError(EarthshineError, ValueError):
+    """Documents, token shards or token ids that cannot be used; exit code 1."""
+
+
+class CheckpointError(EarthshineError):
+    """A training checkpoint that is damaged, untrusted or of another job; exit code 1."""
+
+
+class DiskFullError(EarthshineError, OSError):
+    """The disk filled up while writing; what was written is removed or resumable; exit code 1."""
+
+
+class TrainingDivergedError(EarthshineError, ArithmeticError):
+    """A loss or a gradient that is not finite; exit code 1."""
+
+
+class MissingDependencyError(EarthshineError, ImportError):
+    """An optional package that a command needs; names the extra to install; exit code 1."""
+
+
+class CheckFailedError(EarthshineError):
+    """A verification that did not hold; exit code 3."""
+
+    exit_code = 3
+
+
+class InterruptedRunError(EarthshineError):
+    """SIGTERM or SIGINT arrived and the run was saved: run the same command to go on; exit code 75."""
+
+    exit_code = 75

@@ -1,0 +1,310 @@
+"""`ModelConfig`: the architecture, without torch; and its translation from and to a Hugging Face `config.json`.
+
+Field names are those of Hugging Face. Three families are known: a dense model is a Llama; with mixture-of-experts
+layers everywhere it is a Mixtral; with them in some layers, or with a shared expert, it is a Qwen2-MoE.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from earthshine.errors import ConfigError, UnsupportedModelError
+
+Family = Literal["llama", "mixtral", "qwen2_moe"]
+FAMILIES: tuple[Family, ...] = ("llama", "mixtral", "qwen2_moe")
+HF_CLASSES: dict[Family, str] = {
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched. "llama3" is Llama 3.1's rule, by wavelength bands."""
+
+    kind: Literal["none", "llama3"] = "none"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture-of-experts layers; `num_experts=0` means that there are none.
+
+    layers: indices of the decoder layers whose feed-forward network is a mixture.
+    gate: "topk_softmax" takes the k largest logits and then their softmax (Mixtral).
+    shared_intermediate_size: width of an always-active expert behind a sigmoid gate (Qwen2-MoE); 0 for none.
+    """
+
+    num_experts: int = 0
+    top_k: int = 2
+    intermediate_size: int = 0
+    layers: tuple[int, ...] = ()
+    gate: Literal["topk_softmax"] = "topk_softmax"
+    shared_intermediate_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer. Sizes are in elements; token ids of -1 mean "none".
+
+    init_std: standard deviation of normally drawn weights when training from scratch (`model.transformer`).
+    Raises ConfigError where the fields contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    tie_word_embeddings: bool = False
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    init_std: float = 0.02
+    bos_token_id: int = -1
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = -1
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        if self.intermediate_size < 1 and len(self.moe.layers) < self.num_hidden_layers:
+            raise ConfigError(f"model.intermediate_size={self.intermediate_size} must be at least 1 for dense layers.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"model.num_key_value_heads={self.num_key_value_heads} must divide "
+                f"model.num_attention_heads={self.num_attention_heads}."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ConfigError(f"model.head_dim={self.head_dim} must be even and positive: rotary embedding pairs it.")
+        self._check_moe()
+
+    def _check_moe(self) -> None:
+        moe = self.moe
+        if moe.num_experts == 0:
+            if moe.layers:
+                raise ConfigError(f"model.moe.layers={list(moe.layers)} need model.moe.num_experts > 0.")
+            return
+        if moe.num_experts < 1 or moe.intermediate_size < 1 or moe.shared_intermediate_size < 0:
+            raise ConfigError(
+                f"model.moe: num_experts={moe.num_experts} and intermediate_size={moe.intermediate_size} must be "
+                f"positive, shared_intermediate_size={moe.shared_intermediate_size} not negative."
+            )
+        if not 1 <= moe.top_k <= moe.num_experts:
+            raise ConfigError(
+                f"model.moe.top_k={moe.top_k} must be between 1 and model.moe.num_experts={moe.num_experts}: "
+                f"a token cannot choose more experts than there are."
+            )
+        if not moe.layers or list(moe.layers) != sorted(set(moe.layers)):
+            raise ConfigError(f"model.moe.layers={list(moe.layers)} must be a sorted list of distinct layers.")
+        outside = [layer for layer in moe.layers if not 0 <= layer < self.num_hidden_layers]
+        if outside:
+            raise ConfigError(
+                f"model.moe.layers: {outside} do not exist; the model has layers 0 to {self.num_hidden_layers - 1}."
+            )
+
+    @property
+    def is_moe(self) -> bool:
+        return self.moe.num_experts > 0
+
+    @property
+    def family(self) -> Family:
+        """The Hugging Face family that holds this architecture. Raises UnsupportedModelError when none does."""
+        if not self.is_moe:
+            return "llama"
+        everywhere = len(self.moe.layers) == self.num_hidden_layers
+        if everywhere and not self.moe.shared_intermediate_size:
+            return "mixtral"
+        if self.moe.shared_intermediate_size:
+            return "qwen2_moe"
+        raise UnsupportedModelError(
+            "no Hugging Face class has experts in some layers and no shared expert: set "
+            "model.moe.shared_intermediate_size (zeros in it change nothing), or model.moe.layers to all layers."
+        )
+
+    def dense(self) -> "ModelConfig":
+        """This model with plain feed-forward networks everywhere."""
+        return replace(self, moe=MoEConfig())
+
+
+# Keys of a Hugging Face config that change the computation and that we hold only at these values.
+_REQUIRED_HF: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "qkv_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False,),
+    "quantization_config": (None,),
+    "norm_topk_prob": (True,),
+}
+# A missing key means the family's default, which is not one of the values above.
+_REQUIRED_PRESENT: dict[Family, tuple[str, ...]] = {"llama": (), "mixtral": (), "qwen2_moe": ("norm_topk_prob", "qkv_bias")}
+
+
+def from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """The `ModelConfig` of a parsed Hugging Face `config.json`.
+
+    Raises UnsupportedModelError for a `model_type` outside llama, mixtral and qwen2_moe, or for a feature that would
+    change the function and that is not implemented; ConfigError for a missing or contradictory field.
+    """
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise UnsupportedModelError(f"model_type={family!r} is not a known family; known: {', '.join(FAMILIES)}.")
+    required = dict(_REQUIRED_HF)
+    if family == "qwen2_moe":  # its sliding_window is only in force with use_sliding_window
+        required.pop("sliding_window")
+    for key, allowed in required.items():
+        absent = key not in hf
+        if (absent and key in _REQUIRED_PRESENT[family]) or (not absent and hf[key] not in allowed):
+            got = "absent (so the family's default)" if absent else repr(hf[key])
+            raise UnsupportedModelError(
+                f"config.json {key} is {got}: only {' or '.join(map(repr, allowed))} is implemented for {family}."
+            )
+    try:
+        return _from_hf_fields(family, hf)
+    except KeyError as e:
+        raise ConfigError(f"config.json has no field {e}, which model_type={family!r} needs.") from e
+
+
+def _from_hf_fields(family: Family, hf: dict[str, Any]) -> ModelConfig:
+    theta, scaling = _rope_from_hf(hf)
+    layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
+    eos = hf.get("eos_token_id")
+    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    moe = MoEConfig()
+    if family == "mixtral":
+        moe = MoEConfig(
+            num_experts=hf["num_local_experts"],
+            top_k=hf["num_experts_per_tok"],
+            intermediate_size=hf["intermediate_size"],
+            layers=tuple(range(layers)),
+        )
+    elif family == "qwen2_moe":
+        plain, step = set(hf.get("mlp_only_layers") or ()), hf.get("decoder_sparse_step", 1)
+        moe = MoEConfig(
+            num_experts=hf["num_experts"],
+            top_k=hf["num_experts_per_tok"],
+            intermediate_size=hf["moe_intermediate_size"],
+            layers=tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0),
+            shared_intermediate_size=hf["shared_expert_intermediate_size"],
+        )
+    defaults = {"llama": (False, 1e-6), "mixtral": (False, 1e-5), "qwen2_moe": (False, 1e-6)}[family]
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        max_position_embeddings=hf.get("max_position_embeddings", 2048),
+        rms_norm_eps=hf.get("rms_norm_eps", defaults[1]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=hf.get("tie_word_embeddings", defaults[0]),
+        moe=moe,
+        init_std=hf.get("initializer_range", 0.02),
+        bos_token_id=-1 if hf.get("bos_token_id") is None else hf["bos_token_id"],
+        eos_token_ids=eos_ids,
+        pad_token_id=-1 if hf.get("pad_token_id") is None else hf["pad_token_id"],
+    )
+
+
+def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
+    """Theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
+    new = hf.get("rope_parameters") or {}
+    old = hf.get("rope_scaling") or {}
+    merged = {**old, **new}
+    theta = merged.get("rope_theta", hf.get("rope_theta"))
+    if theta is None:
+        raise ConfigError("config.json has neither rope_theta nor rope_parameters.rope_theta.")
+    kind = merged.get("rope_type", merged.get("type", "default"))
+    if kind == "default":
+        return float(theta), RopeScaling()
+    if kind != "llama3":
+        raise UnsupportedModelError(f"config.json rope_type={kind!r}: only 'default' and 'llama3' are implemented.")
+    return float(theta), RopeScaling(
+        kind="llama3",
+        factor=float(merged["factor"]),
+        low_freq_factor=float(merged["low_freq_factor"]),
+        high_freq_factor=float(merged["high_freq_factor"]),
+        original_max_position_embeddings=merged["original_max_position_embeddings"],
+    )
+
+
+def to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The Hugging Face `config.json` of a model; `rope_theta` is written in the old and the new place.
+
+    Raises UnsupportedModelError when no known class holds the architecture.
+    """
+    family, moe = config.family, config.moe
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rope_scaling.kind == "llama3":
+        s = config.rope_scaling
+        rope |= {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_position_embeddings,
+        }
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    hf: dict[str, Any] = {
+        "architectures": [HF_CLASSES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": moe.intermediate_size if family == "mixtral" else config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling.kind == "none" else scaling,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.init_std,
+        "bos_token_id": None if config.bos_token_id < 0 else config.bos_token_id,
+        "eos_token_id": _eos_to_hf(config.eos_token_ids),
+        "pad_token_id": None if config.pad_token_id < 0 else config.pad_token_id,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if family == "llama":
+        hf |= {"attention_bias": False, "mlp_bias": False}
+    elif family == "mixtral":
+        hf |= {"num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k, "sliding_window": None}
+    else:
+        hf |= {
+            "num_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.intermediate_size,
+            "shared_expert_intermediate_size": moe.shared_intermediate_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [i for i in range(config.num_hidden_layers) if i not in moe.layers],
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": False,
+        }
+    return hf
+
+
+def _eos_to_hf(ids: tuple[int, ...]) -> int | list[int] | None:
+    return None if not ids else ids[0] if len(ids) == 1 else list(ids)
