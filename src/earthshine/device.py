@@ -1,0 +1,227 @@
+"""Which device, which compute type, how fast and how large: measured on this machine, now.
+
+The only place (with `parallel/`) that names a kind of accelerator. Imports torch, so no config file imports it.
+"""
+
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from earthshine.config import nearest
+from earthshine.errors import ConfigError
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+# bf16 must beat fp32 by this much to be chosen: its rounding is paid for, and a choice close to a tie could differ
+# from one start of a run to the next. Real cases are far from it: 2 to 16 where it is native, 0.02 where emulated.
+BF16_MIN_SPEEDUP = 1.3
+
+_PROBE_SIZE = 256
+_BUDGET_SECONDS = 0.2
+_CPU_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+)
+
+
+@dataclass(frozen=True)
+class ComputeChoice:
+    """The type that matrix products run in, why, and the rate measured for it."""
+
+    dtype: torch.dtype
+    reason: str
+    peak_flops: float  # FLOP/s of a square product in `dtype` on the device
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name ("cpu", "cuda", "cuda:1", ...); "auto" is the CUDA or ROCm GPU when there is one.
+
+    Raises ConfigError when the name is no device or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise ConfigError(f"device '{name}' is not a device name; use auto, cpu or cuda[:index].") from e
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device '{name}' is not there: {torch.cuda.device_count()} GPUs are visible; use cpu or auto."
+        )
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise ConfigError(f"device '{name}' is not supported; use auto, cpu or cuda[:index].")
+    return device
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _time_product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], float]:
+    """A function that times one (size x size) product, in seconds; the first, cold, product is already done."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(size, size, generator=generator).to(device=device, dtype=dtype)
+    b = a.T.contiguous()
+
+    def once() -> float:
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return once
+
+
+def gemm_peak(device: torch.device | str, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of a square matrix product, measured now in about 0.2 s; remembered for this process and thread count.
+
+    The product is made smaller than `size` where `dtype` is so slow that one of that size would not fit the budget.
+    """
+    return _gemm_peak(str(device), dtype, size, torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+
+@functools.cache
+def _gemm_peak(device_name: str, dtype: torch.dtype, size: int, threads: int, precision: str) -> float:
+    del threads, precision  # only part of what the result depends on
+    device = torch.device(device_name)
+    probe = _time_product(device, dtype, min(size, _PROBE_SIZE))()
+    while size > _PROBE_SIZE and probe * (size / _PROBE_SIZE) ** 3 > _BUDGET_SECONDS / 3:
+        size //= 2
+    once = _time_product(device, dtype, size)
+    seconds: list[float] = []
+    deadline = time.perf_counter() + _BUDGET_SECONDS
+    while len(seconds) < 3 or (time.perf_counter() < deadline and len(seconds) < 200):
+        seconds.append(once())
+    return 2.0 * size**3 / statistics.median(seconds)
+
+
+@functools.cache
+def _bf16_speedup(device_name: str, threads: int) -> float:
+    """How many times faster a small product is in bf16 than in fp32; best of 5 each, taken in turns."""
+    del threads  # only part of what the result depends on
+    device = torch.device(device_name)
+    fp32 = _time_product(device, torch.float32, _PROBE_SIZE)
+    bf16 = _time_product(device, torch.bfloat16, _PROBE_SIZE)
+    pairs = [(fp32(), bf16()) for _ in range(5)]
+    return min(p[0] for p in pairs) / min(p[1] for p in pairs)
+
+
+def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeChoice:
+    """Decide the compute type: "float32" and "bfloat16" are obeyed, "auto" is bf16 only where it is measured faster.
+
+    Raises ConfigError for any other request.
+    """
+    choices = ("auto", "float32", "bfloat16")
+    if requested not in choices:
+        raise ConfigError(
+            f"compute_dtype='{requested}' is not one of {', '.join(choices)}.{nearest(requested, choices)}"
+        )
+    if requested != "auto":
+        dtype, reason = DTYPES[requested], "as requested"
+    else:
+        speedup = _bf16_speedup(str(device), torch.get_num_threads())
+        faster = speedup >= BF16_MIN_SPEEDUP
+        dtype = torch.bfloat16 if faster else torch.float32
+        verb = "is" if faster else "is only"
+        reason = f"bf16 {verb} {speedup:.2g}x as fast as fp32 here (a {_PROBE_SIZE}-square product)"
+        if not faster:
+            reason += f", below the {BF16_MIN_SPEEDUP}x asked for"
+    return ComputeChoice(dtype, reason, gemm_peak(device, dtype))
+
+
+def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """The most memory held so far: of the process on a CPU (VmHWM), of the allocator on an accelerator."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if platform.system() == "Darwin" else used * 1024
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def total_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """The memory there is: the machine's, or the container's limit where that is less; an accelerator's own."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """The processor's name, and those of its features that decide how fast products are."""
+    name, flags = platform.processor() or platform.machine(), set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return name, []
+    for line in lines:
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "model name":
+            name = value
+        elif key in ("flags", "Features"):
+            flags = set(value.split())
+            break
+    return name, [f for f in _CPU_FLAGS if f in flags]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Where a run happens, JSON-ready (a run folder's env.json): versions, processor, threads, device, precision.
+
+    A package that is not installed has the version None. Nothing is measured, and no package is imported.
+    """
+    packages = ("earthshine", "torch", "numpy", "safetensors", "tokenizers", "transformers")
+    device = pick_device()
+    cpu, flags = _cpu()
+    return {
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cpu_flags": flags,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "memory_bytes": total_memory_bytes(device),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }

@@ -1,0 +1,112 @@
+"""Writing files so that nothing half-written is ever visible, and hashing them."""
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from earthshine.console import human_bytes
+from earthshine.errors import DiskFullError
+
+_HASH_CHUNK_BYTES = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn the system's "no space left" or "quota exceeded" into a DiskFullError that names `path`."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _FULL:
+            raise
+        raise DiskFullError(
+            f"{path} could not be written: the disk is full ({_free(path)} free there). "
+            f"Free some space or choose another folder, then run the same command again."
+        ) from e
+
+
+def _free(path: Path) -> str:
+    folder = next((p for p in path.absolute().parents if p.is_dir()), Path("/"))
+    usage = os.statvfs(folder)
+    return human_bytes(usage.f_bavail * usage.f_frsize)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder (a rename just done) survive a loss of power."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """Write a whole file, or leave what was there: temporary in the same folder, fsync, rename, fsync of the folder.
+
+    Text is written as UTF-8. The folder is made when it is missing. Raises DiskFullError, naming `path`.
+    """
+    path = Path(path)
+    raw = data.encode() if isinstance(data, str) else data
+    with naming_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o666 & ~_umask())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it; mkstemp's files are 0600 whatever it is."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write `obj` as JSON (keys in their own order, one space of indent) by `atomic_write`."""
+    atomic_write(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line by a single write, so that a kill leaves whole lines; when the disk is full, none of it stays.
+
+    Not fsynced: a step's metrics are not worth a disk's latency. Raises DiskFullError, naming `path`.
+    """
+    raw = (text.rstrip("\n") + "\n").encode()
+    path = Path(path)
+    with naming_full_disk(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(fd).st_size
+            try:
+                written = os.write(fd, raw)
+                if written < len(raw):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(fd, size)
+                raise
+        finally:
+            os.close(fd)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex; constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
