@@ -1,0 +1,63 @@
+"""The building blocks: linear maps, norms, the feed-forward network, and the one cast to the compute type.
+
+Parameters are float32 (or float64 when asked for); activations carry the compute type, and every product casts its
+weight to it here. Shapes: D model width, F feed-forward width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def to_compute(weight: Tensor, like: Tensor) -> Tensor:
+    """The weight in the dtype of the activation that it meets: the only place where parameters are cast."""
+    return weight.to(like.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Routers, softmax, norms and losses are computed in float32 or wider whatever the compute type."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Linear(nn.Linear):
+    """A linear map without bias, in Hugging Face's layout (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Left to `transformer.initialize` or a checkpoint: drawing here would be thrown away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, to_compute(self.weight, x))
+
+
+class Embedding(nn.Embedding):
+    """Token embedding (V, D)."""
+
+    def reset_parameters(self) -> None:
+        """As in `Linear`."""
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight (arXiv:1910.07467), computed in at least float32."""
+
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)
+        return F.rms_norm(wide, self.normalized_shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out

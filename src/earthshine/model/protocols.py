@@ -1,0 +1,67 @@
+"""What a model asks of the world when parts of it are elsewhere, with the defaults for "all of it is here".
+
+The model calls these and knows nothing of ranks; implementations for meshes live above it.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Dispatcher(Protocol):
+    """Carries rows to the ranks that hold their experts, and back. E experts in all, L of them here."""
+
+    def dispatch(self, x_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows sorted by expert -> the rows for this rank's experts, sorted, and their counts_L."""
+        ...
+
+    def combine(self, y_RD: Tensor) -> Tensor:
+        """The outputs of the rows that `dispatch` last brought -> the rows that this rank sent, in their order."""
+        ...
+
+
+class KeyValueGather(Protocol):
+    """Brings the keys and values of earlier positions that other ranks of the context axis hold."""
+
+    def gather(self, k_BGSC: Tensor, v_BGSC: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's keys and values -> those of all positions up to this rank's last."""
+        ...
+
+
+class LossReduce(Protocol):
+    """Reductions over the ranks that share a vocabulary; `vocab_start` is the first row that this rank holds."""
+
+    vocab_start: int
+
+    def max(self, x: Tensor) -> Tensor: ...
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts are here."""
+
+    def dispatch(self, x_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        return x_RD, counts_E
+
+    def combine(self, y_RD: Tensor) -> Tensor:
+        return y_RD
+
+
+class LocalKeyValueGather:
+    """All positions are here."""
+
+    def gather(self, k_BGSC: Tensor, v_BGSC: Tensor) -> tuple[Tensor, Tensor]:
+        return k_BGSC, v_BGSC
+
+
+class LocalLossReduce:
+    """The whole vocabulary is here."""
+
+    vocab_start = 0
+
+    def max(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x

@@ -1,0 +1,151 @@
+"""The decoder: a Llama when dense, a Mixtral or a Qwen2-MoE when sparse.
+
+Shapes: B batch, S positions, T = B*S tokens, D model width, V vocabulary, E experts.
+"""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from earthshine.model.attention import Attention, KeyValueCache, rope_table
+from earthshine.model.config import ModelConfig
+from earthshine.model.layers import Embedding, Linear, RMSNorm, SwiGLU, at_least_float32, to_compute
+from earthshine.model.moe import MoE
+from earthshine.model.protocols import LocalLossReduce, LossReduce
+from earthshine.ops.cross_entropy import cross_entropy_sum
+from earthshine.ops.grouped_experts import Backend
+
+
+class Block(nn.Module):
+    """Pre-norm attention, then a pre-norm feed-forward network (`ffn`) or mixture (`moe`), each added to its input."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn: SwiGLU | None = None
+        self.moe: MoE | None = None
+        if layer in config.moe.layers:
+            self.moe = MoE(config, backend)
+        else:
+            self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, documents_BS, cache)
+        feed_forward = self.moe if self.moe is not None else self.ffn
+        assert feed_forward is not None
+        out: Tensor = x_BSD + feed_forward(self.ffn_norm(x_BSD))
+        return out
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model. Parameters are left unset: load them, or call `initialize`.
+
+    Args:
+        config: the architecture.
+        compute_dtype: dtype of activations and products; parameters stay float32 (use `.double()` together with
+            torch.float64 for a float64 model).
+        experts_backend: see `ops.grouped_experts.grouped_linear`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, experts_backend: Backend = "auto"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, i, experts_backend) for i in range(config.num_hidden_layers))
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.loss_reduce: LossReduce = LocalLossReduce()
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def hidden(
+        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Final normalised hidden states (B, S, D) in the compute dtype. Positions go on from the cache's length.
+
+        They do not start anew in a document: rotary attention sees differences of positions only.
+        """
+        start = 0 if cache is None else cache.length
+        rope = rope_table(self.config, torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device))
+        x_BSD = self.embed(tokens_BS).to(self.compute_dtype)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, rope, documents_BS, cache)
+        if cache is not None:
+            cache.length += tokens_BS.shape[1]
+        out: Tensor = self.final_norm(x_BSD)
+        return out
+
+    def forward(
+        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Logits (B, S, V) in at least float32.
+
+        Args:
+            tokens_BS: int64 token ids.
+            documents_BS: number of the document that each position belongs to, to keep attention within documents.
+            cache: keys and values of the positions before these; it is extended.
+        """
+        h_BSD = self.hidden(tokens_BS, documents_BS, cache)
+        return at_least_float32(F.linear(h_BSD, to_compute(self.head_weight_VD, h_BSD)))
+
+    def loss_sum(self, tokens_BS: Tensor, targets_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """The sum over targets other than -100 of the negative log likelihood, in nats; 0-d, float32.
+
+        A sum, so that dividing by a step's number of targets gives the same gradient however the step is cut.
+        """
+        h_BSD = self.hidden(tokens_BS, documents_BS)
+        return cross_entropy_sum(
+            h_BSD.flatten(0, 1),
+            to_compute(self.head_weight_VD, h_BSD),
+            targets_BS.flatten(),
+            vocab_start=self.loss_reduce.vocab_start,
+            reduce_max=self.loss_reduce.max,
+            reduce_sum=self.loss_reduce.sum,
+        )
+
+    def new_cache(self, batch: int, max_positions: int) -> KeyValueCache:
+        return KeyValueCache(self.config, batch, max_positions, self.compute_dtype, self.embed.weight.device)
+
+    def _moe_layers(self) -> dict[int, MoE]:
+        found = {i: block.moe for i, block in enumerate(self.blocks)}
+        return {i: moe for i, moe in found.items() if isinstance(moe, MoE)}
+
+    def expert_counts(self) -> dict[int, Tensor]:
+        """For each MoE layer, int64 (E,): rows routed to each expert in training forwards since the last reset."""
+        return {i: moe.counts_E.clone() for i, moe in self._moe_layers().items()}
+
+    def reset_expert_counts(self) -> None:
+        for moe in self._moe_layers().values():
+            moe.counts_E.zero_()
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Initialise for training from scratch: weights N(0, init_std), norms 1, and the projections that write to the
+    residual stream scaled by 1/sqrt(2 * layers) (GPT-2: Radford et al. 2019, section 2.3).
+
+    Each parameter's numbers are a function of (seed, name) alone.
+    """
+    residual_scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        drawn = torch.empty(parameter.shape).normal_(0.0, model.config.init_std, generator=generator)
+        if name.endswith(("o_proj.weight", "down_proj.weight", "w_down_EDF")):
+            drawn *= residual_scale
+        parameter.copy_(drawn)

@@ -1,0 +1,93 @@
+"""Language-model loss that never holds all logits. Shapes: T tokens, D width, V vocabulary (or this rank's shard)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+Reduce = Callable[[Tensor], Tensor]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def cross_entropy_sum(
+    h_TD: Tensor,
+    w_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    chunk_tokens: int = 512,
+    vocab_start: int = 0,
+    reduce_max: Reduce = _identity,
+    reduce_sum: Reduce = _identity,
+) -> Tensor:
+    """The sum over tokens of -log softmax(w h)[target], in nats, skipping targets of -100.
+
+    Logits are made `chunk_tokens` rows at a time, and each chunk's gradient with them, so the cost is that of the
+    plain loss (three products) with memory of one chunk. Softmax and sums are in at least float32.
+
+    Args:
+        h_TD, w_VD: hidden states and head, of one dtype.
+        targets_T: int64 in [0, V), or -100.
+        vocab_start, reduce_max, reduce_sum: for a head that holds rows vocab_start.. of a larger vocabulary; the
+            reductions run over the ranks that hold the others. Defaults: the whole vocabulary is here.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64 input).
+    """
+    needs_grad = torch.is_grad_enabled() and (h_TD.requires_grad or w_VD.requires_grad)
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        h_TD, w_VD, targets_T, chunk_tokens, vocab_start, reduce_max, reduce_sum, needs_grad
+    )
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_TD: Tensor,
+        w_VD: Tensor,
+        targets_T: Tensor,
+        chunk_tokens: int,
+        vocab_start: int,
+        reduce_max: Reduce,
+        reduce_sum: Reduce,
+        needs_grad: bool,
+    ) -> Tensor:
+        wide = torch.promote_types(h_TD.dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=h_TD.device)
+        grad_h_TD = torch.empty_like(h_TD) if needs_grad else None
+        grad_w_VD = torch.zeros_like(w_VD, dtype=wide) if needs_grad else None
+        for start in range(0, h_TD.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            h_CD, target_C = h_TD[rows], targets_T[rows]
+            valid_C = target_C != IGNORE
+            local_C = target_C - vocab_start
+            here_C = valid_C & (local_C >= 0) & (local_C < w_VD.shape[0])
+            column_C1 = local_C.where(here_C, 0).unsqueeze(1)
+            logits_CV = (h_CD @ w_VD.T).to(wide)
+            logits_CV -= reduce_max(logits_CV.amax(1, keepdim=True))
+            target_logit_C = reduce_sum(logits_CV.gather(1, column_C1).squeeze(1).where(here_C, 0.0))
+            sums_C = reduce_sum(logits_CV.exp_().sum(1))
+            total += (sums_C.log() - target_logit_C).where(valid_C, 0.0).sum(dtype=torch.float64)
+            if grad_h_TD is not None and grad_w_VD is not None:
+                grad_CV = logits_CV.mul_((valid_C / sums_C).unsqueeze(1))
+                grad_CV.scatter_add_(1, column_C1, -here_C.to(wide).unsqueeze(1))
+                grad_CV = grad_CV.to(h_TD.dtype)
+                grad_h_TD[rows] = reduce_sum(grad_CV @ w_VD)
+                grad_w_VD += grad_CV.T @ h_CD
+        if grad_h_TD is not None and grad_w_VD is not None:
+            ctx.save_for_backward(grad_h_TD, grad_w_VD.to(w_VD.dtype))
+        return total.to(wide)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h_TD, grad_w_VD = ctx.saved_tensors
+        # Not in place: a retained graph may be walked again.
+        return grad_h_TD * grad.to(grad_h_TD.dtype), grad_w_VD * grad.to(grad_w_VD.dtype), None, None, None, None, None, None
