@@ -1,0 +1,68 @@
+# Every target does all its own set-up on a machine that has only Python >= 3.11 and git.
+#   make setup | quickstart | test | test-all | lint | bench
+#   make setup PYTHON=python3.12          another interpreter
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"     a machine with GPUs
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
+# Where PyPI's own wheel of torch is the large CUDA one (Linux), the CPU wheel of the same version is preferred:
+# from a directory that pip is configured to look in, or from PyTorch's index, when either is within reach.
+TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt) --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
+
+.DELETE_ON_ERROR:
+.PHONY: setup dev quickstart test test-all lint bench clean
+
+setup: $(VENV)/.demo-installed
+dev: $(VENV)/.dev-installed
+
+quickstart: setup
+	$(BIN)/earthshine quickstart
+
+test: dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: dev
+	$(BIN)/python -m pytest
+
+lint: dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+bench: dev
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+
+# Stamps make a second run instant. A change of the interpreter is not noticed: `make clean` first.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The stamp holds the choice of torch, so another choice is installed even into an environment that has one.
+ifneq ($(shell cat $(VENV)/.torch-installed 2>/dev/null),$(strip $(TORCH)))
+.PHONY: $(VENV)/.torch-installed
+endif
+$(VENV)/.torch-installed: $(VENV)/.created
+	$(PIP) $(TORCH)
+	@echo '$(strip $(TORCH))' > $@
+
+# Torch is left out of the pins from here on: it is installed, and a user may have chosen another.
+$(VENV)/constraints.txt: constraints.txt $(VENV)/.torch-installed
+	grep -v '^torch==' constraints.txt > $@
+
+# The build backend comes first and pinned, so that the build itself needs nothing newer from outside.
+$(VENV)/.demo-installed: $(VENV)/constraints.txt pyproject.toml
+	$(PIP) -c $(VENV)/constraints.txt hatchling editables
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.demo-installed
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev]'
+	@touch $@
