@@ -100,16 +100,29 @@ class Transformer(nn.Module):
         h_BSD = self.hidden(tokens_BS, documents_BS, cache)
         return at_least_float32(F.linear(h_BSD, to_compute(self.head_weight_VD, h_BSD)))
 
+    def next_token_logits(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits (B, V) after the last of these positions only, extending the cache."""
+        h_BD = self.hidden(tokens_BS, cache=cache)[:, -1]
+        return at_least_float32(F.linear(h_BD, to_compute(self.head_weight_VD, h_BD)))
+
     def loss_sum(self, tokens_BS: Tensor, targets_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         """The sum over targets other than -100 of the negative log likelihood, in nats; 0-d, float32.
 
         A sum, so that dividing by a step's number of targets gives the same gradient however the step is cut.
         """
         h_BSD = self.hidden(tokens_BS, documents_BS)
+        return self._loss(h_BSD.flatten(0, 1), targets_BS.flatten())
+
+    def sequence_loss_sums(self, tokens_BS: Tensor, targets_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """`loss_sum` of each sequence by itself: (B,)."""
+        h_BSD = self.hidden(tokens_BS, documents_BS)
+        return torch.stack([self._loss(h_SD, targets_S) for h_SD, targets_S in zip(h_BSD, targets_BS, strict=True)])
+
+    def _loss(self, h_TD: Tensor, targets_T: Tensor) -> Tensor:
         return cross_entropy_sum(
-            h_BSD.flatten(0, 1),
-            to_compute(self.head_weight_VD, h_BSD),
-            targets_BS.flatten(),
+            h_TD,
+            to_compute(self.head_weight_VD, h_TD),
+            targets_T,
             vocab_start=self.loss_reduce.vocab_start,
             reduce_max=self.loss_reduce.max,
             reduce_sum=self.loss_reduce.sum,

@@ -1,0 +1,76 @@
+"""Sampling text with a cache of keys and values."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from earthshine.errors import ConfigError
+from earthshine.model.transformer import Transformer
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    eos_ids: Sequence[int] | None = None,
+) -> list[int]:
+    """The new token ids after `prompt_ids`, without the end-of-sequence token that stopped them.
+
+    Args:
+        temperature: 0 takes the most likely token (ties: the smallest id); otherwise logits are divided by it.
+        top_k: sample among the k most likely tokens only; 0 for all.
+        seed: of the sampling; the same seed gives the same text on the same machine.
+        eos_ids: ids that end the text; default: those of the model's config.
+
+    Raises ConfigError for an empty prompt, an id outside the vocabulary, or more positions than the model has.
+    """
+    config = model.config
+    if not prompt_ids:
+        raise ConfigError("prompt: it has no tokens; give at least one.")
+    outside = [i for i in prompt_ids if not 0 <= i < config.vocab_size]
+    if outside:
+        raise ConfigError(f"prompt: token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}.")
+    total = len(prompt_ids) + max_new_tokens
+    if total > config.max_position_embeddings:
+        raise ConfigError(
+            f"prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+            f"{config.max_position_embeddings} positions; lower max_new_tokens."
+        )
+    if temperature < 0 or top_k < 0 or max_new_tokens < 1:
+        raise ConfigError(
+            f"temperature={temperature} and top_k={top_k} must not be negative, max_new_tokens={max_new_tokens} at least 1."
+        )
+    stop = set(config.eos_token_ids if eos_ids is None else eos_ids)
+    device = model.embed.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    cache = model.new_cache(1, total)
+    tokens_BS = torch.tensor([list(prompt_ids)], device=device)
+    out: list[int] = []
+    for _ in range(max_new_tokens):
+        logits_V = model.next_token_logits(tokens_BS, cache)[0]
+        chosen = _choose(logits_V, temperature, top_k, generator)
+        if chosen in stop:
+            break
+        out.append(chosen)
+        tokens_BS = torch.tensor([[chosen]], device=device)
+    model.train(was_training)
+    return out
+
+
+def _choose(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    logits_V = logits_V.cpu()
+    if temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V / temperature
+    if top_k:
+        floor = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
+        logits_V = logits_V.where(logits_V >= floor, -torch.inf)
+    return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))

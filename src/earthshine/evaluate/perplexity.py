@@ -1,0 +1,74 @@
+"""Held-out loss and bits per byte, with standard errors over sequences."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from earthshine.console import progress
+from earthshine.data.loader import heldout_batches, heldout_bytes_per_token
+from earthshine.errors import DataError, TrainingDivergedError
+from earthshine.model.transformer import Transformer
+from earthshine.ops.cross_entropy import IGNORE
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: Transformer, path: str | Path, *, seq_len: int, max_sequences: int = 64, batch: int = 8
+) -> dict[str, Any]:
+    """Mean next-token loss over the first `max_sequences` held-out windows of `seq_len` tokens.
+
+    Returns a JSON-ready dict: `loss` in nats per token and its standard error over sequences (`stderr`, a ratio
+    estimator: sequences differ in their number of targets), `bits_per_byte` of UTF-8 text, `tokens`, `bytes`
+    (estimated from the shards' bytes per token), and `sequence_losses` (nats per token) with `sequence_tokens`, so
+    that two models can be compared sequence by sequence.
+
+    Raises DataError when there is no whole window, TrainingDivergedError when the loss is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    sums: list[float] = []
+    counts: list[int] = []
+    with progress("held-out loss", max_sequences, "sequences") as bar:
+        for rows in heldout_batches(path, seq_len=seq_len, max_sequences=max_sequences, batch=batch):
+            device = model.embed.weight.device
+            losses_B = model.sequence_loss_sums(
+                rows.tokens_BS.to(device), rows.targets_BS.to(device), rows.documents_BS.to(device)
+            )
+            targets_B = (rows.targets_BS != IGNORE).sum(1)
+            for loss_sum, num_targets in zip(losses_B.tolist(), targets_B.tolist(), strict=True):
+                if num_targets:
+                    sums.append(loss_sum)
+                    counts.append(num_targets)
+            bar.advance(rows.tokens_BS.shape[0])
+    model.train(was_training)
+    if not sums:
+        raise DataError(f"{path} holds no window of {seq_len} held-out tokens: prepare more text or lower seq_len.")
+    tokens = sum(counts)
+    loss = math.fsum(sums) / tokens
+    if not math.isfinite(loss):
+        raise TrainingDivergedError(f"the held-out loss on {path} is {loss}: the weights are damaged or have diverged.")
+    num_bytes = tokens * heldout_bytes_per_token(path)
+    return {
+        "kind": "heldout",
+        "loss": loss,
+        "stderr": ratio_stderr(sums, counts),
+        "bits_per_byte": math.fsum(sums) / math.log(2) / num_bytes,
+        "tokens": tokens,
+        "bytes": round(num_bytes),
+        "seq_len": seq_len,
+        "sequence_losses": [s / n for s, n in zip(sums, counts, strict=True)],
+        "sequence_tokens": counts,
+    }
+
+
+def ratio_stderr(sums: Sequence[float], counts: Sequence[int]) -> float:
+    """Standard error of sum(sums)/sum(counts) over independent sequences (Cochran 1977, section 6.3); 0 for one."""
+    n = len(sums)
+    if n < 2:
+        return 0.0
+    ratio, mean_count = math.fsum(sums) / sum(counts), sum(counts) / n
+    residual = math.fsum((s - ratio * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    return math.sqrt(residual / (n * (n - 1))) / mean_count

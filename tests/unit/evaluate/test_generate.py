@@ -1,0 +1,50 @@
+"""Sampling: greedy equals uncached argmax, seeds decide, ends stop, and bad prompts are refused."""
+
+import pytest
+import torch
+
+from earthshine.errors import ConfigError
+from earthshine.evaluate.generate import generate
+from earthshine.model.presets import preset
+from earthshine.model.transformer import Transformer, initialize
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    built = Transformer(preset("mixtral_tiny"))
+    initialize(built, seed=0)
+    return built
+
+
+def test_greedy_with_a_cache_equals_argmax_without(model: Transformer) -> None:
+    ids = [5, 17, 99]
+    out = generate(model, ids, max_new_tokens=6, eos_ids=())
+    for n in range(6):
+        with torch.no_grad():
+            assert int(model.eval()(torch.tensor([ids + out[:n]]))[0, -1].argmax()) == out[n]
+
+
+def test_the_seed_decides_and_top_k_of_one_is_greedy(model: Transformer) -> None:
+    sample = [generate(model, [1], max_new_tokens=8, temperature=1.0, seed=s, eos_ids=()) for s in (3, 3, 4)]
+    assert sample[0] == sample[1] != sample[2]
+    one = generate(model, [1], max_new_tokens=8, temperature=1.0, top_k=1, eos_ids=())
+    assert one == generate(model, [1], max_new_tokens=8, eos_ids=())
+
+
+def test_stops_at_an_end_token_without_returning_it(model: Transformer) -> None:
+    whole = generate(model, [1], max_new_tokens=5, eos_ids=())
+    assert generate(model, [1], max_new_tokens=5, eos_ids=(whole[2],)) == whole[: whole.index(whole[2])]
+
+
+@pytest.mark.parametrize(
+    "ids, options, message",
+    [
+        ([], {}, "no tokens"),
+        ([2048], {}, "2048 is outside the model's vocabulary of 2048"),
+        ([1], {"max_new_tokens": 512}, "exceed the model's 512 positions"),
+        ([1], {"temperature": -1.0}, "must not be negative"),
+    ],
+)
+def test_bad_requests_are_refused(model: Transformer, ids: list[int], options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate(model, ids, **options)

@@ -1,0 +1,77 @@
+"""Documents stay apart, counts count once, initial weights follow the scheme, and bf16 stays near fp32."""
+
+import math
+
+import pytest
+import torch
+
+from earthshine.model.presets import preset
+from earthshine.model.transformer import Transformer, initialize
+
+
+def build(name: str = "mixtral_tiny", **options: object) -> Transformer:
+    model = Transformer(preset(name), **options)
+    initialize(model, seed=0)
+    return model
+
+
+def test_packed_documents_give_the_logits_of_each_alone() -> None:
+    """1e-5: masked and unmasked attention sum in another order. Positions go on, rotary attention does not see it."""
+    model = build()
+    tokens = torch.randint(0, 2048, (1, 12))
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    with torch.no_grad():
+        packed = model(tokens, documents_BS=documents)
+        alone = torch.cat([model(tokens[:, :5]), model(tokens[:, 5:])], 1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_expert_counts_add_up_in_training_forwards_only() -> None:
+    model = build()
+    tokens = torch.randint(0, 2048, (2, 10))
+    model.loss_sum(tokens, tokens)
+    model.loss_sum(tokens, tokens)
+    assert {layer: int(c.sum()) for layer, c in model.expert_counts().items()} == {0: 80, 1: 80, 2: 80}
+    with torch.no_grad():
+        model.loss_sum(tokens, tokens)
+    model.eval().loss_sum(tokens, tokens)
+    assert all(int(c.sum()) == 80 for c in model.expert_counts().values())
+    model.reset_expert_counts()
+    assert not any(c.any() for c in model.expert_counts().values())
+
+
+def test_initialisation_follows_the_scheme_and_the_seed() -> None:
+    """Standard deviations within 5 %, four standard errors of the smallest matrix."""
+    model, again, other = build(), build(), Transformer(preset("mixtral_tiny"))
+    initialize(other, seed=1)
+    for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        if "norm" in name:
+            assert (p == 1).all()
+            continue
+        assert not torch.equal(p, r)
+        residual = name.endswith(("o_proj.weight", "down_proj.weight", "w_down_EDF"))
+        expected = 0.02 / math.sqrt(6) if residual else 0.02
+        assert p.std().item() == pytest.approx(expected, rel=max(0.05, 4 / math.sqrt(2 * p.numel())))
+
+
+def test_sequence_losses_add_up_to_the_loss() -> None:
+    model = build()
+    tokens, targets = torch.randint(0, 2048, (3, 8)), torch.randint(0, 2048, (3, 8))
+    targets[0, :3] = -100
+    rows, whole = model.sequence_loss_sums(tokens, targets), model.loss_sum(tokens, targets)
+    torch.testing.assert_close(rows.sum(), whole, rtol=1e-6, atol=0)
+    whole.backward()
+    gradient = model.embed.weight.grad.clone()
+    model.zero_grad()
+    model.sequence_loss_sums(tokens, targets).sum().backward()
+    torch.testing.assert_close(model.embed.weight.grad, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_comes_near() -> None:
+    """8 bits of mantissa: 1e-2 on logits of this size. Gradients arrive in the parameters' float32."""
+    fine, coarse = build("llama_tiny"), build("llama_tiny", compute_dtype=torch.bfloat16)
+    tokens = torch.randint(0, 2048, (1, 6))
+    torch.testing.assert_close(coarse(tokens), fine(tokens), atol=1e-2, rtol=0)
+    coarse.loss_sum(tokens, tokens).backward()
+    assert {p.dtype for p in coarse.parameters()} == {p.grad.dtype for p in coarse.parameters()} == {torch.float32}
