@@ -1,0 +1,91 @@
+"""A directory that becomes visible only when it is complete."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from earthshine.config import diff
+from earthshine.errors import ConfigError, OutputExistsError
+from earthshine.files import naming_full_disk, sync_folder, write_json
+
+RESUME_FILE = "resume.json"
+
+
+def staging_path(out_dir: Path) -> Path:
+    """Where `out_dir` is written before it is complete."""
+    return out_dir.parent / f".{out_dir.name}.partial"
+
+
+@contextlib.contextmanager
+def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Yield a hidden sibling of `out_dir` to write into; on success it is synced and renamed to `out_dir`.
+
+    On an error it is removed, so that nothing half-written stays. What a killed process left there is removed too,
+    unless `resume`, a JSON-ready description of the work, equals that process's: then it is kept for the caller to
+    continue, also after an interrupt.
+    Raises OutputExistsError when `out_dir` exists; ConfigError when another process is writing it, or what is there
+    belongs to other work.
+    """
+    if out_dir.exists() or out_dir.is_symlink():
+        raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
+    staging = staging_path(out_dir)
+    with naming_full_disk(staging):
+        staging.mkdir(parents=True, exist_ok=True)
+    with _locked(staging, out_dir):
+        if resume is None or not _is_continued(staging, resume):
+            _empty(staging)
+        try:
+            if resume is not None:
+                write_json(staging / RESUME_FILE, resume)
+            yield staging
+            (staging / RESUME_FILE).unlink(missing_ok=True)
+            with naming_full_disk(staging):
+                sync_folder(staging)
+            if out_dir.exists():
+                raise OutputExistsError(f"{out_dir} appeared while it was being written: remove it and try again.")
+            staging.rename(out_dir)
+            sync_folder(out_dir.parent)
+        except BaseException as e:
+            if resume is None or isinstance(e, Exception):  # an interrupt leaves what can be continued
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(staging: Path, out_dir: Path) -> Iterator[None]:
+    """Hold a lock on the directory itself: it dies with the process, so a kill leaves nothing to clean up."""
+    fd = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as e:
+        raise ConfigError(f"{out_dir} is being written by another process; wait for it or stop it.") from e
+    finally:
+        os.close(fd)
+
+
+def _is_continued(staging: Path, resume: dict[str, Any]) -> bool:
+    try:
+        found = json.loads((staging / RESUME_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    changes = diff(found, json.loads(json.dumps(resume)))
+    if changes:
+        raise ConfigError(
+            f"{staging} holds the unfinished output of other work ({'; '.join(changes[:5])}): "
+            f"run that again to finish it, or remove the folder."
+        )
+    return True
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -1,0 +1,131 @@
+"""The offline execution of a plan: every target tensor is streamed into a Hugging Face directory."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from earthshine.checkpoint.hf import check_tied_copies, write_model
+from earthshine.checkpoint.name_tables import Entry
+from earthshine.checkpoint.safetensors_store import row_blocks
+from earthshine.checkpoint.staging import staged_directory, staging_path
+from earthshine.console import human_bytes, progress
+from earthshine.errors import DiskFullError, OutputExistsError, WeightsError
+from earthshine.files import sha256_file, write_json
+from earthshine.upcycle.config import UpcycleConfig
+from earthshine.upcycle.plan import UpcyclePlan, plan_upcycle
+from earthshine.upcycle.recipe import Recipe
+
+MANIFEST = "earthshine.json"
+KEEP_BYTES = 256 << 20  # a source no larger than this is held while all its targets are written, and so read once
+SPARE_BYTES = 64 << 20  # for the small files and the file system's own
+
+
+def upcycle(
+    dense_dir: str | Path,
+    out_dir: str | Path,
+    options: UpcycleConfig | None = None,
+    *,
+    after_shard: Callable[[Path], None] = lambda path: None,
+) -> UpcyclePlan:
+    """Convert a dense Hugging Face directory into a mixture of experts that computes the same function.
+
+    Memory is that of one source matrix at most. `out_dir` appears when it is complete; a killed conversion is gone on
+    with, at the last complete file, by the same call. Returns the plan with its ledger.
+
+    Args:
+        after_shard: called with the path of each weight file once it is on the disk.
+    Raises ConfigError or OutputExistsError for the request, WeightsError for the source, DiskFullError.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists():
+        raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
+    plan = plan_upcycle(dense_dir, options)
+    _check_space(plan, out_dir)
+    check_tied_copies(plan.store, plan.unused)
+    with (
+        staged_directory(out_dir, resume=plan.resume_key()) as staging,
+        progress(f"upcycle to {out_dir}", plan.num_bytes, "B") as bar,
+    ):
+        records = write_model(
+            staging,
+            plan.target_config,
+            {t.entry.hf: t.dtype for t in plan.targets},
+            Blocks(plan),
+            companions=plan.store.directory,
+            max_shard_bytes=max(1, int(plan.options.max_shard_gib * 2**30)),
+            on_bytes=bar.advance,
+            after_shard=after_shard,
+        )
+        files = {name: asdict(record) for name, record in sorted(records.items())}
+        write_json(staging / MANIFEST, plan.to_json() | {"files": files})
+    return plan
+
+
+class Blocks:
+    """The rows of each target in order. Targets with equal recipes follow each other and share what was read."""
+
+    def __init__(self, plan: UpcyclePlan) -> None:
+        self._plan = plan
+        self._kept: list[Tensor] = []
+        self._kept_recipe: Recipe | None = None
+        recipes = list(dict.fromkeys(t.recipe for t in plan.targets))
+        self._following = dict(zip(recipes, recipes[1:], strict=False))
+
+    def __call__(self, entry: Entry) -> Iterator[Tensor]:
+        target = self._plan.by_name[entry.hf]
+        if target.recipe == self._kept_recipe:
+            yield from self._kept
+            return
+        self._kept, self._kept_recipe = [], None
+        if target.recipe in self._following:
+            self._read_ahead(self._following[target.recipe])
+        keep = target.info.num_bytes <= KEEP_BYTES
+        for rows in row_blocks(entry.shape, target.dtype.itemsize):
+            block = target.recipe.read(self._plan.store, rows)
+            if keep:
+                self._kept.append(block)
+            yield block
+        if keep:
+            self._kept_recipe = target.recipe
+
+    def _read_ahead(self, recipe: Recipe) -> None:
+        """While the disk takes this recipe's targets, let it fetch the next one's source."""
+        for name in recipe.sources:
+            if self._plan.store.info(name).num_bytes <= KEEP_BYTES:
+                self._plan.store.read_ahead(name)
+
+
+def _check_space(plan: UpcyclePlan, out_dir: Path) -> None:
+    """Raises DiskFullError, before anything is written, when the output cannot fit; counts what a killed one left."""
+    folder = next(p for p in out_dir.absolute().parents if p.is_dir())
+    stat = os.statvfs(folder)
+    free = stat.f_bavail * stat.f_frsize
+    staging = staging_path(out_dir)
+    present = sum(p.stat().st_size for p in staging.iterdir() if p.is_file()) if staging.is_dir() else 0
+    needed = plan.num_bytes + SPARE_BYTES - present
+    if needed > free:
+        raise DiskFullError(
+            f"{out_dir} needs {human_bytes(needed)} and {folder} has {human_bytes(free)} free: "
+            f"free some space, or choose another folder, fewer experts or fewer layers."
+        )
+
+
+def check_manifest(directory: str | Path) -> int:
+    """Hash every file that an upcycled directory's manifest lists; returns how many there are.
+
+    Raises WeightsError for a missing manifest, and for a file that is missing or has other contents.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        files = json.loads(path.read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise WeightsError(f"{path} is not a readable manifest: {type(e).__name__} {e}.") from e
+    for name, record in files.items():
+        file = path.parent / name
+        if not file.is_file() or file.stat().st_size != record["bytes"] or sha256_file(file) != record["sha256"]:
+            raise WeightsError(f"{file} is missing or differs from {MANIFEST}: the directory was changed or damaged.")
+    return len(files)

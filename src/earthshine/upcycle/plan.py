@@ -1,0 +1,232 @@
+"""What an upcycling will do, before it does it: one recipe per target tensor, and a ledger that accounts for all.
+
+A dense feed-forward network becomes `experts` copies of itself behind a new router (sparse upcycling:
+arXiv:2212.05055; of Llama 3: arXiv:2412.09952). With the gate "topk_softmax" the chosen experts' weights sum to one,
+so the function is unchanged.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earthshine.checkpoint.hf import account, read_config
+from earthshine.checkpoint.name_tables import Entry, entries
+from earthshine.checkpoint.safetensors_store import DTYPE_NAMES, Store, TensorInfo
+from earthshine.config import encode
+from earthshine.console import human_bytes, table
+from earthshine.errors import ConfigError, UnsupportedModelError, WeightsError
+from earthshine.model.config import HF_CLASSES, ModelConfig, MoEConfig
+from earthshine.model.counts import count_parameters
+from earthshine.upcycle.config import UpcycleConfig
+from earthshine.upcycle.recipe import Copy, Normal, Recipe, Zeros
+
+PLAN_VERSION = 1  # raised when the same options would give other bytes
+
+EXPERT_OF = {  # which dense matrix each expert of a stack is made of
+    "moe.experts.w_gate_EFD": "ffn.gate_proj.weight",
+    "moe.experts.w_up_EFD": "ffn.up_proj.weight",
+    "moe.experts.w_down_EDF": "ffn.down_proj.weight",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor of the output and how it is made."""
+
+    entry: Entry
+    recipe: Recipe
+    dtype: torch.dtype
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.entry.hf, self.dtype, self.entry.shape)
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """A role: one parameter of the new model, what it is made of, and every output tensor that it becomes.
+
+    A source that is not used has a row without targets, whose role is the reason.
+    """
+
+    role: str
+    recipe: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class UpcyclePlan:
+    """A conversion, decided in full. Nothing but headers has been read."""
+
+    store: Store
+    options: UpcycleConfig
+    source_config: ModelConfig
+    target_config: ModelConfig
+    targets: tuple[Target, ...]
+    unused: dict[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all target tensors."""
+        return sum(t.info.num_bytes for t in self.targets)
+
+    @cached_property
+    def by_name(self) -> dict[str, Target]:
+        """The targets by their Hugging Face name."""
+        return {t.entry.hf: t for t in self.targets}
+
+    def read(self, name: str, slices: Sequence[slice] | None = None) -> Tensor:
+        """Any part of a target tensor. Raises WeightsError when its source is damaged or not finite."""
+        return self.by_name[name].recipe.read(self.store, slices)
+
+    def ledger(self) -> tuple[LedgerRow, ...]:
+        """One row per role, in the order of writing, and one per unused source."""
+        roles: dict[str, list[Target]] = {}
+        for target in self.targets:
+            roles.setdefault(target.entry.ours, []).append(target)
+        rows = [
+            LedgerRow(
+                role=role,
+                recipe=members[0].recipe.kind,
+                sources=tuple(dict.fromkeys(s for t in members for s in t.recipe.sources)),
+                targets=tuple(t.entry.hf for t in members),
+                num_bytes=sum(t.info.num_bytes for t in members),
+            )
+            for role, members in roles.items()
+        ]
+        unused = [LedgerRow(why, "unused", (name,), (), 0) for name, why in sorted(self.unused.items())]
+        return (*rows, *unused)
+
+    def check(self) -> None:
+        """Raises WeightsError unless every source serves exactly one role and every target is made exactly once."""
+        ledger = self.ledger()
+        consumed = Counter(s for row in ledger for s in row.sources)
+        produced = Counter(t for row in ledger for t in row.targets)
+        _exactly_once("source", consumed, self.store.names())
+        _exactly_once("target", produced, [e.hf for e in entries(self.target_config)])
+
+    def table(self) -> str:
+        """For people: both models' sizes, and the ledger with layers that are treated alike gathered in one line."""
+        sizes = []
+        for what, config in (("dense", self.source_config), ("upcycled", self.target_config)):
+            count = count_parameters(config)
+            sizes.append([what, HF_CLASSES[config.family], f"{count.total:,}", f"{count.active:,}"])
+        groups: dict[tuple[str, str, str, int], list[LedgerRow]] = {}
+        for row in self.ledger():
+            source = ", ".join(re.sub(r"\.\d+\.", ".*.", s) for s in row.sources) or "-"
+            role = re.sub(r"^blocks\.\d+\.", "blocks.*.", row.role)
+            groups.setdefault((role, row.recipe, source, len(row.targets)), []).append(row)
+        lines = [
+            [source, kind, role, len(rows), len(rows) * count, human_bytes(sum(r.num_bytes for r in rows))]
+            for (role, kind, source, count), rows in groups.items()
+        ]
+        o = self.options
+        return "\n\n".join(
+            [
+                f"{o.experts} experts, top-{o.top_k}, in {len(self.target_config.moe.layers)} of "
+                f"{self.target_config.num_hidden_layers} layers; router N(0, {o.router_std}), seed {o.seed}; "
+                f"{len(self.targets)} tensors, {human_bytes(self.num_bytes)}",
+                table(["model", "class", "parameters", "active"], sizes),
+                table(["source", "recipe", "becomes", "roles", "tensors", "size"], lines),
+            ]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it but the weights, for the output's `earthshine.json`."""
+        return {
+            "format": PLAN_VERSION,
+            "kind": "upcycle",
+            "options": encode(self.options),
+            "source": {
+                "config": encode(self.source_config),
+                "parameters": asdict(count_parameters(self.source_config)),
+            },
+            "target": {
+                "config": encode(self.target_config),
+                "parameters": asdict(count_parameters(self.target_config)),
+            },
+            "ledger": [asdict(row) for row in self.ledger()],
+        }
+
+    def resume_key(self) -> dict[str, Any]:
+        """What must be unchanged for a killed conversion to go on: the options, and the source files as they were."""
+        files = {}
+        for path in self.store.files():
+            stat = path.stat()
+            files[path.name] = [stat.st_size, stat.st_mtime_ns]
+        tensors = {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in self.store.items()}
+        return self.to_json() | {"ledger": None, "source_files": files, "source_tensors": tensors}
+
+
+def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) -> UpcyclePlan:
+    """Decide the conversion of a dense Hugging Face directory; reads its config and its weights' headers only.
+
+    Raises ConfigError (a layer that does not exist), UnsupportedModelError (not a dense Llama), WeightsError (a
+    tensor that is missing, left over or misshapen, a damaged file).
+    """
+    options = options or UpcycleConfig()
+    source_config = read_config(dense_dir)
+    if source_config.is_moe:
+        raise UnsupportedModelError(f"{dense_dir} is a mixture of experts already ({source_config.family}).")
+    target_config = upcycled_config(source_config, options)
+    store = Store(dense_dir)
+    wanted, unused = account(store, source_config)
+    sources = {e.ours: e.hf for e in wanted}
+    targets = tuple(_target(entry, sources, store, options) for entry in entries(target_config))
+    plan = UpcyclePlan(store, options, source_config, target_config, targets, unused)
+    plan.check()
+    return plan
+
+
+def upcycled_config(dense: ModelConfig, options: UpcycleConfig) -> ModelConfig:
+    """The architecture after the conversion: a Mixtral with all layers converted, a Qwen2-MoE with some."""
+    layers = tuple(sorted(options.layers)) or tuple(range(dense.num_hidden_layers))
+    outside = [layer for layer in layers if not 0 <= layer < dense.num_hidden_layers]
+    if outside:
+        raise ConfigError(
+            f"upcycle.layers: {outside} do not exist; the model has layers 0 to {dense.num_hidden_layers - 1}."
+        )
+    everywhere = len(layers) == dense.num_hidden_layers
+    moe = MoEConfig(
+        num_experts=options.experts,
+        top_k=options.top_k,
+        intermediate_size=dense.intermediate_size,
+        layers=layers,
+        shared_intermediate_size=0 if everywhere else options.shared_intermediate_size,
+    )
+    return replace(dense, moe=moe)
+
+
+def _target(entry: Entry, sources: dict[str, str], store: Store, options: UpcycleConfig) -> Target:
+    """The recipe of one target: a copy where the dense model has it, else a member of a mixture."""
+    if entry.ours in sources:
+        source = sources[entry.ours]
+        return Target(entry, Copy(source), store.info(source).dtype)
+    _, layer, part = entry.ours.split(".", 2)
+    if part in EXPERT_OF:
+        source = sources[f"blocks.{layer}.{EXPERT_OF[part]}"]
+        return Target(entry, Copy(source), store.info(source).dtype)
+    dtype = store.info(sources[f"blocks.{layer}.ffn.gate_proj.weight"]).dtype
+    if part == "moe.router.weight":
+        normal = Normal(entry.shape, dtype, options.router_std, options.seed, int(layer), "router")
+        return Target(entry, normal, dtype)
+    assert part.startswith("moe.shared"), f"no recipe for {entry.ours}"
+    return Target(entry, Zeros(entry.shape, dtype), dtype)
+
+
+def _exactly_once(what: str, counted: Counter[str], expected: Sequence[str]) -> None:
+    for name in expected:
+        if counted[name] != 1:
+            raise WeightsError(f"ledger: {what} tensor {name} is accounted for {counted[name]} times, not once.")
+    surplus = sorted(set(counted) - set(expected))
+    if surplus:
+        raise WeightsError(f"ledger: {what} tensor {surplus[0]} is not one of the model's.")
