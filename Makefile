@@ -45,12 +45,13 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# The stamp holds the choice of torch, so another choice is installed even into an environment that has one.
+# The stamp holds the choice of torch, so another choice is installed even into an environment that has one. What torch
+# itself needs comes with the next step, from the pins.
 ifneq ($(shell cat $(VENV)/.torch-installed 2>/dev/null),$(strip $(TORCH)))
 .PHONY: $(VENV)/.torch-installed
 endif
 $(VENV)/.torch-installed: $(VENV)/.created
-	$(PIP) $(TORCH)
+	$(PIP) --no-deps $(TORCH)
 	@echo '$(strip $(TORCH))' > $@
 
 # Torch is left out of the pins from here on: it is installed, and a user may have chosen another.
@@ -59,10 +60,12 @@ $(VENV)/constraints.txt: constraints.txt $(VENV)/.torch-installed
 
 # The build backend comes first and pinned, so that the build itself needs nothing newer from outside.
 $(VENV)/.demo-installed: $(VENV)/constraints.txt pyproject.toml
-	$(PIP) -c $(VENV)/constraints.txt hatchling editables
-	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo]'
+	@echo "Installing the packages that earthshine needs: a few minutes at most"
+	@$(PIP) -q -c $(VENV)/constraints.txt hatchling editables
+	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.demo-installed
-	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev]'
+	@echo "Installing the packages that tests and lint need"
+	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev]'
 	@touch $@

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_LINE_SECONDS = 10.0
+BAR_SECONDS = 0.1
 
 
 def log(message: str) -> None:
@@ -65,7 +66,8 @@ def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    with RichProgress(*columns, console=_terminal()) as bar:  # stops its refresh thread on exit
+    # Refreshed by `advance`, not by rich's thread: a thread would outlive the bar for a moment, and not survive a fork.
+    with RichProgress(*columns, console=_terminal(), auto_refresh=False) as bar:
         yield _BarProgress(bar, title, total, unit)
 
 
@@ -73,14 +75,18 @@ class _BarProgress:
     """A rich progress bar."""
 
     def __init__(self, bar: Any, title: str, total: float, unit: str) -> None:
-        self._bar, self._total, self._unit, self._done, self._note = bar, total, unit, 0.0, ""
+        self._bar, self._total, self._unit, self._note = bar, total, unit, ""
+        self._done = self._last = 0.0
         self._task = bar.add_task(title, total=total or None, amount=_amount(0, total, unit), note="")
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self._done += amount
         self._note = note or self._note
         shown = _amount(self._done, self._total, self._unit)
-        self._bar.update(self._task, completed=self._done, amount=shown, note=self._note)
+        now = time.monotonic()
+        due = now - self._last >= BAR_SECONDS
+        self._last = now if due else self._last
+        self._bar.update(self._task, completed=self._done, amount=shown, note=self._note, refresh=due)
 
 
 class _PlainProgress:

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 def _free(path: Path) -> str:
     folder = next((p for p in path.absolute().parents if p.is_dir()), Path("/"))
-    usage = os.statvfs(folder)
-    return human_bytes(usage.f_bavail * usage.f_frsize)
+    return human_bytes(free_bytes(folder))
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,7 +97,8 @@ def append_line(path: Path, text: str) -> None:
                 if written < len(raw):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                os.ftruncate(fd, size)
+                with suppress(OSError):  # the reason for the failure is the news, not that it cannot be undone
+                    os.ftruncate(fd, size)
                 raise
         finally:
             os.close(fd)
@@ -110,3 +111,20 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write where `folder` is."""
+    usage = os.statvfs(folder)
+    return usage.f_bavail * usage.f_frsize
+
+
+def write_speed(folder: Path, num_bytes: int = 64 << 20) -> float:
+    """Bytes per second of one sequential write with fsync, measured now in a file that is removed again."""
+    block = os.urandom(1 << 20)
+    with naming_full_disk(folder), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        start = time.perf_counter()
+        for _ in range(num_bytes // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+        return num_bytes / (time.perf_counter() - start)

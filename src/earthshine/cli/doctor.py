@@ -1,0 +1,80 @@
+"""`earthshine doctor`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from earthshine.cli.options import print_json
+from earthshine.console import human_bytes, log, table
+
+DESCRIPTION = "What this machine is and can do: versions, device, compute type and why, measured speed, disk."
+EXAMPLES = (
+    ("before the first run", "earthshine doctor"),
+    ("is the disk for the runs fast enough, and large enough", "earthshine doctor --path /data/runs"),
+    ("attach this to a bug report", "earthshine doctor --json > doctor.json"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    path: Path = Path()
+    """Folder whose disk is measured: 64 MiB are written there and removed."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def run(options: Options) -> None:
+    found = _measure(options.path)
+    if options.json:
+        print_json(found)
+        return
+    env, compute, disk = found["environment"], found["compute"], found["disk"]
+    rows = [(name, version or "not installed") for name, version in env["versions"].items()]
+    rows += [
+        ("platform", env["platform"]),
+        ("processor", f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads used"),
+        ("features", " ".join(env["cpu_flags"]) or "unknown"),
+        ("device", f"{env['device']} ({env['device_name']})"),
+        ("memory", human_bytes(env["memory_bytes"])),
+        ("compute type", f"{compute['dtype']}: {compute['reason']}"),
+        ("expert products", f"{found['experts']['backend']}: {found['experts']['reason']}"),
+    ]
+    rows += [(f"product in {name}", f"{flops / 1e9:,.1f} GFLOP/s") for name, flops in found["gemm_flops"].items()]
+    rows += [
+        ("disk free", f"{human_bytes(disk['free_bytes'])} at {disk['path']}"),
+        ("disk write", f"{human_bytes(disk['write_bytes_per_second'])}/s, sequential, synced"),
+    ]
+    print(table(("what", "value"), rows))
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    from earthshine import device as devices
+    from earthshine.files import free_bytes, write_speed
+
+    log("measuring for a few seconds...")
+    device = devices.pick_device()
+    choice = devices.choose_compute_dtype("auto", device)
+    peaks = {n: devices.gemm_peak(device, devices.DTYPES[n]) for n in ("float32", "bfloat16", "float64")}
+    return {
+        "environment": devices.environment(),
+        "compute": {"dtype": str(choice.dtype).removeprefix("torch."), "reason": choice.reason},
+        "experts": _experts(choice.dtype),
+        "gemm_flops": peaks,
+        "disk": {
+            "path": str(path.absolute()),
+            "free_bytes": free_bytes(path),
+            "write_bytes_per_second": write_speed(path),
+        },
+    }
+
+
+def _experts(dtype: Any) -> dict[str, str]:
+    import torch
+
+    from earthshine.ops.grouped_experts import can_group
+
+    sample = torch.empty(16, 64, dtype=dtype), torch.empty(2, 64, 64, dtype=dtype)
+    if can_group(*sample):
+        return {"backend": "grouped", "reason": "torch's grouped product takes this type; widths of 16 bytes needed"}
+    return {"backend": "loop", "reason": "torch's grouped product does not take this type"}

@@ -1,0 +1,49 @@
+"""`earthshine export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from earthshine.cli.options import print_json
+
+DESCRIPTION = (
+    "Write a run or a model as a Hugging Face directory: weights, config, tokenizer, generation config, model card."
+)
+EXAMPLES = (
+    ("a run's latest checkpoint, tokenizer from the model it started from", "earthshine export runs/a models/a"),
+    ("half the size", "earthshine export runs/a models/a-bf16 --dtype bfloat16"),
+    ("a tokenizer from elsewhere", "earthshine export runs/a models/a --tokenizer models/llama"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    source: Annotated[Positional[Path], arg(metavar="RUN|DIR")]
+    """Run folder (its latest checkpoint), or a Hugging Face directory."""
+
+    out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    """Directory to write; it must not exist."""
+
+    tokenizer: Path | None = None
+    """Folder with the tokenizer to copy."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored weights."""
+
+    trust: bool = False
+    """Read a checkpoint that was not made on this machine."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Options) -> None:
+    from earthshine.checkpoint.export import export
+
+    export(options.source, options.out, tokenizer_dir=options.tokenizer, dtype=options.dtype, trust=options.trust)
+    if options.json:
+        print_json({"out": str(options.out), "dtype": options.dtype})
+    else:
+        print(options.out)

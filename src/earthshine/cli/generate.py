@@ -1,0 +1,67 @@
+"""`earthshine generate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from earthshine.cli.options import ModelPath, Precision, load, print_json
+
+DESCRIPTION = "Continue a prompt, with a key-value cache."
+EXAMPLES = (
+    ("the likeliest continuation", "earthshine generate models/llama-8x --prompt 'def main():'"),
+    ("sampled", "earthshine generate models/llama-8x --prompt 'Once' --temperature 0.8 --top-k 50 --seed 1"),
+    ("a run, whose tokenizer is elsewhere", "earthshine generate runs/a --tokenizer models/llama --prompt 'The'"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    model: ModelPath
+    """Hugging Face directory, or a run folder (its latest checkpoint)."""
+
+    prompt: str
+    """Text to continue."""
+
+    tokenizer: Path | None = None
+    """A tokenizer.json, or a folder with one; by default the model's own."""
+
+    max_new_tokens: int = 64
+    """Tokens to add at most."""
+
+    temperature: float = 0.0
+    """0: the likeliest token each time; else logits are divided by this and sampled."""
+
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0: among all."""
+
+    seed: int = 0
+    """Of the sampling."""
+
+    precision: Precision = "float32"
+    """Type of the computation."""
+
+    trust: bool = False
+    """Read a checkpoint that was not made on this machine."""
+
+    json: bool = False
+    """Print JSON, with the token ids."""
+
+
+def run(options: Options) -> None:
+    from earthshine.data.tokenizer import load_tokenizer
+    from earthshine.evaluate.generate import generate
+
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    prompt_ids = tokenizer.encode(options.prompt)
+    new_ids = generate(
+        load(options.model, options.precision, options.trust),
+        prompt_ids,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    text = tokenizer.decode(new_ids)
+    if options.json:
+        print_json({"prompt": options.prompt, "text": text, "prompt_ids": prompt_ids, "new_ids": new_ids})
+    else:
+        print(options.prompt + text)

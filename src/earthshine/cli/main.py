@@ -1,0 +1,104 @@
+"""The command line: which commands there are, and how they fail. Imports no command until it is asked for.
+
+Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 a check did not hold, 75 interrupted after saving.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import earthshine
+from earthshine.config import nearest
+from earthshine.errors import EarthshineError
+
+COMMANDS = {
+    "quickstart": "the tour on real input: upcycle, verify, train, evaluate, export, report",
+    "upcycle": "a dense checkpoint becomes a Mixture-of-Experts one that computes the same function",
+    "verify": "measure that a conversion or a checkpoint holds what it should (exit 3 when not)",
+    "prepare": "text, jsonl or parquet becomes token shards",
+    "train": "run a job, or resume it: the same command does both",
+    "eval": "held-out loss and bits per byte of a model",
+    "generate": "text from a model",
+    "report": "one self-contained HTML page from run folders",
+    "export": "a run or a model becomes a Hugging Face directory with tokenizer and model card",
+    "ls": "what there is: recipes, presets",
+    "show": "print a recipe or a preset",
+    "doctor": "versions, device, compute type and why, measured speed, disk",
+}
+
+_USAGE = """usage: earthshine COMMAND [OPTIONS]
+
+Trains Mixture-of-Experts language models with the Muon optimizer, from scratch or upcycled from a dense
+checkpoint, and proves what others assume.
+
+commands:
+{commands}
+
+options:
+  -h, --help      this page; `earthshine COMMAND --help` has a command's own
+  --version       print the version
+  --traceback     print where an error came from, not only what it is
+
+examples:
+  earthshine quickstart --run runs/tour
+  earthshine upcycle models/llama models/llama-8x --experts 8 --top-k 2
+  earthshine train llama_tiny --run runs/first
+
+Results go to stdout, logs to stderr. Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 a check did not
+hold, 75 interrupted after saving (the same command goes on)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in args
+    args = [a for a in args if a != "--traceback"]
+    try:
+        code = _dispatch(args)
+        sys.stdout.flush()  # so that a closed pipe or a full disk is met here
+        return code
+    except EarthshineError as e:
+        return _fail(str(e), e.exit_code, show_traceback)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again while exiting
+        return 1
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was saved by this command.", 1, show_traceback)
+    except OSError as e:
+        return _fail(f"{e}.", 1, show_traceback)
+    except Exception as e:
+        hint = "" if show_traceback else " This is a defect of the program: --traceback shows where."
+        return _fail(f"{type(e).__name__}: {e}.{hint}", 1, show_traceback)
+
+
+def _fail(message: str, code: int, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exc()
+    print(f"earthshine: {message}", file=sys.stderr)
+    return code
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        listing = "\n".join(f"  {name:<{width}}  {does}" for name, does in COMMANDS.items())
+        print(_USAGE.format(commands=listing), file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    name = args[0]
+    if name == "--version":
+        print(f"earthshine {earthshine.__version__}")
+        return 0
+    if name not in COMMANDS:
+        what = "option" if name.startswith("-") else "command"
+        print(f"earthshine: no {what} '{name}'.{nearest(name, COMMANDS)} See earthshine --help.", file=sys.stderr)
+        return 2
+    from earthshine.cli.options import parse
+
+    command = importlib.import_module(f"earthshine.cli.{name}")
+    return int(command.run(parse(command, name, args[1:])) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""`earthshine prepare`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from earthshine.cli.options import print_json
+from earthshine.console import human_bytes, human_count
+
+DESCRIPTION = """Turn text, jsonl or parquet into token shards that `train` reads memory-mapped.
+
+A text file is one document; a line of .jsonl[.gz] or a row of .parquet is one, in its field --text-key. The output does
+not depend on the number of workers."""
+EXAMPLES = (
+    ("a folder of text files", "earthshine prepare docs/ --tokenizer models/llama --out data/docs"),
+    (
+        "several inputs, another field",
+        "earthshine prepare a.jsonl b.jsonl.gz --text-key body --tokenizer t.json --out data/ab",
+    ),
+    (
+        "a tokenizer that names no end token",
+        "earthshine prepare web.parquet --tokenizer t.json --eod '</s>' --out data/web",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="SRC [SRC ...]")]
+    """Files or folders."""
+
+    tokenizer: Path
+    """A tokenizer.json, or a folder with one (such as a model's)."""
+
+    out: Path
+    """Folder to write; it must not exist."""
+
+    text_key: str = "text"
+    """The field of a jsonl line or the column of a parquet file that holds the text."""
+
+    eod: str | None = None
+    """Token that ends a document, by its text or its id; by default the tokenizer's end-of-sequence token."""
+
+    workers: int = 0
+    """Processes that tokenize; 0: one per core."""
+
+    max_tokens_per_shard: int = 100_000_000
+    """Tokens in one shard file at most (a longer document still stays whole)."""
+
+    json: bool = False
+    """Print the summary as JSON."""
+
+
+def run(options: Options) -> None:
+    from earthshine.data.prepare import prepare
+
+    summary = prepare(
+        options.inputs,
+        options.tokenizer,
+        options.out,
+        text_key=options.text_key,
+        eod=options.eod,
+        workers=options.workers or None,
+        max_tokens_per_shard=options.max_tokens_per_shard,
+    )
+    if options.json:
+        print_json(summary)
+        return
+    print(
+        f"{options.out}: {human_count(summary['tokens'])} tokens, {human_count(summary['documents'])} documents, "
+        f"{human_bytes(summary['bytes'])} of text"
+    )

@@ -1,0 +1,98 @@
+"""`earthshine train`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from earthshine.cli.options import print_json
+from earthshine.config import load_json, nearest, override
+from earthshine.errors import ConfigError
+
+DESCRIPTION = """Run a job, or resume it: the same command does both.
+
+A job is a recipe's name (`earthshine ls recipes`) or a JSON file; key=value changes a field of it. The run folder gets
+config.json, plan.json, env.json, metrics.jsonl and checkpoints. SIGTERM and SIGINT save, and exit with 75."""
+EXAMPLES = (
+    ("steps, tokens, parameters, FLOPs, memory: before anything runs", "earthshine train llama_tiny --dry-run"),
+    ("a recipe with two fields changed", "earthshine train llama_tiny --run runs/a num_steps=200 optimizer.lr=0.001"),
+    ("reproduce or continue a run from its folder", "earthshine train runs/a/config.json --run runs/a"),
+)
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+@dataclass(frozen=True)
+class Options:
+    job: Annotated[Positional[str], arg(metavar="RECIPE|CONFIG.json")]
+    """A recipe's name, or the path of a job's JSON file."""
+
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[key=value ...]")] = ()
+    """Fields of the job to change, as path.to.field=value; values are JSON or plain text."""
+
+    run: str = ""
+    """Run folder; empty: runs/ and the job's name."""
+
+    stop_after: int = 0
+    """Save and stop after this many steps of the run, as an interruption would; 0: run to the end."""
+
+    trust: bool = False
+    """Read checkpoints that were not made on this machine."""
+
+    dry_run: bool = False
+    """Print the resolved job and all numbers that follow from it, and run nothing."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(options: Options) -> None:
+    from earthshine.train.job import derive
+
+    job = resolve(options.job, options.overrides)
+    if options.dry_run:
+        plan = derive(job)
+        if options.json:
+            print_json(_jsonable(plan))
+        else:
+            print(plan.table())
+        return
+    from earthshine.train.loop import fit
+
+    run_dir = Path(options.run or f"runs/{job.name}")
+    summary = fit(job, run_dir, trust=options.trust, stop_after=options.stop_after or None)
+    if options.json:
+        print_json(_jsonable(summary))
+    else:
+        print(f"{run_dir}\nnext: earthshine report {run_dir}")
+
+
+def resolve(name: str, overrides: tuple[str, ...]) -> Any:
+    """The job of that recipe or file, with the overrides applied."""
+    from earthshine.recipes.registry import RECIPES
+    from earthshine.train.job import TrainJob
+
+    if name.endswith(".json"):
+        job = load_json(TrainJob, name)
+    elif name in RECIPES:
+        job = RECIPES[name]()
+    else:
+        raise ConfigError(f"recipe '{name}' is not known, nor is it the path of a .json file.{nearest(name, RECIPES)}")
+    return override(job, overrides)
+
+
+def _jsonable(value: Any) -> Any:
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    if isinstance(plain, dict):
+        return {k: _jsonable(v) for k, v in plain.items()}
+    return str(plain) if isinstance(plain, Path) else plain
+
+
+def order_arguments(args: Sequence[str]) -> list[str]:
+    """Arguments with every key=value moved to the end, where the parser wants them: people put them anywhere."""
+    takes_value = {f"--{name}" for name in ("run", "stop-after", "stop_after")}
+    moved = [i for i, a in enumerate(args) if _OVERRIDE.match(a) and (i == 0 or args[i - 1] not in takes_value)]
+    return [a for i, a in enumerate(args) if i not in moved] + [args[i] for i in moved]

@@ -1,0 +1,94 @@
+"""`earthshine verify`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg, subcommand
+
+from earthshine.cli.options import print_json
+from earthshine.console import table
+
+DESCRIPTION = (
+    "Measure an equality that others assume, and print the difference beside its tolerance. Exit 3 when it fails."
+)
+EXAMPLES = (
+    ("the mixture computes what the dense model computes", "earthshine verify upcycle models/llama models/llama-8x"),
+    ("transformers reads the directory as we do", "earthshine verify hf models/llama-8x"),
+    ("a run's checkpoints are whole and ours", "earthshine verify checkpoint runs/a"),
+)
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """The upcycled model's logits against the dense model's, on the same tokens."""
+
+    dense: Annotated[Positional[Path], arg(metavar="DENSE_DIR")]
+    """Hugging Face directory of the dense model."""
+
+    moe: Annotated[Positional[Path], arg(metavar="MOE_DIR")]
+    """Directory that `earthshine upcycle` wrote."""
+
+    fp64: bool = False
+    """Compare in double precision, where only a wrong conversion differs."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Our model's logits against those of transformers, from the same directory."""
+
+    path: Annotated[Positional[Path], arg(metavar="HF_DIR")]
+    """Hugging Face directory."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Every checkpoint of a run: manifest, hashes, origin, shapes."""
+
+    path: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Run folder."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+Options = (
+    Annotated[Upcycle, subcommand("upcycle")]
+    | Annotated[HuggingFace, subcommand("hf")]
+    | Annotated[Checkpoint, subcommand("checkpoint")]
+)
+
+
+def run(options: Upcycle | HuggingFace | Checkpoint) -> int:
+    result = _check(options)
+    if options.json:
+        print_json(result)
+    else:
+        rows = [
+            (r["name"], r["measured"], r["tolerance"], "ok" if r["ok"] else "FAILS", r["note"]) for r in result["rows"]
+        ]
+        print(table(("what", "measured", "tolerance", "holds", "note"), rows))
+        print("holds" if result["ok"] else "DOES NOT HOLD")
+    return 0 if result["ok"] else 3
+
+
+def _check(options: Upcycle | HuggingFace | Checkpoint) -> dict[str, Any]:
+    match options:
+        case Upcycle():
+            from earthshine.verify.upcycled import verify_upcycle
+
+            return verify_upcycle(options.dense, options.moe, fp64=options.fp64)
+        case HuggingFace():
+            from earthshine.verify.huggingface import verify_huggingface
+
+            return verify_huggingface(options.path)
+        case Checkpoint():
+            from earthshine.verify.checkpoints import verify_checkpoint
+
+            return verify_checkpoint(options.path)

@@ -1,0 +1,92 @@
+"""Console: tables, units, and progress that is plain text where nobody watches."""
+
+import io
+import sys
+import threading
+
+import pytest
+
+from earthshine import console
+
+
+def test_table_aligns_numbers_right_and_text_left():
+    assert console.table(["name", "n"], [["a", 1], ["long", 200], ["", "-1.5e3"]]) == (
+        "name       n\n----  ------\na          1\nlong     200\n      -1.5e3"
+    )
+
+
+def test_table_without_rows():
+    assert console.table(["a", "bc"], []) == "a  bc\n-  --"
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB"), (3 << 40, "3.0 TiB")]
+)
+def test_human_bytes(n, text):
+    assert console.human_bytes(n) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(7, "7"), (999, "999"), (1234, "1.23k"), (692_036_928, "692.04M"), (999_996, "1.00M"), (2e12, "2.00T")],
+)
+def test_human_count(n, text):
+    assert console.human_count(n) == text
+
+
+@pytest.mark.parametrize(
+    ("s", "text"), [(0.25, "0.25s"), (9.4, "9.4s"), (59.6, "1m00s"), (61, "1m01s"), (7500, "2h05m"), (90000, "1d01h")]
+)
+def test_human_seconds(s, text):
+    assert console.human_seconds(s) == text
+
+
+def test_log_is_one_plain_line_on_stderr(capsys):
+    console.log("half [red]done[/red] 1/2")
+    captured = capsys.readouterr()
+    assert captured.err == "half [red]done[/red] 1/2\n"
+    assert captured.out == ""
+
+
+def test_plain_progress_is_quiet_until_its_interval(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.progress("copying", 4096, "B") as bar:
+        bar.advance(1024)
+        now[0] += console.PLAIN_LINE_SECONDS
+        bar.advance(1024, "file b")
+        now[0] += 1
+        bar.advance(2048)
+    assert capsys.readouterr().err.splitlines() == [
+        "copying:  50%  2.0 KiB/4.0 KiB  eta 10s  file b",
+        "copying: 4.0 KiB/4.0 KiB in 11s  file b",
+    ]
+
+
+def test_progress_ends_its_line_when_the_work_fails(capsys):
+    with pytest.raises(RuntimeError, match="broken"), console.progress("work", 0, "rows") as bar:
+        bar.advance(3)
+        raise RuntimeError("broken")
+    assert capsys.readouterr().err.startswith("work: 3 rows in")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_its_thread_ends(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    before = threading.active_count()
+    with console.progress("converting", 10, "tensors") as bar:
+        bar.advance(10, "[last]")
+        console.log("a line [above] the bar")
+    assert threading.active_count() == before
+    assert "converting" in screen.getvalue()
+    assert "10/10 tensors" in screen.getvalue()
+    assert "[last]" in screen.getvalue()
+    assert "a line [above] the bar" in screen.getvalue()
+    assert "\x1b[3" not in screen.getvalue(), "NO_COLOR must be honoured"

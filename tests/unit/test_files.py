@@ -1,0 +1,90 @@
+"""Files: nothing half-written is visible, and a full disk is said to be full."""
+
+import errno
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from earthshine import files
+from earthshine.errors import DiskFullError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_atomic_write_replaces_the_whole_file(tmp_path):
+    path = tmp_path / "new folder" / "a.txt"
+    files.atomic_write(path, "first, longer text")
+    files.atomic_write(path, "zweiter: ä")
+    assert path.read_bytes() == "zweiter: ä".encode()
+    files.atomic_write(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_atomic_write_obeys_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.atomic_write(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    path = tmp_path / "a.json"
+    files.atomic_write(path, "old")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((os, "fsync", full) if failing == "fsync" else (Path, "replace", full)))
+    with pytest.raises(DiskFullError, match=r"a\.json could not be written: the disk is full \(.* free there\)"):
+        files.atomic_write(path, "new")
+    assert names(tmp_path) == ["a.json"]
+    assert path.read_text() == "old"
+
+
+def test_other_errors_are_not_called_a_full_disk(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        files.atomic_write(tmp_path / "file" / "a", "x")
+
+
+def test_a_device_that_is_full_is_named():
+    """/dev/full refuses every write as a full disk does."""
+    with pytest.raises(DiskFullError, match="/dev/full"):
+        files.append_line(Path("/dev/full"), "x")
+
+
+def test_append_line_takes_back_a_line_cut_short(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    files.append_line(path, "one")
+    files.append_line(path, "two\n")
+    whole_write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: whole_write(fd, data[:3]))
+    with pytest.raises(DiskFullError):
+        files.append_line(path, "three")
+    assert path.read_text() == "one\ntwo\n"
+
+
+def test_write_json_keeps_the_order_of_keys(tmp_path):
+    files.write_json(tmp_path / "a.json", {"z": 1, "a": ["é"]})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "z": 1,\n "a": [\n  "é"\n ]\n}\n'
+
+
+def test_sha256_of_more_than_one_chunk(tmp_path):
+    data = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(data)
+    assert files.sha256_file(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_write_speed_leaves_nothing(tmp_path):
+    assert files.write_speed(tmp_path, num_bytes=1 << 20) > 0
+    assert names(tmp_path) == []
+    assert files.free_bytes(tmp_path) > 0
