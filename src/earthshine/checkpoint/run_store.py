@@ -1,0 +1,228 @@
+"""Training checkpoints on torch.distributed.checkpoint: atomic, hashed, signed, the last k kept.
+
+A checkpoint is written into a hidden folder beside its final place, every file fsynced, its manifest last, and then
+renamed: a kill at any moment leaves either the whole checkpoint or none. Reading verifies the manifest and the sha256
+of every file before anything is unpickled; a damaged checkpoint is passed over, with a warning, for the one before it.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earthshine.checkpoint import manifest as manifests
+from earthshine.checkpoint.manifest import CHECKPOINTS, Manifest
+from earthshine.config import encode
+from earthshine.console import human_bytes, log
+from earthshine.errors import CheckpointError, DiskFullError
+from earthshine.files import naming_full_disk, sync_folder, write_json
+from earthshine.model.config import ModelConfig
+
+MODEL_PREFIX = "model."
+_TENSORS = "tensors"
+_STATE = "state.json"
+_HIDDEN = "."
+_SLACK_BYTES = 1 << 20  # index, manifest and headers beside the tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose hashes hold and which may be read. `state` is what was saved beside the tensors."""
+
+    folder: Path
+    step: int
+    model: ModelConfig
+    job: dict[str, Any]
+    state: dict[str, Any]
+
+
+def save(
+    run_dir: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    model: ModelConfig,
+    job: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `RUN/checkpoints/step-NNNNNN`, then delete all but the newest `keep` (0: keep all). Returns the folder.
+
+    Args:
+        tensors: by name; those of the model begin with "model.".
+        state: JSON-ready. Floats come back bit for bit.
+        model: so that loading never needs the job.
+        job: the encoded job, for people and for the comparison at a resume.
+
+    Raises DiskFullError when there is no room; then no trace of this checkpoint is left.
+    """
+    final = manifests.step_folder(run_dir, step)
+    parent = final.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run_dir)
+    needed = sum(t.nbytes for t in tensors.values()) + _SLACK_BYTES
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise DiskFullError(_full(final, needed, free))
+    temporary = parent / f"{_HIDDEN}{final.name}.tmp"
+    temporary.mkdir()
+    try:
+        with naming_full_disk(final):
+            _write_tensors(temporary / _TENSORS, tensors, needed)
+            write_json(temporary / _STATE, dict(state))
+            manifests.write(temporary, step=step, model=encode(model), job=dict(job))
+            sync_folder(temporary)
+            if final.exists():  # damaged, or it would have been resumed from
+                _discard(final)
+            temporary.rename(final)
+            sync_folder(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in manifests.step_folders(run_dir)[keep:] if keep else ():
+        if old != final:
+            _discard(old)
+    return final
+
+
+def latest(path: Path, *, trust: bool = False) -> Checkpoint | None:
+    """The newest valid checkpoint of a run folder, or of its checkpoints/, or that checkpoint; None if there is none.
+
+    A damaged one is skipped with a logged warning. Raises CheckpointError when all are damaged, or when the newest
+    sound one was not made here and `trust` is not set.
+    """
+    problems = []
+    for folder in manifests.candidates(Path(path)):
+        try:
+            found = manifests.read(folder)
+            manifests.check_files(found)
+        except CheckpointError as e:
+            problems.append(str(e))
+            log(f"warning: checkpoint {folder.name} is damaged and is skipped: {e}")
+            continue
+        manifests.require_trust(found, trust)
+        return _open(found)
+    if problems:
+        raise CheckpointError(
+            f"{path} has no valid checkpoint: {' '.join(problems)} Delete {CHECKPOINTS}/ there to begin again."
+        )
+    return None
+
+
+def read_into(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Fill `tensors` in place. Raises CheckpointError unless names, shapes and dtypes are those of the checkpoint."""
+    saved = _metadata(checkpoint.folder)
+    _check_names(checkpoint.folder, set(saved), set(tensors))
+    for name, tensor in tensors.items():
+        shape, dtype = saved[name]
+        if shape != tuple(tensor.shape) or dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} was saved as {dtype} {list(shape)}, "
+                f"this job has it as {tensor.dtype} {list(tensor.shape)}."
+            )
+    _read_tensors(checkpoint.folder, tensors)
+
+
+def load_model_state(path: str | Path, *, trust: bool = False) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model of the latest valid checkpoint of a run folder, or of that checkpoint folder; tensors on the CPU.
+
+    Raises CheckpointError when there is none, all are damaged, or it was not made here and `trust` is not set.
+    """
+    checkpoint = latest(Path(path), trust=trust)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint: give a run folder with {CHECKPOINTS}/step-*, or one of those."
+        )
+    saved = _metadata(checkpoint.folder)
+    wanted = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in saved.items() if n.startswith(MODEL_PREFIX)}
+    _read_tensors(checkpoint.folder, wanted)
+    return checkpoint.model, {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in wanted.items()}
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a killed save or deletion left behind. Only for the process that owns the run folder."""
+    for path in (run_dir / CHECKPOINTS).glob(f"{_HIDDEN}step-*"):
+        shutil.rmtree(path)
+
+
+def _open(manifest: Manifest) -> Checkpoint:
+    state = json.loads((manifest.folder / _STATE).read_text())
+    return Checkpoint(manifest.folder, manifest.step, manifest.model, manifest.job, state)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint; a kill halfway leaves no half checkpoint under a valid name."""
+    hidden = folder.with_name(f"{_HIDDEN}{folder.name}.old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """torch.distributed.checkpoint warns when there is no process group; one process is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], needed: int) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+    try:
+        with _single_process():
+            save_distributed(dict(tensors), storage_writer=FileSystemWriter(folder), no_dist=True)
+    except (CheckpointException, RuntimeError) as e:  # how torch's zip writer says that a write was cut short
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise DiskFullError(_full(folder, needed, free)) from e
+        raise CheckpointError(f"{folder} could not be written: {e}") from e
+
+
+def _read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+    try:
+        with _single_process():
+            load_distributed(dict(tensors), storage_reader=FileSystemReader(folder / _TENSORS), no_dist=True)
+    except CheckpointException as e:
+        raise CheckpointError(f"{folder} could not be read although its hashes hold: {e}") from e
+
+
+def _metadata(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each saved tensor. Unpickles the index: only for folders whose hashes hold."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    index = FileSystemReader(folder / _TENSORS).read_metadata().state_dict_metadata
+    return {
+        name: (tuple(entry.size), entry.properties.dtype)
+        for name, entry in index.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _check_names(folder: Path, saved: set[str], wanted: set[str]) -> None:
+    for names, what in ((wanted - saved, "has no"), (saved - wanted, "has the unknown")):
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            raise CheckpointError(
+                f"{folder} {what} tensor{'s' if len(names) > 1 else ''} {shown} ({len(names)} in all)."
+            )
+
+
+def _full(path: Path, needed: int, free: int) -> str:
+    return (
+        f"{path} could not be written: it needs {human_bytes(needed)} and {human_bytes(free)} are free there. "
+        f"Free some space, or lower checkpoint.keep, then run the same command again."
+    )

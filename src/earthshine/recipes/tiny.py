@@ -1,0 +1,27 @@
+"""Jobs that fit a laptop, for a first run and for tests. They need token shards: `data.sources=[{"path": "DIR"}]`."""
+
+from dataclasses import replace
+
+from earthshine.model import presets
+from earthshine.optim.config import OptimizerConfig, ScheduleConfig
+from earthshine.train.job import CheckpointConfig, Scratch, TrainJob
+
+
+def tiny() -> TrainJob:
+    """A dense Llama of 0.5 M parameters trained with Muon on 1.6 M tokens."""
+    return TrainJob(
+        name="tiny",
+        init=Scratch(model=presets.llama_tiny()),
+        seq_len=256,
+        sequences_per_step=32,
+        sequences_per_micro_batch=8,
+        num_steps=200,
+        optimizer=OptimizerConfig(lr=3e-3),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=20),
+        checkpoint=CheckpointConfig(every_steps=50),
+    )
+
+
+def tiny_moe() -> TrainJob:
+    """`tiny` with 8 experts, top-2, in every layer."""
+    return replace(tiny(), name="tiny_moe", init=Scratch(model=presets.mixtral_tiny()))

@@ -1,0 +1,362 @@
+"""`TrainJob`: everything that defines a training run; and `derive`, every number that follows from it. No torch.
+
+Names: B sequences, S positions; a step is one update of the parameters, made of one or more micro-batches.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from earthshine.checkpoint import manifest as manifests
+from earthshine.config import diff, encode
+from earthshine.console import human_bytes, human_count, human_seconds, table
+from earthshine.data.config import DataConfig
+from earthshine.errors import CheckpointError, ConfigError
+from earthshine.model.config import ModelConfig, from_hf
+from earthshine.model.counts import count_parameters, train_flops_per_token
+from earthshine.optim.config import OptimizerConfig, ScheduleConfig
+from earthshine.optim.schedule import learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """Start from a seeded random initialisation (`model.transformer.initialize`, with the job's seed)."""
+
+    kind: Literal["scratch"] = "scratch"
+    model: ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromHuggingFace:
+    """Warm start from a Hugging Face directory, with a fresh optimizer."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromCheckpoint:
+    """Warm start from the latest valid checkpoint of another run folder, with a fresh optimizer."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutConfig:
+    """Evaluation on other token shards: at step 0, every `every_steps` (0: not between) and at the end.
+
+    path: a folder of token shards; "" for no evaluation. max_sequences: of `seq_len` tokens; 0 for all there are.
+    """
+
+    path: str = ""
+    every_steps: int = 0
+    max_sequences: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saved every `every_steps` (0: not between), at the end and when interrupted; the newest `keep` stay (0: all)."""
+
+    every_steps: int = 100
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One training run. Raises ConfigError where the fields contradict each other.
+
+    On resume only these may differ from the run's config, because none changes the mathematics of a step: `name`,
+    `tracker`, `checkpoint.*`, `heldout.every_steps`; and `num_steps`, if every learning rate used so far stays what it
+    was (a longer constant schedule, or WSD before its decay).
+
+    Args:
+        sequences_per_step: sequences in one update; the gradient is that of their mean loss per target token.
+        sequences_per_micro_batch: sequences in one forward and backward pass; it divides `sequences_per_step`.
+        clip_grad_norm: largest global gradient norm (0: no clipping).
+        seed: of the initialisation and of the order of the samples.
+        compute_dtype: of activations and products; "auto" is decided once per run, at its first step.
+    """
+
+    name: str
+    init: Scratch | FromHuggingFace | FromCheckpoint
+    seq_len: int
+    sequences_per_step: int
+    sequences_per_micro_batch: int
+    num_steps: int
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
+    clip_grad_norm: float = 1.0
+    seed: int = 0
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: Literal["none", "tensorboard"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "sequences_per_step", "sequences_per_micro_batch", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.sequences_per_step % self.sequences_per_micro_batch:
+            raise ConfigError(
+                f"sequences_per_micro_batch={self.sequences_per_micro_batch} does not divide sequences_per_step="
+                f"{self.sequences_per_step}; use one of {_divisors(self.sequences_per_step)}."
+            )
+        if not (self.clip_grad_norm >= 0 and math.isfinite(self.clip_grad_norm)):
+            raise ConfigError(f"clip_grad_norm={self.clip_grad_norm} must be 0 (no clipping) or a positive number.")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must not be negative.")
+        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
+            raise ConfigError(f"name={self.name!r} must be usable as a folder name, without slashes.")
+        counts = {
+            "heldout.every_steps": self.heldout.every_steps,
+            "heldout.max_sequences": self.heldout.max_sequences,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "checkpoint.keep": self.checkpoint.keep,
+        }
+        for name, value in counts.items():
+            if value < 0:
+                raise ConfigError(f"{name}={value} must not be negative; 0 turns it off.")
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.num_steps:
+            raise ConfigError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} and schedule.decay_steps="
+                f"{self.schedule.decay_steps} are more than num_steps={self.num_steps}; shorten them or train longer."
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Token positions that one step passes through the model (targets may be fewer, where they are masked)."""
+        return self.sequences_per_step * self.seq_len
+
+
+def model_config(job: TrainJob) -> ModelConfig:
+    """The architecture that the job trains; for a warm start, from the JSON beside the weights.
+
+    Raises ConfigError when that is not there, or when `seq_len` is beyond the model's positions.
+    """
+    match job.init:
+        case Scratch(model=model):
+            pass
+        case FromHuggingFace(path=path):
+            try:
+                hf = json.loads((Path(path) / "config.json").read_text())
+            except (OSError, ValueError) as e:
+                raise ConfigError(f"init.path={path!r} is not a Hugging Face directory: config.json: {e}.") from e
+            model = from_hf(hf)
+        case FromCheckpoint(path=path):
+            model = _checkpoint_model(path)
+    if job.seq_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"seq_len={job.seq_len} is more than model.max_position_embeddings={model.max_position_embeddings}."
+        )
+    return model
+
+
+def _checkpoint_model(path: str) -> ModelConfig:
+    """From the newest readable manifest; all checkpoints of one run hold the same architecture."""
+    for folder in manifests.candidates(Path(path)):
+        try:
+            return manifests.read(folder).model
+        except CheckpointError:
+            continue  # `run_store.latest` decides, and says so, which checkpoint is used
+    raise ConfigError(f"init.path={path!r} holds no checkpoint: give a run folder, or one of its checkpoints.")
+
+
+# Prefixes of the fields that may change on resume; TrainJob's docstring says why.
+_MAY_CHANGE = ("name", "tracker", "checkpoint", "heldout.every_steps")
+
+
+def changes_on_resume(old: dict[str, Any], job: TrainJob, steps_done: int) -> list[str]:
+    """The differences between a run's saved config and `job` that would make it another run, as 'path: old -> new'.
+
+    Args:
+        old: the encoded job of the run folder.
+        steps_done: steps of the checkpoint that would be resumed from.
+    """
+    lines = diff(old, encode(job))
+    refused = [line for line in lines if not _allowed(line.partition(": ")[0])]
+    only_length = [line.partition(": ")[0] for line in refused] == ["num_steps"]
+    if only_length and job.num_steps >= steps_done and _same_rates(job, old["num_steps"], steps_done):
+        return []
+    return refused
+
+
+def _allowed(path: str) -> bool:
+    return any(path == prefix or path.startswith(prefix + ".") for prefix in _MAY_CHANGE)
+
+
+def _same_rates(job: TrainJob, old_num_steps: int, steps_done: int) -> bool:
+    return all(
+        learning_rate(job.schedule, job.optimizer.lr, step, old_num_steps)
+        == learning_rate(job.schedule, job.optimizer.lr, step, job.num_steps)
+        for step in range(steps_done)
+    )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """What follows from a job before anything runs. FLOPs count 2 per multiply-accumulate of matrix products.
+
+    Bytes are of one process that holds everything, without activations, which depend on the micro-batch.
+    """
+
+    world: int
+    num_steps: int
+    tokens_per_step: int
+    total_tokens: int
+    sequences_per_rank: int
+    micro_batches: int
+    parameters: int
+    active_parameters: int
+    trainable_parameters: int
+    muon_parameters: int
+    adamw_parameters: int
+    forward_backward_flops_per_step: float
+    newton_schulz_flops_per_step: float
+    total_flops: float
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    def table(self, flops_per_second: float = 0.0) -> str:
+        """For people; with a measured rate also the time at that rate, which no real run reaches."""
+        share = self.newton_schulz_flops_per_step / self.forward_backward_flops_per_step
+        rows: list[tuple[str, str]] = [
+            ("parameters", f"{self.parameters:,}"),
+            ("active per token", f"{self.active_parameters:,}"),
+            ("trained by Muon", f"{self.muon_parameters:,}"),
+            ("trained by AdamW", f"{self.adamw_parameters:,}"),
+            ("steps", f"{self.num_steps:,}"),
+            ("tokens per step", f"{self.tokens_per_step:,} in {self.micro_batches} micro-batches"),
+            ("tokens in all", human_count(self.total_tokens)),
+            ("forward and backward, FLOPs per step", f"{self.forward_backward_flops_per_step:.3g}"),
+            ("Newton-Schulz, FLOPs per step", f"{self.newton_schulz_flops_per_step:.3g} ({share:.1%} of the above)"),
+            ("FLOPs in all", f"{self.total_flops:.3g}"),
+            ("memory: parameters", human_bytes(self.parameter_bytes)),
+            ("memory: gradients", human_bytes(self.gradient_bytes)),
+            ("memory: optimizer", human_bytes(self.optimizer_bytes)),
+            ("memory: sum, before activations", human_bytes(self.state_bytes)),
+        ]
+        if flops_per_second:
+            seconds = self.total_flops / flops_per_second
+            rows.append((f"at {flops_per_second / 1e9:.0f} GFLOP/s", human_seconds(seconds)))
+        return table(("derived", "value"), rows)
+
+
+def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> Derived:
+    """Every derived number of a job on `world` processes.
+
+    model: the architecture, where it is known; else `model_config(job)`, which for a warm start reads a JSON file.
+    Raises ConfigError when the sequences do not divide over the processes.
+    """
+    per_rank = job.sequences_per_step // world
+    if job.sequences_per_step % world or per_rank % job.sequences_per_micro_batch:
+        raise ConfigError(
+            f"sequences_per_step={job.sequences_per_step} does not divide into {world} processes with micro-batches of "
+            f"sequences_per_micro_batch={job.sequences_per_micro_batch}."
+        )
+    model, optimizer = model or model_config(job), job.optimizer
+    counts = count_parameters(model)
+    trained = [g for g in _matrices(model) if not any(fnmatchcase(g.name, p) for p in optimizer.freeze)]
+    muon = [g for g in trained if g.for_muon and optimizer.algorithm == "muon"]
+    trainable, by_muon = sum(g.elements for g in trained), sum(g.elements for g in muon)
+    newton_schulz = sum(g.count * _newton_schulz_flops(optimizer, g.rows, g.columns) for g in muon)
+    forward_backward = train_flops_per_token(model, job.seq_len) * job.tokens_per_step
+    return Derived(
+        world=world,
+        num_steps=job.num_steps,
+        tokens_per_step=job.tokens_per_step,
+        total_tokens=job.tokens_per_step * job.num_steps,
+        sequences_per_rank=per_rank,
+        micro_batches=per_rank // job.sequences_per_micro_batch,
+        parameters=counts.total,
+        active_parameters=counts.active,
+        trainable_parameters=trainable,
+        muon_parameters=by_muon,
+        adamw_parameters=trainable - by_muon,
+        forward_backward_flops_per_step=forward_backward,
+        newton_schulz_flops_per_step=newton_schulz,
+        total_flops=(forward_backward + newton_schulz) * job.num_steps,
+        parameter_bytes=4 * counts.total,
+        gradient_bytes=4 * trainable,
+        optimizer_bytes=4 * by_muon + 8 * (trainable - by_muon),
+    )
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """A parameter as `count` matrices. Norms, embedding and head are not hidden matrices: AdamW trains them."""
+
+    name: str
+    count: int
+    rows: int
+    columns: int
+    is_hidden_matrix: bool = True
+
+    @property
+    def for_muon(self) -> bool:
+        return self.is_hidden_matrix and min(self.rows, self.columns) > 1
+
+    @property
+    def elements(self) -> int:
+        return self.count * self.rows * self.columns
+
+
+def _matrices(c: ModelConfig) -> list[_Matrices]:
+    """The parameters of `c` by name, as `optim.groups` divides them; a test holds this to the built model."""
+    width, heads, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    found = [_Matrices("embed.weight", 1, c.vocab_size, width, False)]
+    for layer in range(c.num_hidden_layers):
+        block = f"blocks.{layer}"
+        found += [_Matrices(f"{block}.{norm}.weight", 1, 1, width, False) for norm in ("attn_norm", "ffn_norm")]
+        for name, rows in (("q", heads), ("k", kv), ("v", kv)):
+            found.append(_Matrices(f"{block}.attn.{name}_proj.weight", 1, rows, width))
+        found.append(_Matrices(f"{block}.attn.o_proj.weight", 1, width, heads))
+        if layer not in c.moe.layers:
+            found += _feed_forward(f"{block}.ffn", width, c.intermediate_size)
+            continue
+        moe, experts = c.moe, f"{block}.moe.experts"
+        found.append(_Matrices(f"{block}.moe.router.weight", 1, moe.num_experts, width))
+        for name in ("w_gate_EFD", "w_up_EFD"):
+            found.append(_Matrices(f"{experts}.{name}", moe.num_experts, moe.intermediate_size, width))
+        found.append(_Matrices(f"{experts}.w_down_EDF", moe.num_experts, width, moe.intermediate_size))
+        if moe.shared_intermediate_size:
+            found += _feed_forward(f"{block}.moe.shared", width, moe.shared_intermediate_size)
+            found.append(_Matrices(f"{block}.moe.shared_gate.weight", 1, 1, width))
+    found.append(_Matrices("final_norm.weight", 1, 1, width, False))
+    if not c.tie_word_embeddings:
+        found.append(_Matrices("head.weight", 1, c.vocab_size, width, False))
+    return found
+
+
+def _feed_forward(where: str, width: int, intermediate: int) -> list[_Matrices]:
+    shapes: Sequence[tuple[str, int, int]] = (
+        ("gate", intermediate, width),
+        ("up", intermediate, width),
+        ("down", width, intermediate),
+    )
+    return [_Matrices(f"{where}.{name}_proj.weight", 1, rows, columns) for name, rows, columns in shapes]
+
+
+def _newton_schulz_flops(optimizer: OptimizerConfig, rows: int, columns: int) -> float:
+    """FLOPs to orthogonalise one matrix, as `ops.orthogonalize.newton_schulz_flops` counts them without torch.
+
+    "auto" is taken as the cheaper form; halves of symmetric products that are left out on a CPU are counted.
+    """
+    short, long, steps = min(rows, columns), max(rows, columns), optimizer.ns_steps
+    standard = steps * (4.0 * short * short * long + 2.0 * short**3)
+    gram = 4.0 * short * short * long + (4 * steps - 3) * 2.0 * short**3
+    return {"standard": standard, "gram": gram, "auto": min(standard, gram)}[optimizer.ns_form]

@@ -1,0 +1,295 @@
+"""`fit`: run a job, or go on with it, until its last step."""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from earthshine.checkpoint import run_store
+from earthshine.checkpoint.manifest import step_folder
+from earthshine.checkpoint.run_store import Checkpoint
+from earthshine.config import encode
+from earthshine.console import log
+from earthshine.device import DTYPES, ComputeChoice, choose_compute_dtype, environment, gemm_peak, peak_memory_bytes
+from earthshine.device import pick_device as pick_device_by_name
+from earthshine.errors import ConfigError, InterruptedRunError, TrainingDivergedError
+from earthshine.evaluate.perplexity import heldout_loss
+from earthshine.files import write_json
+from earthshine.model.counts import train_flops_per_token
+from earthshine.optim.groups import describe, param_groups
+from earthshine.optim.schedule import learning_rate
+from earthshine.train import run_folder
+from earthshine.train.interrupts import Interrupts
+from earthshine.train.job import TrainJob, derive
+from earthshine.train.metrics import MetricsFile, expert_load, heldout_line, samples_digest, step_line
+from earthshine.train.state import TrainState, build_state
+from earthshine.train.step import train_step
+from earthshine.train.trackers import Tracker, make_tracker, require_tracker
+
+_ETA_STEPS = 20
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Where a call of `fit` ended. Held-out results are those of `evaluate.perplexity.heldout_loss`; {} for none."""
+
+    run_dir: Path
+    step: int
+    num_steps: int
+    total_tokens: int
+    loss: float
+    heldout_before: dict[str, Any]
+    heldout_after: dict[str, Any]
+    checkpoint: Path | None
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.num_steps
+
+
+def fit(
+    job: TrainJob,
+    run_dir: str | Path | None = None,
+    *,
+    device: str = "auto",
+    trust: bool = False,
+    allow_config_change: bool = False,
+    stop_after: int | None = None,
+) -> RunSummary:
+    """Train `job` in a run folder; in the folder of a run that is not finished, go on with it, bit for bit.
+
+    Args:
+        run_dir: "runs/" and the job's name when None.
+        trust: read checkpoints that were not made by this user on this machine.
+        allow_config_change: go on although the config of the folder is another.
+        stop_after: save and return after this step, as if the run had been interrupted there; None for the end.
+
+    Raises ConfigError for a job that cannot run, or a folder of another config; DataError, WeightsError,
+    CheckpointError and DiskFullError for files; TrainingDivergedError, which names the last good checkpoint, for a loss
+    or gradient that is not finite; InterruptedRunError after SIGTERM or SIGINT, when the run is saved.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training runs in one process; start it without torchrun."
+        )
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError(f"stop_after={stop_after} must be at least 1.")
+    require_tracker(job.tracker)
+    folder = Path("runs") / job.name if run_dir is None else Path(run_dir)
+    where = pick_device_by_name(device)
+    with run_folder.claim(folder), _reproducible(where, job.seed):
+        run = _open(job, folder, where, trust=trust, allow_config_change=allow_config_change)
+        try:
+            with Interrupts() as interrupts:
+                return _loop(run, interrupts, min(stop_after or job.num_steps, job.num_steps))
+        finally:
+            run.tracker.close()
+
+
+@contextmanager
+def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
+    """Seeded, with deterministic kernels; the caller's random state and settings come back afterwards.
+
+    On an accelerator a kernel without a deterministic form only warns: there are some that have none.
+    """
+    import torch.utils.deterministic as deterministic
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=accelerators):
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Run:
+    """What a call of `fit` works with."""
+
+    job: TrainJob
+    folder: Path
+    state: TrainState
+    metrics: MetricsFile
+    tracker: Tracker
+    peak_flops: float
+    saved: Path | None
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))
+
+
+def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, allow_config_change: bool) -> _Run:
+    """Everything before the first step: nothing is written into the folder until all of it has worked."""
+    checkpoint = run_store.latest(folder, trust=trust)
+    done = checkpoint.step if checkpoint else 0
+    run_folder.check_config(folder, job, done, allow_change=allow_config_change)
+    derived = derive(job, model=checkpoint.model if checkpoint else None)
+    compute = _compute(job, device, checkpoint)
+    state = build_state(job, device, compute.dtype, checkpoint, trust=trust, allow_config_change=allow_config_change)
+    choices = {"compute_reason": compute.reason, "peak_flops": compute.peak_flops} | state.choices
+    run_folder.describe(folder, job, derived, state.model.config, environment() | choices)
+    metrics = MetricsFile(folder / run_folder.METRICS)
+    metrics.truncate_after(done)
+    if checkpoint is None:
+        groups = param_groups(state.model, algorithm=job.optimizer.algorithm, freeze=job.optimizer.freeze)
+        log(f"{derived.table(compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
+    if done < job.num_steps:
+        log(
+            f"computing in {state.choices['compute_dtype']} ({compute.reason}), "
+            f"Newton-Schulz in {state.choices['ns_dtype']}"
+        )
+    if checkpoint:
+        log(f"going on from {checkpoint.folder}" if done < job.num_steps else f"all {done} steps are done in {folder}")
+    tracker = make_tracker(job.tracker, folder, done + 1)
+    return _Run(job, folder, state, metrics, tracker, compute.peak_flops, checkpoint.folder if checkpoint else None)
+
+
+def _compute(job: TrainJob, device: torch.device, checkpoint: Checkpoint | None) -> ComputeChoice:
+    """The compute type: what the run began with where the job leaves it open, because a measurement can change."""
+    if checkpoint is None or job.compute_dtype != "auto":
+        return choose_compute_dtype(job.compute_dtype, device)
+    dtype = DTYPES[checkpoint.state["choices"]["compute_dtype"]]
+    return ComputeChoice(dtype, "as this run began", gemm_peak(device, dtype))
+
+
+def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
+    job, state = run.job, run.state
+    _evaluate_if_due(run)
+    while state.step < last_step and not interrupts:
+        _step(run)
+        every = job.checkpoint.every_steps
+        if state.step == last_step or interrupts or (every and state.step % every == 0):
+            _save(run)
+        if not interrupts:
+            _evaluate_if_due(run)
+    if interrupts and not _complete(run):
+        if run.saved != step_folder(run.folder, state.step):
+            _save(run)
+        raise InterruptedRunError(
+            f"{interrupts.name} after step {state.step} of {job.num_steps}: saved in {run.saved}. "
+            f"Run the same command to go on."
+        )
+    evals = run.folder / run_folder.EVAL
+    return RunSummary(
+        run_dir=run.folder,
+        step=state.step,
+        num_steps=job.num_steps,
+        total_tokens=state.total_tokens,
+        loss=run.metrics.last_loss(),
+        heldout_before=_read_result(evals / "heldout-before.json"),
+        heldout_after=_read_result(evals / "heldout-after.json"),
+        checkpoint=run.saved,
+    )
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _complete(run: _Run) -> bool:
+    at_end = run.state.step == run.job.num_steps
+    return at_end and (not run.job.heldout.path or run.metrics.heldout_at(run.state.step) is not None)
+
+
+def _step(run: _Run) -> None:
+    """One step, its line and its record."""
+    job, state = run.job, run.state
+    start = time.perf_counter()
+    lr = learning_rate(job.schedule, job.optimizer.lr, state.step, job.num_steps)
+    batch = state.loader.next_step()
+    micro = job.sequences_per_micro_batch
+    try:
+        result = train_step(state, batch, lr=lr, micro_batch=micro, clip=job.clip_grad_norm)
+    except TrainingDivergedError as e:
+        raise _diverged(run, str(e)) from e
+    seconds = time.perf_counter() - start
+    run.seconds.append(seconds)
+    flops = train_flops_per_token(state.model.config, job.seq_len) * job.tokens_per_step
+    record: dict[str, Any] = {
+        "kind": "step",
+        "step": state.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": result.num_targets,
+        "total_tokens": state.total_tokens,
+        "seconds": seconds,
+        "tokens_per_second": result.num_targets / seconds,
+        "mfu": flops / result.forward_backward_seconds / run.peak_flops,
+        "memory_gib": peak_memory_bytes(state.device) / 2**30,
+        "update_rms": dict(state.optimizer.last_stats["update_rms"]),
+        "samples": samples_digest(batch.sample_ids),
+    }
+    counts = {layer: c.tolist() for layer, c in state.model.expert_counts().items()}
+    if counts:
+        record["expert_load"], record["worst_expert_load"] = expert_load(counts)
+    run.metrics.append(record)
+    run.tracker.record(record)
+    eta = sum(run.seconds) / len(run.seconds) * (job.num_steps - state.step)
+    log(step_line(record, job.num_steps, eta))
+
+
+def _save(run: _Run) -> None:
+    state = run.state
+    try:
+        state.check_finite()
+    except TrainingDivergedError as e:
+        raise _diverged(run, str(e)) from e
+    run.metrics.sync()
+    run.saved = run_store.save(
+        run.folder,
+        step=state.step,
+        tensors=state.tensors(),
+        state=state.numbers(),
+        model=state.model.config,
+        job=encode(run.job),
+        keep=run.job.checkpoint.keep,
+    )
+    log(f"saved {run.saved}")
+
+
+def _diverged(run: _Run, what: str) -> TrainingDivergedError:
+    if run.saved is None:
+        advice = "There is no checkpoint yet. Lower optimizer.lr or warm up longer, and start again."
+    else:
+        advice = (
+            f"The last good checkpoint is {run.saved}: start a new run from it with "
+            f'init={{"kind": "checkpoint", "path": "{run.saved}"}} and a lower optimizer.lr or clip_grad_norm.'
+        )
+    return TrainingDivergedError(f"training diverged: {what} Nothing was updated or saved since. {advice}")
+
+
+def _evaluate_if_due(run: _Run) -> None:
+    """The held-out evaluation of this step, unless none is due or it was done before an interruption."""
+    job, step = run.job, run.state.step
+    every = job.heldout.every_steps
+    due = step in (0, job.num_steps) or (every and step % every == 0)
+    if not (job.heldout.path and due) or run.metrics.heldout_at(step) is not None:
+        return
+    result = heldout_loss(
+        run.state.model,
+        job.heldout.path,
+        seq_len=job.seq_len,
+        max_sequences=job.heldout.max_sequences,
+        batch=job.sequences_per_micro_batch,
+    )
+    for at, name in ((0, "before"), (job.num_steps, "after")):
+        if step == at:
+            write_json(run.folder / run_folder.EVAL / f"heldout-{name}.json", result)
+    record = {"kind": "heldout", "step": step}
+    record |= {key: result[key] for key in ("loss", "stderr", "bits_per_byte", "tokens")}
+    run.metrics.append(record)
+    run.tracker.record(record)
+    log(heldout_line(record))

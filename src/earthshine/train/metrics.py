@@ -1,0 +1,109 @@
+"""The numbers of each step: for programs as one JSON line, for people as one line of text."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from earthshine.console import human_count, human_seconds, log
+from earthshine.files import append_line, atomic_write
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run folder: one object a line, of kind "step" or "heldout"."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        append_line(self.path, json.dumps(_finite(record)))
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The records, up to the first line that is not whole."""
+        if not self.path.exists():
+            return
+        with self.path.open() as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    log(f"warning: {self.path} has a broken line; it and what follows are left out.")
+                    return
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what was logged after `step`, because those steps are about to be done again."""
+        if not self.path.exists():
+            return
+        kept = [r for r in self.read() if r["step"] <= step]
+        logged = sum(r["kind"] == "step" for r in kept)
+        if logged != step:
+            log(f"warning: {self.path} holds {logged} of the {step} steps done; the others' numbers are lost.")
+        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def heldout_at(self, step: int) -> dict[str, Any] | None:
+        """The held-out record of that step, if it is there."""
+        return next((r for r in self.read() if r["kind"] == "heldout" and r["step"] == step), None)
+
+    def last_loss(self) -> float:
+        """The loss of the last step; NaN before the first."""
+        losses = [r["loss"] for r in self.read() if r["kind"] == "step"]
+        return losses[-1] if losses else math.nan
+
+    def sync(self) -> None:
+        """Put what was appended on the disk, so that a checkpoint never outlives the numbers of its steps."""
+        if self.path.exists():
+            fd = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN or infinity: such a number becomes None."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def samples_digest(sample_ids: Sequence[tuple[int, ...]]) -> str:
+    """sha256 of the ids of a step's samples, in order: two runs saw the same data when these are equal."""
+    return hashlib.sha256(json.dumps([list(i) for i in sample_ids]).encode()).hexdigest()
+
+
+def expert_load(counts: Mapping[int, Sequence[int]]) -> tuple[dict[str, list[float]], float]:
+    """Each expert's share of the routed rows, by layer; and the worst load: the largest max/mean over the layers.
+
+    1 is perfect balance, the number of experts is collapse onto one of them.
+    """
+    shares, worst = {}, 0.0
+    for layer, of_layer in counts.items():
+        total = sum(of_layer)
+        shares[str(layer)] = [c / max(total, 1) for c in of_layer]
+        worst = max(worst, max(of_layer) * len(of_layer) / max(total, 1))
+    return shares, worst
+
+
+def step_line(record: Mapping[str, Any], num_steps: int, eta_seconds: float) -> str:
+    """`step  120/2000   6.0%  loss 3.4120  |g| 0.81  lr 2.00e-04  41.20k tok/s  mfu 38.0%  1.20GiB  eta 14m02s`"""
+    step = record["step"]
+    parts = [
+        f"step {step:{len(str(num_steps))}d}/{num_steps} {step / num_steps:6.1%}",
+        f"loss {record['loss']:.4f}",
+        f"|g| {record['grad_norm']:.3g}",
+        f"lr {record['lr']:.2e}",
+        f"{human_count(record['tokens_per_second'])} tok/s",
+        f"mfu {record['mfu']:.1%}",
+        f"{record['memory_gib']:.2f}GiB",
+    ]
+    if "worst_expert_load" in record:
+        parts.append(f"load {record['worst_expert_load']:.2f}")
+    return "  ".join([*parts, f"eta {human_seconds(eta_seconds)}"])
+
+
+def heldout_line(record: Mapping[str, Any]) -> str:
+    return (
+        f"held-out at step {record['step']}: loss {record['loss']:.4f} +- {record['stderr']:.4f} nats per token, "
+        f"{record['bits_per_byte']:.4f} bits per byte, {record['tokens']:,} tokens"
+    )

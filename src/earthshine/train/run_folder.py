@@ -1,0 +1,98 @@
+"""The folder of a run: who may write in it, what run it belongs to, and where that run took place."""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from earthshine.config import encode
+from earthshine.console import log
+from earthshine.errors import ConfigError, OutputExistsError
+from earthshine.files import write_json
+from earthshine.model.config import ModelConfig
+from earthshine.train.job import Derived, TrainJob, changes_on_resume
+
+CONFIG, PLAN, ENV, METRICS, EVAL = "config.json", "plan.json", "env.json", "metrics.jsonl", "eval"
+_LOCK = ".lock"
+
+
+@contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it; when nothing was written into a new one, it goes again.
+
+    Raises ConfigError when another process trains there, OutputExistsError when it is not a run folder.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise OutputExistsError(f"run folder {run_dir} is a file: choose another path.")
+    new = not run_dir.exists()
+    if not new and not (run_dir / CONFIG).exists() and any(p.name != _LOCK for p in run_dir.iterdir()):
+        raise OutputExistsError(f"{run_dir} exists and is not a run folder (no {CONFIG}): choose another path.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = run_dir / _LOCK
+    fd = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        _lock(fd, run_dir)
+        yield
+    finally:
+        if new and [p.name for p in run_dir.iterdir()] == [_LOCK]:
+            lock.unlink()
+            run_dir.rmdir()
+        os.close(fd)
+
+
+def _lock(fd: int, run_dir: Path) -> None:
+    """The kernel lets go of such a lock however the process ends."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise ConfigError(f"another process is training in {run_dir}: wait for it, or choose another --run.") from e
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        log(f"warning: the file system of {run_dir} has no locks; make sure that no other process trains there.")
+
+
+def check_config(run_dir: Path, job: TrainJob, steps_done: int, *, allow_change: bool) -> None:
+    """Raise ConfigError, with the differences, when the folder belongs to a run of another config."""
+    path = run_dir / CONFIG
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as e:
+        raise ConfigError(f"{path} is not JSON: {e}. Restore it, or choose another --run.") from e
+    changes = changes_on_resume(old, job, steps_done)
+    if not changes:
+        return
+    listed = "\n".join(f"  {line}" for line in changes)
+    if not allow_change:
+        raise ConfigError(
+            f"{run_dir} is a run of another config. From its config to this one:\n{listed}\n"
+            f"Choose another --run, restore the config, or insist with --allow-config-change."
+        )
+    log(f"warning: going on with a changed config, as allowed; this run is no longer that of one config:\n{listed}")
+
+
+def describe(run_dir: Path, job: TrainJob, derived: Derived, model: ModelConfig, environment: dict[str, Any]) -> None:
+    """Write config.json, plan.json and, of the run's first start, env.json; say so when a later start is elsewhere."""
+    plan = asdict(derived) | {"state_bytes": derived.state_bytes, "model": encode(model)}
+    for name, content in ((CONFIG, encode(job)), (PLAN, plan)):
+        path = run_dir / name
+        if not path.exists() or json.loads(path.read_text()) != content:
+            write_json(path, content)
+    path = run_dir / ENV
+    if not path.exists():
+        write_json(path, environment)
+        return
+    then = json.loads(path.read_text())
+    for key in ("versions", "cpu", "threads", "device", "device_name", "float32_matmul_precision"):
+        if then.get(key) != environment.get(key):
+            log(
+                f"warning: this run began with {key} {then.get(key)}, now it is {environment.get(key)}: "
+                f"its numbers may differ in the last bits from those of an uninterrupted run."
+            )

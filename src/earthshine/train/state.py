@@ -1,0 +1,147 @@
+"""Everything a checkpoint holds: model, optimizer, loader, step, tokens and random state."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earthshine.checkpoint import run_store
+from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.run_store import MODEL_PREFIX, Checkpoint
+from earthshine.config import diff, encode
+from earthshine.data.loader import Loader
+from earthshine.errors import ConfigError, TrainingDivergedError
+from earthshine.model.config import ModelConfig
+from earthshine.model.transformer import Transformer, initialize
+from earthshine.optim.muon import Muon, build_optimizer, resolve_dtype
+from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob
+
+_OPTIMIZER_PREFIX = "optimizer."
+_RNG_CPU = "rng.cpu"
+_RNG_DEVICE = "rng.device"
+
+
+@dataclass
+class TrainState:
+    """What changes while training. `choices` are the types of the run that are decided once, by measurement."""
+
+    model: Transformer
+    optimizer: Muon
+    loader: Loader
+    device: torch.device
+    choices: dict[str, str]
+    step: int = 0
+    total_tokens: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name. Those of model and optimizer are the live ones: filling them restores the state."""
+        found = {MODEL_PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"{_OPTIMIZER_PREFIX}{name}.{key}"] = value
+        found[_RNG_CPU] = torch.get_rng_state()
+        if self.device.type != "cpu":
+            found[_RNG_DEVICE] = torch.get_device_module(self.device).get_rng_state(self.device)
+        return found
+
+    def numbers(self) -> dict[str, Any]:
+        """What is not a tensor, JSON-ready."""
+        return {
+            "step": self.step,
+            "total_tokens": self.total_tokens,
+            "choices": self.choices,
+            "loader": self.loader.state_dict(),
+            "optimizer_groups": self.optimizer.state_dict()["param_groups"],
+        }
+
+    def restore(self, checkpoint: Checkpoint, *, allow_config_change: bool) -> None:
+        """Become the state that was saved, bit for bit.
+
+        Raises CheckpointError when tensors or (unless allowed) hyper-parameters are not those of the checkpoint,
+        DataError when the token shards are not.
+        """
+        saved = checkpoint.state
+        tensors = self.tensors()
+        run_store.read_into(checkpoint, tensors)
+        torch.set_rng_state(tensors[_RNG_CPU])
+        if _RNG_DEVICE in tensors:
+            torch.get_device_module(self.device).set_rng_state(tensors[_RNG_DEVICE], self.device)
+        if not allow_config_change:  # compares every hyper-parameter; the tensors are already in place
+            live = self.optimizer.state_dict()["state"]
+            self.optimizer.load_state_dict({"state": live, "param_groups": saved["optimizer_groups"]})
+        self.loader.load_state_dict(saved["loader"])
+        self.step, self.total_tokens = saved["step"], saved["total_tokens"]
+
+    def check_finite(self) -> None:
+        """Raise TrainingDivergedError when a parameter is not finite, so that no checkpoint ever holds one."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise TrainingDivergedError(f"after step {self.step} the parameter {name} is not finite.")
+
+
+def build_state(
+    job: TrainJob,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    checkpoint: Checkpoint | None,
+    *,
+    trust: bool,
+    allow_config_change: bool,
+) -> TrainState:
+    """The state at step 0 of the job, or that of `checkpoint` of the same run.
+
+    Raises what loading weights and opening token shards raise, and ConfigError or CheckpointError for a checkpoint of
+    another model.
+    """
+    if checkpoint is None:
+        model = _initial_model(job, device, compute_dtype, trust)
+    else:
+        model = _empty_model(_same_model(job, checkpoint), device, compute_dtype)
+    ns_dtype: Any = job.optimizer.ns_dtype
+    if ns_dtype == "auto":
+        ns_dtype = checkpoint.state["choices"]["ns_dtype"] if checkpoint else _dtype_name(resolve_dtype("auto", device))
+    loader = Loader(
+        job.data,
+        seq_len=job.seq_len,
+        sequences_per_step=job.sequences_per_step,
+        seed=job.seed,
+        vocab_size=model.config.vocab_size,
+    )
+    optimizer = build_optimizer(model, replace(job.optimizer, ns_dtype=ns_dtype))
+    choices = {"compute_dtype": _dtype_name(compute_dtype), "ns_dtype": ns_dtype}
+    state = TrainState(model, optimizer, loader, device, choices)
+    if checkpoint is not None:
+        state.restore(checkpoint, allow_config_change=allow_config_change)
+    return state
+
+
+def _initial_model(job: TrainJob, device: torch.device, compute_dtype: torch.dtype, trust: bool) -> Transformer:
+    match job.init:
+        case Scratch(model=config):
+            model = _empty_model(config, device, compute_dtype)
+            initialize(model, job.seed)
+        case FromHuggingFace(path=path):
+            model = load_model(path, dtype=torch.float32, device=device, compute_dtype=compute_dtype)
+        case FromCheckpoint(path=path):
+            config, tensors = run_store.load_model_state(path, trust=trust)
+            model = _empty_model(config, device, compute_dtype)
+            model.load_state_dict(tensors)
+    return model
+
+
+def _empty_model(config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> Transformer:
+    with device:
+        return Transformer(config, compute_dtype)
+
+
+def _same_model(job: TrainJob, checkpoint: Checkpoint) -> ModelConfig:
+    """The checkpoint's architecture: going on does not need a warm start's source. Raises ConfigError for another."""
+    if isinstance(job.init, Scratch) and job.init.model != checkpoint.model:
+        lines = diff(encode(checkpoint.model), encode(job.init.model), "init.model")
+        raise ConfigError(f"{checkpoint.folder} holds another model: {'; '.join(lines)}.")
+    return checkpoint.model
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
