@@ -44,7 +44,7 @@ options:
 examples:
   earthshine quickstart --run runs/tour
   earthshine upcycle models/llama models/llama-8x --experts 8 --top-k 2
-  earthshine train llama_tiny --run runs/first
+  earthshine train tiny --data data/docs --run runs/first
 
 Results go to stdout, logs to stderr. Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 a check did not
 hold, 75 interrupted after saving (the same command goes on)."""

@@ -17,8 +17,8 @@ DESCRIPTION = (
 )
 EXAMPLES = (
     ("how a preset is made, and how large it is", "earthshine show llama3_8b_e8t2"),
-    ("a job as a file to edit and train", "earthshine show llama_tiny --json > job.json"),
-    ("its Hugging Face-like values for a program", "earthshine show smollm2_135m --json"),
+    ("a job as a file to edit and train", "earthshine show tiny --json > job.json"),
+    ("an architecture's values for a program", "earthshine show smollm2_135m --json"),
 )
 
 

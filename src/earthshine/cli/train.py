@@ -1,12 +1,13 @@
 """`earthshine train`."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from earthshine.cli.options import print_json
 from earthshine.config import load_json, nearest, override
@@ -17,8 +18,11 @@ DESCRIPTION = """Run a job, or resume it: the same command does both.
 A job is a recipe's name (`earthshine ls recipes`) or a JSON file; key=value changes a field of it. The run folder gets
 config.json, plan.json, env.json, metrics.jsonl and checkpoints. SIGTERM and SIGINT save, and exit with 75."""
 EXAMPLES = (
-    ("steps, tokens, parameters, FLOPs, memory: before anything runs", "earthshine train llama_tiny --dry-run"),
-    ("a recipe with two fields changed", "earthshine train llama_tiny --run runs/a num_steps=200 optimizer.lr=0.001"),
+    (
+        "steps, tokens, parameters, FLOPs, memory: before anything runs",
+        "earthshine train tiny --data data/docs --dry-run",
+    ),
+    ("a recipe with two fields changed", "earthshine train tiny --data data/docs num_steps=50 optimizer.lr=0.001"),
     ("reproduce or continue a run from its folder", "earthshine train runs/a/config.json --run runs/a"),
 )
 
@@ -36,11 +40,23 @@ class Options:
     run: str = ""
     """Run folder; empty: runs/ and the job's name."""
 
+    data: UseAppendAction[tuple[Path, ...]] = ()
+    """Token shards to train on, may be given again: short for data.sources=[{"path": ...}, ...]."""
+
+    heldout: Path | None = None
+    """Token shards to evaluate on: short for heldout.path=..."""
+
+    device: str = "auto"
+    """auto, cpu, or cuda[:index]."""
+
     stop_after: int = 0
     """Save and stop after this many steps of the run, as an interruption would; 0: run to the end."""
 
     trust: bool = False
     """Read checkpoints that were not made on this machine."""
+
+    allow_config_change: bool = False
+    """Go on although the run folder's config is another; the difference is logged."""
 
     dry_run: bool = False
     """Print the resolved job and all numbers that follow from it, and run nothing."""
@@ -52,7 +68,7 @@ class Options:
 def run(options: Options) -> None:
     from earthshine.train.job import derive
 
-    job = resolve(options.job, options.overrides)
+    job = resolve(options.job, _assignments(options))
     if options.dry_run:
         plan = derive(job)
         if options.json:
@@ -63,11 +79,28 @@ def run(options: Options) -> None:
     from earthshine.train.loop import fit
 
     run_dir = Path(options.run or f"runs/{job.name}")
-    summary = fit(job, run_dir, trust=options.trust, stop_after=options.stop_after or None)
+    summary = fit(
+        job,
+        run_dir,
+        device=options.device,
+        trust=options.trust,
+        allow_config_change=options.allow_config_change,
+        stop_after=options.stop_after or None,
+    )
     if options.json:
         print_json(_jsonable(summary))
     else:
         print(f"{run_dir}\nnext: earthshine report {run_dir}")
+
+
+def _assignments(options: Options) -> tuple[str, ...]:
+    """All changes to the job; what is said by key=value comes last and holds."""
+    short: list[str] = []
+    if options.data:
+        short.append("data.sources=" + json.dumps([{"path": str(path)} for path in options.data]))
+    if options.heldout:
+        short.append(f"heldout.path={options.heldout}")
+    return (*short, *options.overrides)
 
 
 def resolve(name: str, overrides: tuple[str, ...]) -> Any:
@@ -93,6 +126,6 @@ def _jsonable(value: Any) -> Any:
 
 def order_arguments(args: Sequence[str]) -> list[str]:
     """Arguments with every key=value moved to the end, where the parser wants them: people put them anywhere."""
-    takes_value = {f"--{name}" for name in ("run", "stop-after", "stop_after")}
+    takes_value = ("--run", "--data", "--heldout", "--device", "--stop-after")
     moved = [i for i, a in enumerate(args) if _OVERRIDE.match(a) and (i == 0 or args[i - 1] not in takes_value)]
     return [a for i, a in enumerate(args) if i not in moved] + [args[i] for i in moved]

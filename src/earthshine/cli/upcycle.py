@@ -53,7 +53,7 @@ class Options:
     """Print the plan and the ledger of every tensor, and write nothing."""
 
     json: bool = False
-    """Print the result as JSON."""
+    """Print the plan with its ledger as JSON."""
 
 
 def run(options: Options) -> None:
@@ -71,6 +71,6 @@ def run(options: Options) -> None:
     )
     plan = plan_upcycle(options.dense, config) if options.dry_run else upcycle(options.dense, options.out, config)
     if options.json:
-        print_json(plan.ledger())
+        print_json(plan.to_json())
     else:
         print(plan.table())

@@ -1,0 +1,224 @@
+"""The command line as people meet it: help, results, exit codes, and one clear line for everything that goes wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from earthshine.cli.main import COMMANDS, main
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(a) for a in args])
+        except SystemExit as e:
+            code = int(e.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+# ---- help and usage
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_everything(run, name):
+    code, out, err = run(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: earthshine {name}")
+    assert out.count(f"  earthshine {name} ") + out.count(f"  earthshine {name}\n") == 3, "three worked examples"
+    assert "--json" in out or name in ("quickstart", "verify")  # verify's three have it
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_parse(name):
+    """Every worked example is a command line that the command accepts."""
+    import importlib
+    import shlex
+
+    from earthshine.cli.options import parse
+
+    command = importlib.import_module(f"earthshine.cli.{name}")
+    assert len(command.EXAMPLES) == 3
+    for _, line in command.EXAMPLES:
+        words = shlex.split(line.partition(" >")[0])
+        assert words[:2] == ["earthshine", name]
+        assert parse(command, name, words[2:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_documented(name):
+    """Each field of each command's options has a text below it in the source."""
+    import ast
+    import importlib
+    import inspect
+
+    tree = ast.parse(inspect.getsource(importlib.import_module(f"earthshine.cli.{name}")))
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    assert classes
+    for node in (n for c in classes for n in c.body if isinstance(n, ast.AnnAssign)):
+        siblings = next(c.body for c in classes if node in c.body)
+        after = siblings[siblings.index(node) + 1 :][:1]
+        documented = after and isinstance(after[0], ast.Expr) and isinstance(after[0].value, ast.Constant)
+        assert documented, f"{name}: {ast.unparse(node.target)} has no text"
+
+
+def test_overview_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_no_command_is_a_usage_error(run):
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert "usage: earthshine COMMAND" in err
+
+
+def test_version(run):
+    import earthshine
+
+    assert run("--version") == (0, f"earthshine {earthshine.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["upcicle"], "no command 'upcicle'. Did you mean 'upcycle'?"),
+        (["--verison"], "no option '--verison'."),
+        (["show", "lama_tiny"], "recipe or preset 'lama_tiny' is not known. Did you mean 'llama_tiny'?"),
+        (["train", "tinny", "--dry-run"], "recipe 'tinny' is not known, nor is it the path of a .json file."),
+        (["train", "tinny", "--dry-run"], "Did you mean 'tiny'?"),
+        (["train", "tiny", "optimizer.lrr=1", "--dry-run"], "Did you mean 'lr'?"),
+        (["train", "tiny", "num_steps=many", "--dry-run"], "num_steps='many' must be of type int"),
+        (["train", "missing.json"], "missing.json is not a readable JSON config"),
+        (["report"], "report needs at least one run folder"),
+        (["ls", "recipe"], "recipes"),
+        (["upcycle", "a", "b", "--expert", "4"], "--experts"),
+        (["verify", "upcycled", "a", "b"], "upcycle"),
+        (["prepare", "a.txt"], "--tokenizer"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_usage_errors_exit_2_and_say_what_was_meant(run, args, said):
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_traceback_only_when_asked(run):
+    code, _, err = run("show", "nothing", "--traceback")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("earthshine: recipe or preset 'nothing' is not known.")
+
+
+def test_a_defect_is_one_line_and_exit_1(run, monkeypatch):
+    import earthshine.cli.ls as ls
+
+    def broken(options: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(ls, "run", broken)
+    code, _, err = run("ls", "presets")
+    assert code == 1
+    assert err == "earthshine: KeyError: 'oops'. This is a defect of the program: --traceback shows where.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("EarthshineError", 1),
+        ("WeightsError", 1),
+        ("DiskFullError", 1),
+        ("ConfigError", 2),
+        ("CheckFailedError", 3),
+        ("InterruptedRunError", 75),
+    ],
+)
+def test_errors_carry_their_exit_code(run, monkeypatch, error, code):
+    import earthshine.cli.ls as ls
+    from earthshine import errors
+
+    def failing(options: object) -> None:
+        raise getattr(errors, error)("the reason.")
+
+    monkeypatch.setattr(ls, "run", failing)
+    assert run("ls", "presets") == (code, "", "earthshine: the reason.\n")
+
+
+# ---- looking around
+
+
+@pytest.mark.parametrize("what", ["recipes", "presets"])
+def test_ls(run, what):
+    code, out, _ = run("ls", what, "--json")
+    names = [row["name"] for row in json.loads(out)]
+    assert code == 0
+    code, out, _ = run("ls", what)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[2:]] == names
+
+
+def test_show_prints_a_preset_with_its_size(run):
+    code, out, _ = run("show", "smollm2_135m_e8t2")
+    assert code == 0
+    assert "def smollm2_135m_e8t2() -> ModelConfig:" in out
+    assert "692,036,928 parameters" in out
+    assert "214,279,488 active" in out
+
+
+def test_a_shown_recipe_is_a_job_file(run, tmp_path):
+    _, recipe, _ = run("show", "tiny", "--json")
+    (tmp_path / "job.json").write_text(recipe)
+    code, plan, _ = run("train", tmp_path / "job.json", "num_steps=3", "--dry-run", "--json", "schedule.warmup_steps=1")
+    assert code == 0
+    assert json.loads(plan)["num_steps"] == 3
+
+
+def test_doctor(run, tmp_path):
+    code, out, _ = run("doctor", "--path", tmp_path, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["gemm_flops"]["float32"] > 1e6
+    assert found["disk"]["write_bytes_per_second"] > 0
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = run("doctor", "--path", tmp_path)
+    assert code == 0
+    assert "compute type" in out
+
+
+# ---- as a process
+
+
+def earthshine(*args: object, env: dict[str, str], **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "earthshine.cli.main", *map(str, args)]
+    return subprocess.run(command, text=True, env=env, stderr=subprocess.PIPE, timeout=120, **options)
+
+
+def test_a_full_disk_for_the_results_is_an_error(earthshine_env):
+    with open("/dev/full", "w") as full:
+        done = earthshine("ls", "presets", env=earthshine_env, stdout=full)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error_message(earthshine_env):
+    command = f"{sys.executable} -m earthshine.cli.main show llama3_8b | head -c 1 > /dev/null"
+    done = subprocess.run(["bash", "-c", command], text=True, env=earthshine_env, capture_output=True, timeout=120)
+    assert done.stderr == ""
+
+
+def test_the_console_script_is_the_same_program(earthshine_env):
+    script = Path(sys.executable).with_name("earthshine")
+    done = subprocess.run([script, "--version"], text=True, env=earthshine_env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "earthshine")
