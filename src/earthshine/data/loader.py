@@ -1,0 +1,263 @@
+"""Batches of token ids, in the global sample order.
+
+The order is decided by sequence alone: which source (`mixture`), then which sample of its epoch (`packing`). How
+sequences are cut into steps, and on which step a run stopped, does not enter, so the whole state is how many samples
+each source has given, and a rank of many takes rows of the same step (`Batch.rows`).
+
+Shapes: B sequences, S tokens per sequence.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from earthshine.data.config import DataConfig
+from earthshine.data.mixture import Mixture
+from earthshine.data.packing import Epoch, Packing, cut
+from earthshine.data.shards import TokenShards
+from earthshine.errors import CheckpointError, ConfigError, DataError
+
+IGNORED = -100  # a target that is no target, as in torch.nn.functional.cross_entropy
+
+SampleId = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences and what should follow each of their tokens.
+
+    tokens_BS: int64. targets_BS: int64, the next token, or -100 where it is another document's first and documents are
+    separate. documents_BS: int32, the number of the document within its row, from 0; all 0 when documents are not
+    separate. sample_ids: (source, epoch, index) of each row. num_targets: targets other than -100.
+    """
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+    documents_BS: Tensor
+    sample_ids: tuple[SampleId, ...]
+    num_targets: int
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Rows start to stop - 1: views of the same tensors."""
+        targets_BS = self.targets_BS[start:stop]
+        return Batch(
+            self.tokens_BS[start:stop],
+            targets_BS,
+            self.documents_BS[start:stop],
+            self.sample_ids[start:stop],
+            int((targets_BS != IGNORED).sum()),
+        )
+
+
+def _batch(window_BT: NDArray[np.int64], sample_ids: list[SampleId], eod: int, document_attention: bool) -> Batch:
+    """Windows of T = S + 1 tokens as a Batch."""
+    tokens_BS = window_BT[:, :-1]
+    targets_BS = window_BT[:, 1:].copy()
+    documents_BS = np.zeros(tokens_BS.shape, dtype=np.int32)
+    if document_attention:
+        end_BS = tokens_BS == eod
+        np.cumsum(end_BS[:, :-1], axis=1, dtype=np.int32, out=documents_BS[:, 1:])
+        targets_BS[end_BS] = IGNORED
+    return Batch(
+        torch.from_numpy(np.ascontiguousarray(tokens_BS)),
+        torch.from_numpy(targets_BS),
+        torch.from_numpy(documents_BS),
+        tuple(sample_ids),
+        int(np.count_nonzero(targets_BS != IGNORED)),
+    )
+
+
+class _Source:
+    """One folder of shards, with the epoch it is in. Holds about 28 bytes a document and 8 a sample."""
+
+    def __init__(self, number: int, shards: TokenShards, seq_len: int, seed: int) -> None:
+        self.shards = shards
+        self._lengths_N = shards.lengths()
+        self._key = {"seq_len": seq_len, "seed": seed, "source": number}
+        self.samples_per_epoch, self.left_out_per_epoch = _samples(shards, seq_len)
+        self._epoch_number = -1
+        self._epoch: Epoch | None = None
+
+    def read(self, epoch: int, index: int, out_T: NDArray[np.int64]) -> None:
+        if epoch != self._epoch_number or self._epoch is None:
+            self._epoch = None  # the old order goes before the new one is made
+            self._epoch = Epoch(self._lengths_N, epoch=epoch, **self._key)
+            self._epoch_number = epoch
+        self.shards.read(*self._epoch.sample(index), out_T)
+
+
+def _samples(shards: TokenShards, seq_len: int) -> tuple[int, int]:
+    """Samples of an epoch, at least one, and the tokens left out of it."""
+    samples, left_out = cut(shards.num_tokens, seq_len)
+    if samples == 0:
+        raise DataError(
+            f"{shards.path} has {shards.num_tokens} tokens, a sample of seq_len={seq_len} needs {seq_len + 1}; "
+            f"prepare more text or choose a shorter seq_len."
+        )
+    return samples, left_out
+
+
+class Loader:
+    """The endless global sample order of a run, one whole step at a time.
+
+    summary: for each source its path, weight, tokens, documents, samples per epoch, and the tokens that packing leaves
+    out of each epoch.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seq_len: int,
+        sequences_per_step: int,
+        seed: int,
+        vocab_size: int,
+        verify: bool = True,
+    ) -> None:
+        """seq_len: tokens per sequence. vocab_size: the model's. verify: hash every shard first (~ 1 s per GB).
+
+        Raises ConfigError for numbers that make no sense, DataError for shards that cannot be used or disagree.
+        """
+        for name, value in (("seq_len", seq_len), ("sequences_per_step", sequences_per_step)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1.")
+        if not 0 <= seed < 1 << 64:
+            raise ConfigError(f"seed={seed} must be from 0 to 2**64 - 1: it is a key of the shuffles.")
+        if not config.sources:
+            raise ConfigError("data.sources=[] names no token shards; add a folder written by prepare.")
+        self._document_attention = config.document_attention
+        self._seq_len, self._sequences_per_step, self._seed = seq_len, sequences_per_step, seed
+        self._sources = [
+            _Source(i, TokenShards(s.path, verify=verify, vocab_size=vocab_size), seq_len, seed)
+            for i, s in enumerate(config.sources)
+        ]
+        _require_one_tokenizer([s.shards for s in self._sources])
+        self._mixture = Mixture([s.weight for s in config.sources])
+        self._taken = [0] * len(self._sources)
+        self._steps = 0
+        self.summary = [
+            {
+                "path": c.path,
+                "weight": c.weight,
+                "tokens": s.shards.num_tokens,
+                "documents": s.shards.num_documents,
+                "samples_per_epoch": s.samples_per_epoch,
+                "left_out_per_epoch": s.left_out_per_epoch,
+            }
+            for c, s in zip(config.sources, self._sources, strict=True)
+        ]
+
+    def next_step(self) -> Batch:
+        """The next step's sequences, all ranks' together. A source that is used up starts its next epoch."""
+        window_BT = np.empty((self._sequences_per_step, self._seq_len + 1), dtype=np.int64)
+        taken = list(self._taken)  # kept only when the whole step could be read
+        sample_ids = []
+        for row_T in window_BT:
+            number = self._mixture.choose(taken)
+            source = self._sources[number]
+            epoch, index = divmod(taken[number], source.samples_per_epoch)
+            source.read(epoch, index, row_T)
+            sample_ids.append((number, epoch, index))
+            taken[number] += 1
+        self._taken = taken
+        self._steps += 1
+        return _batch(window_BT, sample_ids, self._sources[0].shards.eod, self._document_attention)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands, JSON-ready: samples taken of each source; and what the order is made from."""
+        return {
+            "version": 1,
+            "steps": self._steps,
+            "taken": list(self._taken),
+            "seed": self._seed,
+            "seq_len": self._seq_len,
+            "fingerprints": [s.shards.fingerprint for s in self._sources],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; sequences_per_step may differ.
+
+        Raises CheckpointError when the state is of another seed or seq_len or is no loader state, DataError when a
+        source holds other data than then: the same positions would be other samples.
+        """
+        mine = self.state_dict()
+        if not isinstance(state, dict) or set(state) != set(mine) or state["version"] != mine["version"]:
+            raise CheckpointError("the loader's saved state is not one of this program's; start from the beginning.")
+        for name in ("seed", "seq_len"):
+            if state[name] != mine[name]:
+                raise CheckpointError(
+                    f"{name}={mine[name]}, but the loader's state was saved with {name}={state[name]}: the same "
+                    f"positions would be other samples. Restore {name}, or start a new run from the checkpoint."
+                )
+        if len(state["taken"]) != len(self._taken) or len(state["fingerprints"]) != len(self._taken):
+            raise CheckpointError(
+                f"data.sources has {len(self._taken)} sources, but the loader's state was saved with "
+                f"{len(state['taken'])}. Restore them, or start a new run from the checkpoint."
+            )
+        for source, then in zip(self._sources, state["fingerprints"], strict=True):
+            if source.shards.fingerprint != then:
+                raise DataError(
+                    f"{source.shards.path} holds other data than when the loader's state was saved. "
+                    f"Restore it, or start a new run from the checkpoint."
+                )
+        self._taken = [int(n) for n in state["taken"]]
+        self._steps = int(state["steps"])
+
+
+def _require_one_tokenizer(shards: list[TokenShards]) -> None:
+    for other in shards[1:]:
+        if (other.tokenizer_sha256, other.eod) != (shards[0].tokenizer_sha256, shards[0].eod):
+            raise DataError(
+                f"{other.path} and {shards[0].path} were prepared with different tokenizers or end-of-document tokens; "
+                f"prepare all sources with the tokenizer of the model."
+            )
+
+
+def heldout_batches(
+    path: str,
+    *,
+    seq_len: int,
+    max_sequences: int,
+    batch: int,
+    document_attention: bool = True,
+    vocab_size: int | None = None,
+) -> Iterator[Batch]:
+    """The first `max_sequences` windows (0: all) of a folder of shards, in file order, at most `batch` at a time.
+
+    The last batch may be smaller; the ragged end, too short for a window, is left out. Raises DataError for shards that
+    cannot be used or hold not even one window.
+    """
+    for name, value in (("seq_len", seq_len), ("batch", batch)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1.")
+    shards = TokenShards(path, vocab_size=vocab_size)
+    available, _ = _samples(shards, seq_len)
+    count = min(available, max_sequences) if max_sequences > 0 else available
+    packing = Packing(shards.lengths(), seq_len)
+    for first in range(0, count, batch):
+        last = min(first + batch, count)
+        window_BT = np.empty((last - first, seq_len + 1), dtype=np.int64)
+        for i, row_T in enumerate(window_BT, start=first):
+            shards.read(*packing.pieces(i), row_T)
+        yield _batch(window_BT, [(0, 0, i) for i in range(first, last)], shards.eod, document_attention)
+
+
+def heldout_bytes_per_token(path: str, *, seq_len: int = 0, max_sequences: int = 0) -> float:
+    """UTF-8 bytes of text per token of text (end-of-document tokens not counted), for bits per byte.
+
+    Given the arguments of `heldout_batches`, it is that of the documents which those windows touch: a part of a
+    held-out set can be denser than the whole.
+    """
+    shards = TokenShards(path, verify=False)
+    tokens, documents, num_bytes = shards.num_tokens, shards.num_documents, shards.num_bytes
+    if seq_len and max_sequences:
+        ends_N = np.cumsum(shards.lengths(), dtype=np.int64)
+        last = int(np.searchsorted(ends_N, max_sequences * seq_len + 1, side="left"))
+        documents = min(last + 1, documents)
+        tokens, num_bytes = int(ends_N[documents - 1]), shards.document_bytes(documents)
+    return num_bytes / (tokens - documents)

@@ -1,0 +1,344 @@
+"""Text, JSON lines or parquet -> token shards. Torch-free.
+
+One process reads, cuts the input into tasks and writes; the others parse and tokenize. Processes rather than the
+threads inside `tokenizers`: those parallelise encoding alone, while reading, parsing and turning its results into
+arrays stay on one core. They are spawned, not forked, because a fork in a process with threads (torch's, rayon's) may
+hang. Tasks do not depend on the number of workers and results are written in the order of the tasks, so neither does a
+byte of the output. In memory: at most _TASKS_PER_WORKER tasks a worker with their results, about 100 bytes per
+character of the piece being encoded, the offsets of one shard, the list of files, and one longest document.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from earthshine.console import human_count, human_seconds, log, progress
+from earthshine.data.documents import Document, Skipped, Task, find_files, make_tasks, size_of, texts
+from earthshine.data.shards import ShardWriter, token_dtype
+from earthshine.data.tokenizer import load_tokenizer
+from earthshine.errors import ConfigError, DataError, OutputExistsError
+from earthshine.files import naming_full_disk, sync_folder
+
+_PIECE_CHARS = 1 << 20  # longest text that is encoded whole: `tokenizers` holds about 100 bytes per character
+_TASKS_PER_WORKER = 3
+_MIN_BYTES_PER_WORKER = 1 << 20  # below this a process costs more than it saves
+_SKIPS_NAMED = 3  # of each reason
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A task's documents end to end: tokens, and for each document its number of tokens and of UTF-8 bytes."""
+
+    input_bytes: int
+    tokens: NDArray[Any]
+    lengths_N: NDArray[np.int64]
+    bytes_N: NDArray[np.int64]
+    skipped: tuple[Skipped, ...]
+    in_pieces: int  # documents longer than _PIECE_CHARS
+
+
+class Encoder:
+    """Task -> Encoded."""
+
+    def __init__(self, tokenizer: Path, eod: str | int | None, text_key: str) -> None:
+        self.tokenizer = load_tokenizer(tokenizer, eod)
+        self.eod = self.tokenizer.eod  # so that an unknown one is found out before anything is written
+        self._text_key = text_key
+        self._dtype = token_dtype(self.tokenizer.vocab_size)
+
+    def __call__(self, task: Task) -> Encoded:
+        parts: list[NDArray[Any]] = []
+        lengths: list[int] = []
+        sizes: list[int] = []
+        in_pieces = 0
+        end = np.array([self.eod], dtype=self._dtype)
+        found = list(texts(task, self._text_key))
+        skipped = [item for item in found if isinstance(item, Skipped)]
+        documents = [item for item in found if isinstance(item, Document)]
+        pieces = [split_text(document.text, _PIECE_CHARS) for document in documents]
+        ids = self._encode([piece for of_one in pieces for piece in of_one])
+        for document, of_one in zip(documents, pieces, strict=True):
+            own = [next(ids) for _ in of_one]
+            length = sum(map(len, own))
+            if length == 0:  # a normalizer may leave nothing of a text
+                skipped.append(Skipped(document.name, "no tokens"))
+                continue
+            parts += [*own, end]
+            lengths.append(length + 1)
+            sizes.append(len(document.text.encode()))
+            in_pieces += len(of_one) > 1
+        return Encoded(
+            task.input_bytes,
+            np.concatenate(parts) if parts else end[:0],
+            np.array(lengths, dtype=np.int64),
+            np.array(sizes, dtype=np.int64),
+            tuple(skipped),
+            in_pieces,
+        )
+
+    def _encode(self, pieces: list[str]) -> Iterator[NDArray[Any]]:
+        """Each piece's ids, encoding at most about _PIECE_CHARS at a time."""
+        start = 0
+        while start < len(pieces):
+            stop, chars = start, 0
+            while stop < len(pieces) and (stop == start or chars + len(pieces[stop]) <= _PIECE_CHARS):
+                chars += len(pieces[stop])
+                stop += 1
+            for ids in self.tokenizer.encode_batch(pieces[start:stop], special=False):
+                yield np.array(ids, dtype=self._dtype)
+            start = stop
+
+
+def split_text(text: str, limit: int) -> list[str]:
+    """Cut a long text into pieces of at most `limit` characters, which tokenizers' memory demands.
+
+    Preferably after a newline that a visible character follows, which is a border between words for the pre-tokenizers
+    of GPT-2, Llama 3 and their kin, so that the tokens are those of the whole text; else before a single space; else
+    anywhere.
+    """
+    pieces, start = [], 0
+    while len(text) - start > limit:
+        cut = _border(text, "\n", 1, start, start + limit) or _border(text, " ", 0, start, start + limit)
+        cut = cut or start + limit
+        pieces.append(text[start:cut])
+        start = cut
+    return [*pieces, text[start:]]
+
+
+def _border(text: str, mark: str, keep: int, start: int, stop: int) -> int:
+    """The last place in the second half of text[start:stop] where a mark stands next to visible characters, or 0."""
+    low, at = (start + stop) // 2, stop - 1
+    while (at := text.rfind(mark, low, at)) > low:
+        if not text[at + 1].isspace() and (keep or not text[at - 1].isspace()):
+            return at + keep
+    return 0
+
+
+_encoder: Encoder | None = None  # of this process, when it is a worker
+
+
+def _start_worker(stop: Connection, tokenizer: Path, eod: int, text_key: str) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, args=(stop,), daemon=True).start()
+    _encoder = Encoder(tokenizer, eod, text_key)
+
+
+def _end_with_parent(stop: Connection) -> None:
+    """End this worker, in the middle of a task too, when the parent closes its end of the pipe or is killed.
+
+    A pool by itself lets running tasks finish, and its workers outlive a killed parent.
+    """
+    stop.poll(None)
+    os._exit(1)
+
+
+def _encode_task(task: Task) -> Encoded:
+    if _encoder is None:
+        raise RuntimeError("_encode_task runs in workers only")
+    return _encoder(task)
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    text_key: str = "text",
+    eod: str | int | None = None,
+    workers: int | None = None,
+    max_tokens_per_shard: int = 1 << 28,
+) -> dict[str, Any]:
+    """Tokenize documents into a new folder of token shards (`shards` has the format); returns a summary.
+
+    inputs: files and folders (`documents` says what is read from them). text_key: the key or column of the text in
+    JSON lines and parquet. eod: see `load_tokenizer`. workers: processes, all cores when absent; the output does not
+    depend on it. max_tokens_per_shard: a shard is closed before it exceeds this, unless one document does.
+
+    The folder appears whole or not at all. Raises ConfigError (inputs, tokenizer, eod), OutputExistsError, DataError
+    (damaged input, or no document in it), MissingDependencyError (parquet), DiskFullError.
+    """
+    out = Path(out)
+    workers = _cores() if workers is None else workers
+    for name, value in (("workers", workers), ("max_tokens_per_shard", max_tokens_per_shard)):
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1.")
+    if not inputs:
+        raise ConfigError("inputs=[] names nothing to read; give files or folders of text, .jsonl or .parquet.")
+    if os.path.lexists(out):
+        raise OutputExistsError(f"out={out} exists; choose another folder or remove it first.")
+    encoder = Encoder(Path(tokenizer), eod, text_key)
+    files, aside = find_files(inputs)
+    total_bytes = sum(map(size_of, files))
+    tasks = make_tasks(files, text_key)
+    workers = min(workers, -(-total_bytes // _MIN_BYTES_PER_WORKER) or 1)
+    start = time.monotonic()
+    with _published(out) as folder:
+        writer = ShardWriter(folder, vocab_size=encoder.tokenizer.vocab_size, max_tokens_per_shard=max_tokens_per_shard)
+        try:
+            tally = _write_all(writer, _encode_all(tasks, encoder, text_key, workers), total_bytes)
+            skipped = aside + tally.skipped
+            index = _finish(writer, encoder, files, skipped, tally.in_pieces)
+        finally:
+            writer.abandon()
+    seconds = time.monotonic() - start
+    log(
+        f"prepare: {out} has {human_count(index['tokens'])} tokens of {human_count(index['documents'])} documents in "
+        f"{len(index['shards'])} shards, made in {human_seconds(seconds)}."
+    )
+    return {
+        "out": str(out),
+        **{key: index[key] for key in ("tokens", "documents", "bytes", "vocab_size", "eod", "dtype")},
+        "shards": len(index["shards"]),
+        "files": len(files),
+        "skipped": index["skipped"],
+        "encoded_in_pieces": tally.in_pieces,
+        "workers": workers,
+        "seconds": seconds,
+        "tokens_per_second": index["tokens"] / seconds,
+    }
+
+
+def _cores() -> int:
+    """Cores this process may use, which a container or a job may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and disappears when it does not."""
+    prefix = f".{out.name}.partial-"
+    folder = out.with_name(prefix + secrets.token_hex(4))
+    with naming_full_disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.iterdir():
+            if stale.name.startswith(prefix):
+                log(f"prepare: {stale} is what a killed run left, unless another is running; remove it.")
+        try:
+            folder.mkdir()
+            yield folder
+            sync_folder(folder)
+            if os.path.lexists(out):
+                raise OutputExistsError(f"out={out} was made by something else meanwhile; choose another folder.")
+            folder.rename(out)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        sync_folder(out.parent)
+
+
+@dataclass
+class _Tally:
+    skipped: Counter[str]
+    in_pieces: int
+
+
+def _write_all(writer: ShardWriter, results: Generator[Encoded, None, None], total_bytes: int) -> _Tally:
+    """Write every result, showing progress in bytes of input; names the first few skips of each reason."""
+    tally = _Tally(Counter(), 0)
+    tokens = documents = 0
+    with contextlib.closing(results), progress("prepare", total_bytes, "B") as bar:
+        for result in results:
+            writer.add(result.tokens, result.lengths_N, result.bytes_N)
+            for skip in result.skipped:
+                tally.skipped[skip.reason] += 1
+                if tally.skipped[skip.reason] <= _SKIPS_NAMED:
+                    log(f"prepare: skipped {skip.name}: {skip.reason}")
+            tally.in_pieces += result.in_pieces
+            tokens += len(result.tokens)
+            documents += len(result.lengths_N)
+            bar.advance(result.input_bytes, f"{human_count(tokens)} tokens, {human_count(documents)} documents")
+    return tally
+
+
+def _finish(
+    writer: ShardWriter, encoder: Encoder, files: list[Path], skipped: Counter[str], in_pieces: int
+) -> dict[str, Any]:
+    counts = dict(sorted(skipped.items()))
+    said = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+    if in_pieces:
+        log(f"prepare: {in_pieces} documents of more than {_PIECE_CHARS} characters were encoded in pieces.")
+    if said:
+        log(f"prepare: skipped in all: {said}.")
+    facts = {"tokenizer_sha256": encoder.tokenizer.sha256, "eod": encoder.eod, "skipped": counts}
+    index = writer.finish(**facts)
+    if index["documents"] == 0:
+        raise DataError(
+            f"inputs hold no document: {len(files)} files were read{f' ({said})' if said else ''}; "
+            f"name files with text, or the right text_key."
+        )
+    return index
+
+
+def _encode_all(tasks: Iterator[Task], encoder: Encoder, text_key: str, workers: int) -> Generator[Encoded, None, None]:
+    """The tasks' results in the tasks' order."""
+    if workers == 1:
+        with _one_thread():
+            yield from map(encoder, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    watched, alive = context.Pipe(duplex=False)  # nothing is sent: its end is the message
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(watched, encoder.tokenizer.path, encoder.eod, text_key),
+    )
+    try:
+        yield from _in_order(lambda task: pool.submit(_encode_task, task), tasks, workers * _TASKS_PER_WORKER)
+    except BrokenProcessPool as e:
+        raise DataError(
+            f"a worker process ended unexpectedly, for want of memory perhaps; try fewer than workers={workers}."
+        ) from e
+    except BaseException:
+        alive.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        alive.close()
+        watched.close()
+
+
+def _in_order(
+    submit: Callable[[Task], "Future[Encoded]"], tasks: Iterator[Task], ahead: int
+) -> Generator[Encoded, None, None]:
+    """Results in order, with at most `ahead` tasks under way or waiting to be written."""
+    pending: deque[Future[Encoded]] = deque()
+    for task in tasks:
+        pending.append(submit(task))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep `tokenizers` from using every core where one worker was asked for."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

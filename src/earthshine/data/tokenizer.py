@@ -1,0 +1,107 @@
+"""Any Hugging Face `tokenizer.json`, through the library `tokenizers`. Torch-free.
+
+We differ from the file's own behaviour: nothing is added around a text (no beginning or end token), and a file's
+truncation and padding settings are switched off, because both would silently change documents.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from earthshine.config import nearest
+from earthshine.errors import ConfigError
+from earthshine.files import sha256_file
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    path: the tokenizer.json. sha256: of that file. vocab_size: one more than the largest id.
+    """
+
+    def __init__(self, path: str | Path, eod: str | int | None = None) -> None:
+        """path: a tokenizer.json, or a folder with one. eod: see `load_tokenizer`."""
+        import tokenizers
+
+        given = Path(path)
+        self.path = given / "tokenizer.json" if given.is_dir() else given
+        if not self.path.is_file():
+            raise ConfigError(f"tokenizer={given} is neither a tokenizer.json nor a folder that holds one.")
+        try:
+            self._backend = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as e:  # the library raises bare Exception
+            raise ConfigError(f"tokenizer={self.path} is not a tokenizer.json that can be read: {e}.") from e
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise ConfigError(f"tokenizer={self.path} has an empty vocabulary; give another tokenizer.json.")
+        self.vocab_size = max(ids) + 1
+        self.sha256 = sha256_file(self.path)
+        self._eod = self._declared_eod() if eod is None else self._resolve(eod, "eod")
+
+    @property
+    def eod(self) -> int:
+        """The id of the end-of-document token. Raises ConfigError when the tokenizer's folder names none."""
+        if self._eod is None:
+            special = [t.content for t in self._backend.get_added_tokens_decoder().values() if t.special]
+            raise ConfigError(
+                f"eod is not known for {self.path}: no tokenizer_config.json, special_tokens_map.json or config.json "
+                f"beside it names an end token. Say which token ends a document (--eod)"
+                f"{'; its special tokens: ' + ', '.join(special[:12]) if special else ''}."
+            )
+        return self._eod
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text; with `special=False` a special token's spelling is text like any other."""
+        return self.encode_batch([text], special=special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Token ids of each text, as `encode`."""
+        self._backend.encode_special_tokens = not special
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids; special tokens are left out unless `skip_special=False`."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def _declared_eod(self) -> int | None:
+        """The end token that the files beside the tokenizer.json name, the most specific file first."""
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json"):
+            file = self.path.with_name(name)
+            if not file.is_file():
+                continue
+            try:
+                data = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as e:
+                raise ConfigError(f"{file} is not readable JSON: {e}.") from e
+            for key in ("eos_token", "eos_token_id"):
+                value: Any = data.get(key) if isinstance(data, dict) else None
+                value = value.get("content") if isinstance(value, dict) else value  # an AddedToken, written out
+                value = value[0] if isinstance(value, list) and value else value  # Llama 3 declares several
+                if isinstance(value, str | int):
+                    return self._resolve(value, f"{key} in {file}")
+        return None
+
+    def _resolve(self, token: str | int, where: str) -> int:
+        """A token's spelling, or its id (a number, or digits), to an id of this vocabulary."""
+        if isinstance(token, int) or token.isdecimal():
+            if not 0 <= int(token) < self.vocab_size:
+                raise ConfigError(f"{where}={token} is not an id of {self.path}: ids are 0 to {self.vocab_size - 1}.")
+            return int(token)
+        found = self._backend.token_to_id(token)
+        if found is None:
+            special = [t.content for t in self._backend.get_added_tokens_decoder().values()]
+            raise ConfigError(f"{where}={token!r} is not a token of {self.path}.{nearest(token, special[:20])}")
+        return int(found)
+
+
+def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:
+    """A tokenizer.json, or a folder with one.
+
+    eod: the end-of-document token, by spelling or by id (digits are an id); when absent, the end token that
+        tokenizer_config.json, special_tokens_map.json or config.json beside it names.
+    Raises ConfigError when the file is missing or damaged, or the token is not in the vocabulary.
+    """
+    return Tokenizer(path, eod)

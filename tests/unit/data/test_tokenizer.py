@@ -1,0 +1,100 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models
+
+from earthshine.data.tokenizer import load_tokenizer
+from earthshine.errors import ConfigError
+from earthshine.files import sha256_file
+
+
+def test_facts(tokenizer_dir: Path) -> None:
+    t = load_tokenizer(tokenizer_dir)
+    assert (t.vocab_size, t.eod) == (290, 0)
+    assert t.sha256 == sha256_file(tokenizer_dir / "tokenizer.json")
+    assert load_tokenizer(tokenizer_dir / "tokenizer.json").eod == 0  # the file's neighbours count too
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(max_size=60))
+def test_round_trip(tokenizer_dir: Path, text: str) -> None:
+    t = load_tokenizer(tokenizer_dir)
+    assert t.decode(t.encode(text, special=False)) == text
+
+
+def test_special_tokens_are_text_in_documents(tokenizer_dir: Path) -> None:
+    t = load_tokenizer(tokenizer_dir)
+    assert t.encode("a<|end|>")[-1] == 0
+    plain = t.encode("a<|end|>", special=False)
+    assert 0 not in plain
+    assert t.decode(plain) == "a<|end|>"
+    assert t.encode("a<|end|>")[-1] == 0  # the choice does not stick
+    assert t.decode([0]) == ""
+    assert t.decode([0], skip_special=False) == "<|end|>"
+
+
+def test_nothing_is_added_or_cut(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A file may ask for truncation, padding and a template; documents must not change by them."""
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|user|> $A <|end|>", special_tokens=[("<|user|>", 1), ("<|end|>", 0)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "the moon is lit by the earth"
+    assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(tokenizer_dir).encode(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "eod"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<|user|>"}, 1),
+        ("tokenizer_config.json", {"eos_token": {"content": "<|user|>", "special": True}}, 1),
+        ("special_tokens_map.json", {"eos_token": "<|user|>"}, 1),
+        ("config.json", {"eos_token_id": 7}, 7),
+        ("config.json", {"eos_token_id": [9, 7]}, 9),
+    ],
+)
+def test_declared_end_token(tokenizer_dir: Path, tmp_path: Path, name: str, content: object, eod: int) -> None:
+    shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).eod == eod
+
+
+@pytest.mark.parametrize(("given_eod", "eod"), [("<|user|>", 1), (5, 5), ("5", 5)])
+def test_given_end_token(tokenizer_dir: Path, given_eod: str | int, eod: int) -> None:
+    assert load_tokenizer(tokenizer_dir, given_eod).eod == eod
+
+
+def test_unknown_end_token(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
+    t = load_tokenizer(tmp_path)
+    assert t.encode("a")  # only asking for the end token needs it
+    with pytest.raises(ConfigError, match=r"eod is not known for .*--eod\); its special tokens: <\|end\|>"):
+        t.eod  # noqa: B018
+    with pytest.raises(ConfigError, match=r"eod='<\|ende\|>' is not a token of .* Did you mean '<\|end\|>'"):
+        load_tokenizer(tmp_path, "<|ende|>")
+    with pytest.raises(ConfigError, match="eod=290 is not an id of .*: ids are 0 to 289"):
+        load_tokenizer(tmp_path, 290)
+
+
+def test_bad_files(tokenizer_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is neither a tokenizer.json nor a folder that holds one"):
+        load_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text('{"model": 1}')
+    with pytest.raises(ConfigError, match="is not a tokenizer.json that can be read"):
+        load_tokenizer(tmp_path)
+    tokenizers.Tokenizer(models.BPE()).save(str(file))
+    with pytest.raises(ConfigError, match="has an empty vocabulary"):
+        load_tokenizer(tmp_path)
+    shutil.copy(tokenizer_dir / "tokenizer.json", file)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json is not readable JSON"):
+        load_tokenizer(tmp_path)
