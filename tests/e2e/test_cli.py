@@ -7,23 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from earthshine.cli.main import COMMANDS, main
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        try:
-            code = main([str(a) for a in args])
-        except SystemExit as e:
-            code = int(e.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
+from earthshine.cli.main import COMMANDS
 
 # ---- help and usage
 
