@@ -1,0 +1,212 @@
+"""What a report says, apart from how it looks: blocks that both the HTML page and the Markdown file are made from.
+
+In texts, `code` between backticks and **bold** between double asterisks are marked up; all else is literal.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Tone = Literal["", "good", "bad", "quiet"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph. kind "absent": the line that says what the run folders do not hold; "note": how to read a thing."""
+
+    text: str
+    kind: Literal["plain", "note", "absent"] = "plain"
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: tuple[tuple[str, Tone], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell. `share` in 0..1 draws a small bar under the text; `color` a swatch of that run's colour."""
+
+    text: str
+    tone: Tone = ""
+    share: float | None = None
+    color: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Row headers are the first column. `numeric` are the columns set flush right; `folded` hides it behind a line."""
+
+    caption: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Cell | str, ...], ...]
+    numeric: frozenset[int] = frozenset()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """A number worth seeing first."""
+
+    label: str
+    value: str
+    detail: str
+    tone: Tone = ""
+    color: int | None = None
+
+
+@dataclass(frozen=True)
+class Cards:
+    cards: tuple[Card, ...]
+
+
+@dataclass(frozen=True)
+class LegendItem:
+    """One entry of a legend: a line of colour `color`, a patch of that class, or a dashed reference."""
+
+    label: str
+    color: int = 0
+    mark: Literal["line", "reference", "band", "point"] = "line"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One SVG element, or the same drawing for wide and for narrow screens. `title` stands above a panel."""
+
+    wide: str
+    narrow: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Drawings side by side under one legend, with the numbers behind them for those who do not see them."""
+
+    title: str
+    caption: str
+    drawings: tuple[Drawing, ...]
+    legend: tuple[LegendItem, ...] = ()
+    numbers: Table | None = None
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Texts side by side: rows of (heading, cells), one cell a column."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+    language: str = ""
+    summary: str = ""  # when given, the code is folded behind this line
+
+
+Block = Text | Bullets | Table | Cards | Figure | Sides | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """`short` is the title in the page's navigation."""
+
+    anchor: str
+    short: str
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    title: str
+    lead: str
+    sections: tuple[Section, ...]
+
+
+_UNSEEN = (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_SPELLED_OUT = {c: f"\u27e8U+{c:04X}\u27e9" for c in _UNSEEN if chr(c) not in "\t\n"}
+
+
+def clean(text: str) -> str:
+    """Text that any file can hold and that reads as it is: controls and reversals of direction are spelled out, lone
+    surrogates replaced."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_SPELLED_OUT)
+
+
+def cell_text(cell: Cell | str) -> str:
+    return cell.text if isinstance(cell, Cell) else cell
+
+
+def to_markdown(document: Document) -> str:
+    """The document as Markdown: tables as tables, figures as their captions and numbers."""
+    parts = [f"# {inline_markdown(document.title)}", inline_markdown(document.lead)]
+    for section in document.sections:
+        parts.append(f"## {inline_markdown(section.title)}")
+        parts += [markdown_block(block) for block in section.blocks]
+    return clean("\n\n".join(part for part in parts if part)) + "\n"
+
+
+def split_code(text: str) -> list[str]:
+    """Pieces of text and of `code` in turn, starting with text. A backtick without its partner is an apostrophe."""
+    if text.count("`") % 2:
+        text = "'".join(text.rsplit("`", 1))
+    return text.split("`")
+
+
+def inline_markdown(text: str) -> str:
+    """Literal outside backticks: what Markdown or HTML would interpret is escaped; **bold** stays."""
+    pieces = split_code(text)
+    for i in range(0, len(pieces), 2):
+        piece = pieces[i].replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        pieces[i] = piece.replace("|", "\\|").replace("[", "\\[").replace("_", "\\_").replace("\n", " ")
+    return "`".join(pieces)
+
+
+def markdown_block(block: Block) -> str:
+    if isinstance(block, Text):
+        return f"> {inline_markdown(block.text)}" if block.kind != "plain" else inline_markdown(block.text)
+    if isinstance(block, Bullets):
+        return "\n".join(f"- {inline_markdown(item)}" for item, _ in block.items)
+    if isinstance(block, Cards):
+        return "\n".join(
+            f"- **{inline_markdown(c.label)}**: {inline_markdown(c.value)} ({inline_markdown(c.detail)})"
+            for c in block.cards
+        )
+    if isinstance(block, Table):
+        return _markdown_table(block)
+    if isinstance(block, Figure):
+        head = f"**{inline_markdown(block.title)}** (drawn in the HTML page). {inline_markdown(block.caption)}"
+        return head + ("\n\n" + _markdown_table(block.numbers) if block.numbers else "")
+    if isinstance(block, Code):
+        return (f"{inline_markdown(block.summary)}\n\n" if block.summary else "") + fence(block.text, block.language)
+    parts = [f"**{inline_markdown(block.caption)}**"]
+    for heading, texts in block.rows:
+        parts.append(f"{inline_markdown(heading)}")
+        for column, text in zip(block.columns, texts, strict=True):
+            parts += [f"*{inline_markdown(column)}:*", fence(text)]
+    return "\n\n".join(parts)
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [f"*{inline_markdown(table.caption)}*", ""] if table.caption else []
+    lines.append("| " + " | ".join(inline_markdown(h) or " " for h in table.headers) + " |")
+    lines.append("|" + "|".join("---:" if i in table.numeric else "---" for i in range(len(table.headers))) + "|")
+    lines += ["| " + " | ".join(inline_markdown(cell_text(c)) for c in row) + " |" for row in table.rows]
+    return "\n".join(lines)
+
+
+def fence(text: str, language: str = "") -> str:
+    """A fenced block whose fence is longer than any run of backticks inside."""
+    longest, run = 0, 0
+    for ch in text:
+        run = run + 1 if ch == "`" else 0
+        longest = max(longest, run)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def figure_numbers(caption: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The table behind a figure: folded, all but the first column numbers."""
+    return Table(caption, tuple(headers), tuple(map(tuple, rows)), frozenset(range(1, len(headers))), folded=True)

@@ -1,0 +1,160 @@
+"""The sections that let a reader check: verification, environment, how to reproduce."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from shlex import quote
+from typing import Any
+
+from earthshine.console import human_bytes
+from earthshine.report.document import Block, Bullets, Cell, Code, Section, Table, Text
+from earthshine.report.runs import CheckRow, Run, Verification
+from earthshine.report.scales import short, whole
+
+ABSENT = "\u2014"
+
+
+def verification_section(runs: Sequence[Run]) -> Section:
+    """Every check with its measured value beside its tolerance."""
+    blocks: list[Block] = [_verification_table(run, v) for run in runs for v in run.verifications]
+    if blocks:
+        blocks.append(Text("The bar under a measured value is the share of its tolerance that was used.", "note"))
+    for run in runs:
+        if not run.verifications:
+            blocks.append(Text(f"{run.name} has no verification result (eval/verify-*.json).", "absent"))
+    return Section("verification", "Verification", "Verification", tuple(blocks))
+
+
+def _verification_table(run: Run, v: Verification) -> Table:
+    subject = ", ".join(f"{k} `{_plain(value)}`" for k, value in v.subject.items())
+    held = sum(r.ok for r in v.rows)
+    verdict = "**holds**" if v.ok else "**does not hold**"
+    caption = f"{run.name}: check `{v.check}` {verdict} ({held} of {len(v.rows)} rows)" + (
+        f"; {subject}" if subject else ""
+    )
+    notes = any(r.note for r in v.rows)
+    rows = tuple(
+        (
+            row.name,
+            Cell(_plain(row.measured), share=_share(row), tone="" if row.ok else "bad"),
+            _plain(row.tolerance),
+            Cell("pass" if row.ok else "FAIL", "good" if row.ok else "bad"),
+            *((row.note,) if notes else ()),
+        )
+        for row in v.rows
+    )
+    headers = ("Check", "Measured", "Tolerance", "Result", *(("Note",) if notes else ()))
+    return Table(caption, headers, rows, frozenset((1, 2)))
+
+
+def _share(row: CheckRow) -> float | None:
+    """Measured over tolerance, where both are numbers and less is better: what share of the room was used."""
+    numbers = [v for v in (row.measured, row.tolerance) if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) < 2 or row.tolerance <= 0 or row.measured < 0 or not math.isfinite(row.measured):
+        return None
+    share = row.measured / row.tolerance
+    return min(1.0, share) if row.ok == (share <= 1) else None
+
+
+def _plain(value: Any) -> str:
+    """A JSON value in a table cell."""
+    match value:
+        case None:
+            return ABSENT
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return whole(value)
+        case float():
+            return short(value)
+        case str():
+            return value
+        case list() if all(isinstance(v, str | int | float) for v in value):
+            return " ".join(map(str, value))
+    return json.dumps(value, ensure_ascii=False)
+
+
+def flatten(data: Any, where: str = "") -> dict[str, Any]:
+    """The leaves of nested objects by dotted path; lists are leaves."""
+    if isinstance(data, Mapping) and data:
+        leaves: dict[str, Any] = {}
+        for key, value in data.items():
+            leaves |= flatten(value, f"{where}.{key}" if where else str(key))
+        return leaves
+    return {where: data}
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """The leaves in which configs differ, with each one's value (ABSENT where it has none)."""
+    flat = [flatten(c) for c in configs]
+    paths = list(dict.fromkeys(path for leaves in flat for path in leaves))
+    table = [(path, [leaves.get(path, ABSENT) for leaves in flat]) for path in paths]
+    return [(path, values) for path, values in table if any(v != values[0] for v in values)]
+
+
+def environment_section(runs: Sequence[Run]) -> Section:
+    """Where the runs happened; one column where all agree."""
+    blocks: list[Block] = []
+    known = [r for r in runs if r.env is not None]
+    flat = [flatten(r.env) for r in known]
+    paths = list(dict.fromkeys(path for leaves in flat for path in leaves))
+    same = all(leaves == flat[0] for leaves in flat)
+    if known:
+        columns = flat[:1] if same else flat
+        rows = tuple((_env_name(p), *(_env_value(p, leaves.get(p)) for leaves in columns)) for p in paths)
+        headers = ("", "all runs" if len(known) > 1 else known[0].name) if same else ("", *(r.name for r in known))
+        caption = "Where it ran, as recorded in env.json" + ("." if same else "; the runs differ.")
+        blocks.append(Table(caption, headers, rows))
+    for run in runs:
+        if run.env is None:
+            blocks.append(Text(f"{run.name} has no env.json.", "absent"))
+    return Section("environment", "Environment", "Environment", tuple(blocks))
+
+
+def _env_name(path: str) -> str:
+    return path.removeprefix("versions.").replace("_", " ").replace("memory bytes", "memory")
+
+
+def _env_value(path: str, value: Any) -> str:
+    if path.endswith("_bytes") and isinstance(value, int | float):
+        return human_bytes(value)
+    return "not installed" if value is None and path.startswith("versions.") else _plain(value)
+
+
+def reproduce_section(runs: Sequence[Run]) -> Section:
+    """Commands, what differs between the runs' configs, the configs in whole, and what was not there."""
+    blocks: list[Block] = []
+    configured = [r for r in runs if r.config is not None]
+    if configured:
+        commands = [
+            f"earthshine train {quote(f'{r.path}/config.json')} --run {quote(f'{r.path}-again')}" for r in configured
+        ]
+        commands.append("earthshine report " + " ".join(quote(f"{r.path}-again") for r in configured))
+        blocks.append(
+            Text("Each run folder holds the whole job. The same command on the same machine gives the same numbers.")
+        )
+        blocks.append(Code("\n".join(commands), "sh"))
+    if len(configured) > 1:
+        blocks.append(_config_diff(configured))
+    for run in runs:
+        if run.config is None:
+            blocks.append(Text(f"{run.name} has no config.json, so it cannot be repeated from its folder.", "absent"))
+        else:
+            text = json.dumps(run.config, indent=1, ensure_ascii=False)
+            blocks.append(Code(text, "json", f"config.json of {run.name}"))
+    notes = [(f"{run.name}: {note}", "quiet") for run in runs for note in run.notes]
+    if notes:
+        blocks.append(Text("What the run folders did not hold, or held and is not shown:"))
+        blocks.append(Bullets(tuple(notes)))  # type: ignore[arg-type]
+    return Section("reproduce", "Reproduce", "How to reproduce", tuple(blocks))
+
+
+def _config_diff(runs: Sequence[Run]) -> Table | Text:
+    rows = [
+        (f"`{path}`", *(v if v == ABSENT else json.dumps(v, ensure_ascii=False) for v in values))
+        for path, values in differing([r.config or {} for r in runs])
+    ]
+    if not rows:
+        return Text("The configs of these runs do not differ in any field.")
+    caption = "All that differs between the configs of the runs compared."
+    return Table(caption, ("Field", *(r.name for r in runs)), tuple(rows))

@@ -1,0 +1,179 @@
+"""What was run, in words and numbers: out of config.json, plan.json and the step lines."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from earthshine.console import human_seconds
+from earthshine.report.document import Cell, Table, Text
+from earthshine.report.runs import Run
+from earthshine.report.scales import fixed, flops, short, whole
+
+UNKNOWN = "not recorded"
+
+
+def dig(data: Any, *keys: str) -> Any:
+    """The value under a path of keys, or None."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
+
+
+def plan_number(run: Run, key: str) -> float | None:
+    """A number of plan.json, or None where it is absent."""
+    value = dig(run.plan, key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def model_words(run: Run) -> str:
+    model = run.model
+    if model is None:
+        return UNKNOWN
+    layers = model.get("num_hidden_layers", 0)
+    words = f"{layers} layers, hidden size {model.get('hidden_size')}"
+    num_experts = dig(model, "moe", "num_experts")
+    if not num_experts:
+        return f"dense: {words}"
+    where = len(dig(model, "moe", "layers") or ())
+    spread = "every layer" if where == layers else f"{where} of {layers} layers"
+    return f"mixture: {words}; {num_experts} experts, top\u2011{dig(model, 'moe', 'top_k')}, in {spread}"
+
+
+def start_words(run: Run) -> str:
+    init = dig(run.config, "init")
+    if not isinstance(init, Mapping):
+        return UNKNOWN
+    match init.get("kind"):
+        case "scratch":
+            return "random initialisation"
+        case "huggingface":
+            return f"weights in `{init.get('path')}`, fresh optimizer"
+        case "checkpoint":
+            return f"checkpoint of `{init.get('path')}`, fresh optimizer"
+    return str(init.get("kind"))
+
+
+def steps_words(run: Run) -> str:
+    done, planned = (run.steps.step[-1] if run.steps.step else 0), dig(run.config, "num_steps")
+    return whole(done) if planned in (None, done) else f"{whole(done)} of {whole(planned)} planned"
+
+
+def tokens_done(run: Run) -> float | None:
+    """Target tokens trained on so far."""
+    total = run.steps.finite("total_tokens")
+    return total[-1] if total else None
+
+
+def compute_done(run: Run, part: str) -> float | None:
+    """FLOPs so far of "forward_backward" or "newton_schulz", from the plan's FLOPs per step."""
+    per_step = plan_number(run, f"{part}_flops_per_step")
+    return per_step * run.steps.step[-1] if per_step and run.steps.step else None
+
+
+def optimizer_words(run: Run) -> str:
+    o = dig(run.config, "optimizer")
+    if not isinstance(o, Mapping):
+        return UNKNOWN
+    name = {"muon": "Muon (AdamW for norms, embedding and head)", "adamw": "AdamW"}.get(str(o.get("algorithm")))
+    words = name or str(o.get("algorithm"))
+    if o.get("algorithm") == "muon" and "momentum" in o:
+        words += f", momentum {o['momentum']}"
+    if "weight_decay" in o:
+        words += f", weight decay {o['weight_decay']}"
+    if o.get("freeze"):
+        words += f"; frozen: {', '.join(f'`{p}`' for p in o['freeze'])}"
+    return words
+
+
+def schedule_words(run: Run) -> str:
+    s = dig(run.config, "schedule")
+    if not isinstance(s, Mapping):
+        return UNKNOWN
+    words = {"wsd": "warm-up, stable, decay"}.get(str(s.get("kind")), str(s.get("kind")))
+    if s.get("warmup_steps"):
+        words += f", {s['warmup_steps']} warm-up steps" if s["warmup_steps"] > 1 else ", 1 warm-up step"
+    if s.get("kind") != "constant" and isinstance(s.get("final_fraction"), int | float):
+        words += f", ending at {short(100 * s['final_fraction'])} % of the peak"
+    return words
+
+
+def clip_norm(run: Run) -> float:
+    value = dig(run.config, "clip_grad_norm")
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _median(values: Sequence[float], scale: float = 1.0) -> float | None:
+    return statistics.median(values) * scale if values else None
+
+
+def _show(value: Any, form: Any = whole) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return UNKNOWN
+    return str(form(value))
+
+
+def what_was_run(runs: Sequence[Run]) -> Table:
+    """One column a run, one row a property; a row that no run knows is left out."""
+    rows: list[tuple[str, list[str]]] = [
+        ("Model", [model_words(r) for r in runs]),
+        ("Starts from", [start_words(r) for r in runs]),
+        ("Parameters", [_show(plan_number(r, "parameters")) for r in runs]),
+        ("Parameters active for a token", [_show(plan_number(r, "active_parameters")) for r in runs]),
+        ("Parameters trained by Muon", [_show(plan_number(r, "muon_parameters")) for r in runs]),
+        ("Parameters trained by AdamW", [_show(plan_number(r, "adamw_parameters")) for r in runs]),
+        ("Steps", [steps_words(r) for r in runs]),
+        ("Sequences a step \N{MULTIPLICATION SIGN} tokens", [_batch(r) for r in runs]),
+        ("Tokens trained on", [_show(tokens_done(r)) for r in runs]),
+        ("Compute, forward and backward", [_show(compute_done(r, "forward_backward"), flops) for r in runs]),
+        ("Compute, Newton-Schulz", [_show(compute_done(r, "newton_schulz"), flops) for r in runs]),
+        ("Optimizer", [optimizer_words(r) for r in runs]),
+        ("Peak learning rate", [_show(dig(r.config, "optimizer", "lr"), short) for r in runs]),
+        ("Schedule", [schedule_words(r) for r in runs]),
+        ("Seed", [_show(dig(r.config, "seed"), str) for r in runs]),
+        ("Compute type", [_show(dig(r.config, "compute_dtype"), str) for r in runs]),
+        ("Time in steps", [_show(sum(r.steps.finite("seconds")) or None, human_seconds) for r in runs]),
+        ("Tokens a second (median)", [_show(_median(r.steps.finite("tokens_per_second"))) for r in runs]),
+        ("Share of measured peak (median)", [_percent(_median(r.steps.finite("mfu"), 100)) for r in runs]),
+        ("Peak memory", [_gib(r) for r in runs]),
+    ]
+    known = [(name, values) for name, values in rows if set(values) != {UNKNOWN}]
+    return Table(
+        caption="Each run as it was configured and as it went.",
+        headers=("", *(r.name for r in runs)),
+        rows=tuple((name, *(Cell(v, "quiet" if v == UNKNOWN else "") for v in values)) for name, values in known),
+    )
+
+
+def unknown_properties(runs: Sequence[Run]) -> list[Text]:
+    """A line for each thing that only plan.json could have told and did not."""
+    silent = [r.name for r in runs if plan_number(r, "parameters") is None]
+    if not silent:
+        return []
+    return [Text(f"Parameters and compute are not recorded for {', '.join(silent)} (plan.json).", "absent")]
+
+
+def _batch(run: Run) -> str:
+    sequences, length = dig(run.config, "sequences_per_step"), dig(run.config, "seq_len")
+    return UNKNOWN if None in (sequences, length) else f"{sequences} \N{MULTIPLICATION SIGN} {whole(length)}"
+
+
+def _percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{short(value)} %"
+
+
+def _gib(run: Run) -> str:
+    memory = run.steps.finite("memory_gib")
+    return f"{fixed(max(memory), 2)} GiB" if memory else UNKNOWN
+
+
+def same_samples(a: Run, b: Run) -> str:
+    """Whether two runs saw the same samples in the same order, by the hashes in their step lines; "" if unknown."""
+    common = [(x, y) for x, y in zip(a.steps.samples, b.steps.samples, strict=False) if x and y]
+    if not common:
+        return ""
+    differ = sum(x != y for x, y in common)
+    if differ:
+        return f"{a.name} and {b.name} saw different samples in {whole(differ)} of {whole(len(common))} steps."
+    every = "their one common step" if len(common) == 1 else f"each of their {whole(len(common))} common steps"
+    return f"{a.name} and {b.name} saw the same samples in {every} (the hashes of the sample ids agree)."

@@ -1,0 +1,171 @@
+"""`write_report`: run folders in, one self-contained HTML page out, with the same in Markdown and JSON beside it."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from earthshine.errors import ConfigError
+from earthshine.files import atomic_write
+from earthshine.report import evidence, facts, results, training
+from earthshine.report.document import Document, Section, clean, to_markdown
+from earthshine.report.markup import to_html
+from earthshine.report.results import Comparison, comparisons
+from earthshine.report.runs import COLUMNS, WORST_LOAD, Heldout, Run, read_runs
+from earthshine.report.scales import thin, whole
+from earthshine.report.statistics import BAR, Difference, ratio
+
+FORMAT = 1  # of report.json
+
+
+def write_report(runs: Sequence[Path | str], out: Path | str | None = None, title: str = "") -> Path:
+    """Write report.html, report.md and report.json about one or more run folders; returns the HTML file.
+
+    Args:
+        runs: run folders; differences between runs are against the first.
+        out: a folder, or a file name ending in .html; by default the first run's folder. Earlier reports are replaced.
+        title: of the page; by default made from the runs' names.
+
+    Raises ConfigError when something given is not a run folder, DataError naming a damaged file, DiskFullError.
+    The files are a function of the run folders: the same folders give the same bytes.
+    """
+    found = read_runs(runs)
+    page = _page_path([run.path for run in found], None if out is None else Path(out))
+    compared = comparisons(found)
+    document = build(found, compared, title)
+    atomic_write(page, to_html(document))
+    atomic_write(page.with_suffix(".md"), to_markdown(document))
+    text = json.dumps(_strict(machine_readable(found, compared, document.title)), indent=1, allow_nan=False)
+    atomic_write(page.with_suffix(".json"), text + "\n")
+    return page
+
+
+def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
+    if out is None:
+        return runs[0] / "report.html"
+    if out.suffix == ".html":
+        if out.is_dir():
+            raise ConfigError(f"out={out} is a folder; give another name for the page, or a folder without .html.")
+        return out
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file that is not .html; give a folder, or a name ending in .html.")
+    return out / "report.html"
+
+
+def build(runs: Sequence[Run], compared: Sequence[Comparison], title: str = "") -> Document:
+    """All that the report says."""
+    ran = Section("runs", "Runs", "What was run", (facts.what_was_run(runs), *facts.unknown_properties(runs)))
+    sections = (
+        results.summary(runs, compared),
+        ran,
+        results.heldout_section(runs, compared),
+        training.curves_section(runs),
+        training.dynamics_section(runs),
+        training.experts_section(runs),
+        training.update_section(runs),
+        evidence.verification_section(runs),
+        results.samples_section(runs),
+        evidence.environment_section(runs),
+        evidence.reproduce_section(runs),
+    )
+    return Document(title or _default_title(runs), _lead(runs), sections)
+
+
+def _default_title(runs: Sequence[Run]) -> str:
+    names = [r.name for r in runs]
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} and {len(names) - 1} other runs"
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    """What this is, in one or two plain sentences."""
+    said = []
+    for run in runs:
+        tokens = facts.tokens_done(run)
+        steps = run.steps.step[-1] if run.steps.step else 0
+        trained = f"{whole(steps)} step{'' if steps == 1 else 's'}" + (f" on {whole(tokens)} tokens" if tokens else "")
+        said.append((run.name, trained if steps else "no recorded step"))
+    if len(said) == 1:
+        return f"One training run: {said[0][1]}."
+    amounts = {trained for _, trained in said}
+    if len(amounts) == 1:
+        return f"{len(said)} training runs side by side, each of {said[0][1]}."
+    return f"{len(said)} training runs side by side: " + "; ".join(f"{name}, {trained}" for name, trained in said) + "."
+
+
+def machine_readable(runs: Sequence[Run], compared: Sequence[Comparison], title: str) -> dict[str, Any]:
+    """The content of report.json: what was read, compared and judged, with series thinned as they are drawn."""
+    return {
+        "format": FORMAT,
+        "title": clean(title),
+        "runs": [_run_json(run) for run in runs],
+        "comparisons": [_comparison_json(c) for c in compared],
+        "bar_in_standard_errors": BAR,
+    }
+
+
+def _run_json(run: Run) -> dict[str, Any]:
+    before, after = results.evaluations(run)
+    series = {}
+    for name in (*COLUMNS, WORST_LOAD, *(c for c in run.steps.columns if c.startswith("update_rms."))):
+        if run.steps.finite(name):
+            shown = thin(run.steps.step, run.steps.column(name))
+            series[name] = {"step": shown.x, "value": shown.y, "steps_averaged": shown.group}
+    loads = {"first": run.steps.first_load, "last": run.steps.last_load}
+    return {
+        "name": run.name,
+        "folder": str(run.path),
+        "config": run.config,
+        "plan": run.plan,
+        "environment": run.env,
+        "model": run.model,
+        "steps": run.steps.step[-1] if run.steps.step else 0,
+        "heldout": {"before": _heldout_json(before), "after": _heldout_json(after)},
+        "heldout_during": [_heldout_json(h) for h in run.heldout_during],
+        "series": series,
+        "expert_load": {k: {"step": v[0], "relative_load": v[1]} for k, v in loads.items() if v},
+        "verifications": [asdict(v) for v in run.verifications],
+        "samples": {
+            "before": asdict(run.samples_before) if run.samples_before else None,
+            "after": asdict(run.samples_after) if run.samples_after else None,
+        },
+        "notes": run.notes,
+    }
+
+
+def _heldout_json(h: Heldout | None) -> dict[str, Any] | None:
+    if h is None:
+        return None
+    numbers = {k: v for k, v in asdict(h).items() if k not in ("sequences", "identity")}
+    return {**numbers, "num_sequences": len(h.sequences)}
+
+
+def _comparison_json(c: Comparison) -> dict[str, Any]:
+    sentence = results.verdict_sentence(c).replace("**", "")
+    if not isinstance(c.outcome, Difference):
+        return {"label": c.label, "sentence": sentence, "compared": False}
+    return {
+        "label": c.label,
+        "sentence": sentence,
+        "compared": True,
+        **asdict(c.outcome),
+        "standard_errors_from_zero": ratio(c.outcome),
+        "exceeds_bar": c.outcome.verdict in ("lower", "higher"),
+    }
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null. Texts lose what no file can hold."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case str():
+            return clean(value)
+        case dict():
+            return {clean(str(k)): _strict(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_strict(v) for v in value]
+    return value

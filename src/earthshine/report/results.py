@@ -1,0 +1,261 @@
+"""The sections about quality: the result in short, held-out losses and their differences, and text samples."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from earthshine.report.document import (
+    Block,
+    Bullets,
+    Card,
+    Cards,
+    Cell,
+    Drawing,
+    Figure,
+    Section,
+    Sides,
+    Table,
+    Text,
+    Tone,
+)
+from earthshine.report.figures import NARROW, WIDE, Interval, draw_intervals
+from earthshine.report.runs import Heldout, Run, Samples
+from earthshine.report.scales import fixed, short, whole
+from earthshine.report.statistics import BAR, Difference, paired, ratio
+
+UNIT = "nats a token"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference that was asked for, or the reason why it cannot be had."""
+
+    label: str  # short, for the figure and the table
+    sentence: str  # "{run}: after training, the held-out loss is", to be finished by the verdict
+    reference: str  # what it is compared with, ends the sentence
+    color: int
+    outcome: Difference | str
+
+    @property
+    def own(self) -> bool:
+        """Whether it compares a run with itself before training."""
+        return self.reference == "before it"
+
+
+def evaluations(run: Run) -> tuple[Heldout | None, Heldout | None]:
+    """Before and after: of eval/, or else the first and the last of metrics.jsonl if they are at different steps."""
+    during = run.heldout_during
+    before = run.before or (during[0] if during and during[0].step == 0 else None)
+    after = run.after or (during[-1] if during and during[-1].step != 0 else None)
+    return before, after
+
+
+def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+    """After against before for each run; then each other run against the first one, before and after."""
+    found = []
+    for i, run in enumerate(runs):
+        before, after = evaluations(run)
+        if before and after:
+            outcome = paired(after, before, f"{run.name} after", f"{run.name} before")
+            start = f"**{run.name}**: after training, the held-out loss is"
+            found.append(Comparison(f"{run.name}: after \u2212 before", start, "before it", i, outcome))
+    for when in (0, 1):
+        for i, run in enumerate(runs[1:], 1):
+            mine, base = evaluations(run)[when], evaluations(runs[0])[when]
+            if mine and base:
+                word = ("before", "after")[when]
+                outcome = paired(mine, base, f"{run.name} {word}", f"{runs[0].name} {word}")
+                start = f"**{run.name} against {runs[0].name}**, {word} training: the held-out loss is"
+                label = f"{word}: {run.name} \u2212 {runs[0].name}"
+                found.append(Comparison(label, start, f"that of {runs[0].name}", i, outcome))
+    return found
+
+
+def verdict_sentence(c: Comparison) -> str:
+    """What may be concluded from one comparison, in one sentence."""
+    d = c.outcome
+    if isinstance(d, str):
+        return f"{c.sentence} not compared with {c.reference}: {d}."
+    if d.verdict == "equal":
+        return f"{c.sentence} the same as {c.reference}, to 32-bit rounding (difference {short(d.value)})."
+    way = "lower" if d.value < 0 else "higher"
+    start = f"{c.sentence} {fixed(abs(d.value))} {UNIT} {way} than {c.reference}"
+    if d.verdict == "no error":
+        return f"{start}; measured on a single sequence, so it has no standard error and nothing follows from it."
+    times = f"{short(ratio(d), 2)} times its standard error of {fixed(d.stderr)}"
+    if d.verdict == "unclear":
+        return f"{start}: {times}, so it does **not** exceed twice that error, and chance alone may explain it."
+    return f"{start}: {times}, so it **exceeds** twice that error."
+
+
+def tone(d: Difference | str) -> Tone:
+    if isinstance(d, str) or d.verdict in ("unclear", "equal", "no error"):
+        return "quiet"
+    return "good" if d.verdict == "lower" else "bad"
+
+
+def verdict_words(d: Difference) -> str:
+    return {
+        "lower": "lower",
+        "higher": "higher",
+        "unclear": "within 2 errors",
+        "equal": "equal",
+        "no error": "no error known",
+    }[d.verdict]
+
+
+def summary(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
+    """Cards and verdict sentences: what a reader with one minute takes away."""
+    cards = []
+    for i, run in enumerate(runs):
+        before, after = evaluations(run)
+        own = next((c.outcome for c in found if c.color == i and c.own), None)
+        if before and after:
+            detail = f"held-out loss, from {fixed(before.loss)}"
+            if isinstance(own, Difference):
+                detail += f"; change {fixed(own.value, 4, sign=True)} \u00b1 {fixed(own.stderr)}"
+            cards.append(Card(run.name, fixed(after.loss), detail, "" if own is None else tone(own), i))
+        elif run.steps.finite("loss"):
+            losses = run.steps.finite("loss")
+            detail = f"training loss, last step; first {fixed(losses[0])} (no held-out loss before and after)"
+            cards.append(Card(run.name, fixed(losses[-1]), detail, "quiet", i))
+    checks = [v for run in runs for v in run.verifications]
+    if checks:
+        rows = [row for v in checks for row in v.rows]
+        good = all(v.ok for v in checks)
+        count = f"{sum(r.ok for r in rows)} of {len(rows)}" if rows else f"{sum(v.ok for v in checks)} of {len(checks)}"
+        cards.append(
+            Card("Verification", count, "checks hold" if good else "hold; see below", "good" if good else "bad")
+        )
+    blocks: list[Block] = [Cards(tuple(cards))] if cards else []
+    if found:
+        blocks.append(Bullets(tuple((verdict_sentence(c), tone(c.outcome)) for c in found)))
+    else:
+        blocks.append(
+            Text("No held-out loss was measured both before and after, so no difference is judged.", "absent")
+        )
+    return Section("summary", "In short", "The result in short", tuple(blocks))
+
+
+def heldout_section(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
+    """Absolute losses, then the paired differences as a figure and a table."""
+    blocks: list[Block] = []
+    rows = []
+    for i, run in enumerate(runs):
+        before, after = evaluations(run)
+        for word, h in (("before", before), ("after", after)):
+            if h:
+                rows.append(_heldout_row(run, i, word, h))
+        missing = [w for w, h in (("before", before), ("after", after)) if h is None]
+        if missing:
+            blocks.append(Text(f"{run.name} has no held-out loss {' and '.join(missing)} training.", "absent"))
+    if rows:
+        headers = ("Run", "When", f"Loss, {UNIT}", "Bits a byte", "Tokens", "Sequences")
+        caption = "Loss on text that is not trained on, \u00b1 one standard error over its sequences."
+        blocks.insert(0, Table(caption, headers, tuple(rows), frozenset(range(2, 6))))
+    known = [(c, c.outcome) for c in found if isinstance(c.outcome, Difference)]
+    if known:
+        own = [k for k in known if k[0].own]
+        between = [k for k in known if not k[0].own]
+        figures = (("Change of held-out loss by training", own), (f"Held-out loss against {runs[0].name}", between))
+        blocks += [_interval_figure(title, rows, bool(own) and rows is between) for title, rows in figures if rows]
+        blocks += [_difference_table(known), Text(_CAVEAT, "note")]
+    for c in found:
+        if isinstance(c.outcome, str):
+            blocks.append(Text(verdict_sentence(c), "absent"))
+    return Section("heldout", "Held-out", "Held-out loss", tuple(blocks))
+
+
+_CAVEAT = (
+    "Differences are paired: each held-out sequence is compared with itself, so what makes a text easy or hard for "
+    "both models cancels, and the error of a difference is much smaller than the two losses' own errors suggest. The "
+    "error is that of the choice of held-out text, neighbouring sequences of which may belong to one document. It does "
+    "not hold what another seed or another learning rate would change: a single run of each kind cannot show that."
+)
+
+
+def _heldout_row(run: Run, color: int, word: str, h: Heldout) -> tuple[Cell | str, ...]:
+    bits_error = h.stderr * h.bits_per_byte / h.loss if h.loss else math.nan
+    return (
+        Cell(run.name, color=color),
+        word if h.step is None else f"{word} (step {whole(h.step)})",
+        _with_error(h.loss, h.stderr),
+        _with_error(h.bits_per_byte, bits_error),
+        whole(h.tokens) if h.tokens else "not recorded",
+        whole(len(h.sequences)) if h.sequences else "not recorded",
+    )
+
+
+def _with_error(value: float, error: float) -> str:
+    return fixed(value) + (f" \u00b1 {fixed(error)}" if math.isfinite(error) else "")
+
+
+def _interval_figure(title: str, known: Sequence[tuple[Comparison, Difference]], second: bool) -> Figure:
+    rows = [
+        Interval(c.label, d.value, BAR * d.stderr, f"{fixed(d.value, 4, sign=True)} \u00b1 {fixed(d.stderr)}", c.color)
+        for c, d in known
+    ]
+    described = "; ".join(f"{r.label}: {r.text}" for r in rows)
+    drawings = [draw_intervals(title, described, UNIT, rows, w, f"fig-diff{int(second)}-{w}") for w in (WIDE, NARROW)]
+    caption = (
+        "Read as the figure above."
+        if second
+        else (
+            "Left of zero is better. The point is the difference, the bar reaches two of its standard errors to either "
+            "side: where it does not touch zero, the difference exceeds twice its error. Numbers are \u00b1 one error."
+        )
+    )
+    return Figure(title, caption, (Drawing(*drawings),))
+
+
+def _difference_table(known: Sequence[tuple[Comparison, Difference]]) -> Table:
+    rows = tuple(
+        (
+            c.label,
+            f"{fixed(d.value, 5, sign=True)} \u00b1 {fixed(d.stderr, 5)}",
+            f"{fixed(d.bits_per_byte, 5, sign=True)} \u00b1 {fixed(d.bits_per_byte_stderr, 5)}",
+            short(ratio(d), 2) if math.isfinite(d.stderr) else "n/a",
+            whole(d.num_sequences),
+            Cell(verdict_words(d), tone(d)),
+        )
+        for c, d in known
+    )
+    headers = ("Difference", f"Loss, {UNIT}", "Bits a byte", "Times its error", "Sequences", "Verdict")
+    caption = (
+        f"Paired differences, \u00b1 one standard error. Lower or higher: more than {short(BAR)} errors from zero."
+    )
+    return Table(caption, headers, rows, frozenset(range(1, 5)))
+
+
+def samples_section(runs: Sequence[Run]) -> Section:
+    """What the models write, before and after, side by side for the same prompt."""
+    blocks: list[Block] = []
+    for run in runs:
+        before, after = run.samples_before, run.samples_after
+        if not before and not after:
+            blocks.append(
+                Text(f"{run.name} has no text samples (eval/samples-before.json, eval/samples-after.json).", "absent")
+            )
+            continue
+        sides = [(word, s) for word, s in (("Before", before), ("After", after)) if s]
+        columns = tuple(_column(run, word, s) for word, s in sides)
+        prompts = list(dict.fromkeys(sample.prompt for _, s in sides for sample in s.samples))
+        rows = tuple((prompt, tuple(_texts(s, prompt) for _, s in sides)) for prompt in prompts)
+        blocks.append(Sides(f"{run.name}", columns, rows))
+        if not before or not after:
+            blocks.append(Text(f"{run.name} has samples only {'after' if after else 'before'} training.", "absent"))
+    if any(isinstance(b, Sides) for b in blocks):
+        blocks.insert(0, Text("Text is shown as the model wrote it. A few samples say nothing about quality; they show "
+                              "that the model still writes.", "note"))  # fmt: skip
+    return Section("samples", "Samples", "Text samples", tuple(blocks))
+
+
+def _column(run: Run, word: str, samples: Samples) -> str:
+    """ "Before" or "After", with what the file's label adds to that and to the run's name."""
+    label = " ".join(w for w in samples.label.replace(run.name, " ").split() if w.lower() != word.lower())
+    return f"{word} ({label})" if label else word
+
+
+def _texts(samples: Samples, prompt: str) -> str:
+    texts = [s.text for s in samples.samples if s.prompt == prompt]
+    return "\n\u2014\n".join(texts) if texts else "(no sample for this prompt)"

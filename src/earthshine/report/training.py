@@ -1,0 +1,326 @@
+"""The sections about how training went: loss curves, learning rate and gradients, expert load, update size."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from earthshine.report.document import Block, Drawing, Figure, LegendItem, Section, Table, Text, figure_numbers
+from earthshine.report.facts import clip_norm, dig, same_samples
+from earthshine.report.figures import (
+    HALF,
+    HEAT_BINS,
+    MARKER_LIMIT,
+    MAX_HEAT_COLUMNS,
+    NARROW,
+    PANEL,
+    WIDE,
+    Chart,
+    Series,
+    draw_chart,
+    draw_heat,
+)
+from earthshine.report.runs import MEDIAN_LOAD, UPDATE_RMS, WORST_LOAD, Run
+from earthshine.report.scales import fixed, short, thin, whole
+from earthshine.report.statistics import moving_mean
+
+Format = Callable[[float], str]
+TABLE_ROWS = 12  # of the numbers behind a figure
+
+
+def lines(run: Run, column: str, color: int, label: str = "") -> tuple[list[Series], str]:
+    """A run's column for drawing, and what the caption must say about how it was thinned or smoothed ("" if not)."""
+    x, y = run.steps.step, run.steps.column(column)
+    if not any(map(math.isfinite, y)):
+        return [], ""
+    label = label or run.name
+    shown = thin(x, y)
+    width = _width(shown.y)
+    if column != "lr" and len(shown.y) > MARKER_LIMIT:  # a learning rate has no noise
+        faint = Series(label, shown.x, shown.y, color, "faint", *((shown.low, shown.high) if shown.group > 1 else ()))
+        series = [faint, Series(label, shown.x, moving_mean(shown.y, width), color)]
+        note = f"bold is the mean over {whole(width * shown.group)} neighbouring steps"
+    else:
+        low_high = (shown.low, shown.high) if shown.group > 1 else ()
+        series, note = [Series(label, shown.x, shown.y, color, "line", *low_high)], ""
+    if shown.group > 1:
+        thinned = (
+            f"its {whole(len(y))} steps are drawn as {whole(len(shown.y))} means of {whole(shown.group)} steps each, "
+            "shaded from their lowest to their highest"
+        )
+        note = f"{thinned}; {note}" if note else thinned
+    lost = len(y) - sum(map(math.isfinite, y))
+    if lost:
+        note += ("; " if note else "") + f"{whole(lost)} steps have no finite value and are left out"
+    return series, note
+
+
+def _width(values: Sequence[float]) -> int:
+    """Over how many neighbours a noisy line is averaged."""
+    return max(5, len(values) // 40) | 1
+
+
+def _remarks(notes: Iterable[tuple[str, str]]) -> str:
+    """Notes of runs as sentences, equal ones once."""
+    by_note: dict[str, list[str]] = {}
+    for name, note in notes:
+        if note:
+            by_note.setdefault(note, []).append(name)
+    return "".join(f" {', '.join(names)}: {note}." for note, names in by_note.items())
+
+
+def _table(caption: str, runs: Sequence[Run], columns: Sequence[tuple[str, str, Format]]) -> Table | None:
+    """At most TABLE_ROWS steps spread evenly; for each run that has it, a column a (heading, column name, format)."""
+    steps = sorted({s for r in runs for s in r.steps.step})
+    if not steps:
+        return None
+    last = len(steps) - 1
+    rows_wanted = min(TABLE_ROWS, len(steps))
+    chosen = [steps[round(i * last / max(1, rows_wanted - 1))] for i in range(rows_wanted)]
+    headers, values = ["Step"], []
+    for run in runs:
+        for heading, column, form in columns:
+            data = dict(zip(run.steps.step, run.steps.column(column), strict=False))
+            if any(map(math.isfinite, data.values())):
+                headers.append(f"{run.name}{': ' + heading if heading else ''}")
+                values.append([form(data.get(s, math.nan)) for s in chosen])
+    rows = [[whole(s), *(v[i] for v in values)] for i, s in enumerate(chosen)]
+    return figure_numbers(caption, headers, rows) if values else None
+
+
+def _legend(runs: Iterable[tuple[int, Run]], *more: LegendItem) -> tuple[LegendItem, ...]:
+    return (*(LegendItem(run.name, i) for i, run in runs), *more)
+
+
+def _first_last(run: Run, column: str, form: Format) -> str:
+    values = run.steps.finite(column)
+    return f"{run.name} from {form(values[0])} to {form(values[-1])}" if values else ""
+
+
+def curves_section(runs: Sequence[Run]) -> Section:
+    """Training loss of every run over one pair of axes, with the held-out losses measured on the way."""
+    series: list[Series] = []
+    notes, drawn, heldout = [], [], False
+    for i, run in enumerate(runs):
+        own, note = lines(run, "loss", i)
+        if own:
+            drawn.append((i, run))
+        series += own
+        notes.append((run.name, note))
+        points = _heldout_points(run)
+        if points:
+            heldout = True
+            shift = 11 * (i - (len(runs) - 1) / 2)  # side by side, where runs have the same loss at the same step
+            xs, ys = zip(*points, strict=True)
+            series.append(Series(f"{run.name} held-out", xs, ys, i, "points", shift=shift))
+    blocks: list[Block] = []
+    if series:
+        said = "; ".join(filter(None, (_first_last(r, "loss", fixed) for r in runs)))
+        chart = Chart("Training loss by step", f"Training loss: {said}.", "step", "nats a token", tuple(series))
+        wide, narrow = draw_chart(chart, WIDE, 380, "fig-loss-w"), draw_chart(chart, NARROW, 300, "fig-loss-n")
+        caption = "Training loss of each step's own batch, which is why it jumps from step to step."
+        more = []
+        if heldout:
+            caption += " Large hollow marks are held-out losses; how sure their differences are is told above."
+            more = [LegendItem("held-out loss", 0, "point")]
+        table = _table("Training loss, nats a token", runs, [("", "loss", fixed)])
+        blocks.append(
+            Figure(
+                "Training loss by step",
+                caption + _remarks(notes),
+                (Drawing(wide, narrow),),
+                _legend(drawn, *more),
+                table,
+            )
+        )
+    for run in runs:
+        if not run.steps.finite("loss"):
+            blocks.append(Text(f"{run.name} has no training loss (metrics.jsonl).", "absent"))
+    for run in runs[1:]:
+        sentence = same_samples(runs[0], run)
+        if sentence:
+            blocks.append(Text(sentence))
+    return Section("curves", "Loss", "Loss curves", tuple(blocks))
+
+
+def _heldout_points(run: Run) -> list[tuple[int, float]]:
+    """(step, loss): those measured during training; before and after where there are none."""
+    if run.heldout_during:
+        found = [(h.step, h) for h in run.heldout_during]
+    else:
+        last = run.steps.step[-1] if run.steps.step else None
+        found = [(0 if run.before else None, run.before), (last, run.after)]  # type: ignore[list-item]
+    return [(step, h.loss) for step, h in found if h is not None and step is not None]
+
+
+def _panel(runs: Sequence[Run], column: str, title: str, unit: str, ident: str, **options: bool) -> Drawing | None:
+    """A small chart of one column of every run."""
+    series = [s for i, run in enumerate(runs) for s in lines(run, column, i)[0]]
+    if not series:
+        return None
+    values = [v for s in series for v in s.y]
+    log = options.pop("may_log", False) and min(values) > 0 and max(values) > 50 * min(values)
+    said = "; ".join(filter(None, (_first_last(r, column, short) for r in runs)))
+    if column == "grad_norm":
+        limits = {clip_norm(r) for r in runs if clip_norm(r) > 0}
+        span = (min(r.steps.step[0] for r in runs if r.steps.step), max(r.steps.step[-1] for r in runs if r.steps.step))
+        inside = [limit for limit in limits if 0.4 * min(values) <= limit <= 2.5 * max(values)]
+        series += [Series(f"clipped at {short(v)}", span, (v, v), 0, "reference") for v in inside]
+    chart = Chart(title, f"{title}: {said}.", "step", unit, tuple(series), log_y=log, **options)
+    return Drawing(draw_chart(chart, PANEL, 230, ident), title=title)
+
+
+def dynamics_section(runs: Sequence[Run]) -> Section:
+    """Learning rate, gradient norm and speed as small multiples."""
+    panels = (
+        _panel(runs, "lr", "Learning rate", "peak times schedule", "fig-lr", from_zero=True),
+        _panel(runs, "grad_norm", "Gradient norm", "global, before clipping", "fig-grad", may_log=True, from_zero=True),
+        _panel(runs, "tokens_per_second", "Speed", "tokens a second", "fig-speed", from_zero=True),
+    )
+    blocks: list[Block] = []
+    if any(panels):
+        caption = "One panel a quantity, the same steps in each."
+        if any(clip_norm(r) > 0 for r in runs):
+            limits = sorted({short(clip_norm(r)) for r in runs if clip_norm(r) > 0})
+            caption += (
+                f" Gradients longer than {' or '.join(limits)} are scaled down to that length (dashed, where in range)."
+            )
+        drawn = [(i, r) for i, r in enumerate(runs) if len(r.steps)]
+        caption += _remarks((r.name, lines(r, "grad_norm", 0)[1]) for _, r in drawn)
+        columns = [("learning rate", "lr", short), ("gradient norm", "grad_norm", short)]
+        table = _table("Learning rate and gradient norm", runs, columns)
+        title = "Step by step"
+        blocks.append(Figure(title, caption, tuple(p for p in panels if p), _legend(drawn), table))
+    for panel, what in zip(panels, ("learning rate", "gradient norm", "tokens a second"), strict=True):
+        if panel is None:
+            blocks.append(Text(f"No run recorded its {what}.", "absent"))
+    return Section("dynamics", "Dynamics", "Learning rate, gradients, speed", tuple(blocks))
+
+
+def experts_section(runs: Sequence[Run]) -> Section:
+    """Who got the tokens: heat maps at the first and the last step, and the worst overload over the steps."""
+    blocks: list[Block] = []
+    sparse = [(i, r) for i, r in enumerate(runs) if r.steps.finite(WORST_LOAD)]
+    for i, run in sparse:
+        first, last = run.steps.first_load, run.steps.last_load
+        if first and last:
+            blocks.append(_heat_figure(run, i, first, last))
+        else:
+            blocks.append(
+                Text(f"{run.name} recorded only the worst load of each step, not the load of each expert.", "absent")
+            )
+    if sparse:
+        blocks.append(_load_figure(runs, sparse))
+    without = [r.name for r in runs if not r.steps.finite(WORST_LOAD)]
+    if without:
+        plural = "have" if len(without) > 1 else "has"
+        names = ", ".join(without)
+        blocks.append(Text(f"{names} {plural} no expert load in metrics.jsonl (a dense model has none).", "absent"))
+    return Section("experts", "Experts", "Expert load", tuple(blocks))
+
+
+HeatState = tuple[int, dict[int, list[float]]]
+
+
+def _heat_figure(run: Run, index: int, first: HeatState, last: HeatState) -> Figure:
+    drawings = []
+    for word, (step, load) in (("First", first), ("Last", last))[: 1 if first[0] == last[0] else 2]:
+        title = f"{run.name}, {word.lower()} step ({whole(step)})"
+        said = "; ".join(f"layer {layer}: {', '.join(fixed(v, 2) for v in row[:64])}" for layer, row in load.items())
+        said = f"Load as multiples of the fair share. {said}."
+        wide, narrow = (draw_heat(title, said, load, w, f"fig-heat-{index}-{word}-{w}") for w in (HALF, NARROW))
+        drawings.append(Drawing(wide, narrow, f"{word} step ({whole(step)})"))
+    num_experts = max(map(len, last[1].values()))
+    caption = (
+        "How many tokens each expert of each layer received, as a multiple of its fair share (1 = perfectly balanced)."
+    )
+    if num_experts > MAX_HEAT_COLUMNS:
+        group = math.ceil(num_experts / MAX_HEAT_COLUMNS)
+        caption += f" A column stands for {group} neighbouring experts and shows the one farthest from its fair share."
+    unused = sum(v <= 0 for row in last[1].values() for v in row)
+    if unused:
+        caption += f" At the last step {whole(unused)} experts received no token (hatched)."
+    names = ("\u2264 \u00bc", "", "\u00bd", "", "1", "", "2", "", "\u2265 4")
+    legend = tuple(LegendItem(names[b], b, "band") for b in range(HEAT_BINS))
+    rows = [
+        [str(layer), *(fixed(f(row), 2) for row in (first[1].get(layer, [math.nan]), load) for f in (min, max))]
+        for layer, load in last[1].items()
+    ]
+    headers = ("Layer", "first step: least", "first step: most", "last step: least", "last step: most")
+    table = figure_numbers("Least and most loaded expert of each layer, multiples of the fair share", headers, rows)
+    return Figure(f"Expert load of {run.name}", caption, tuple(drawings), legend, table)
+
+
+def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figure:
+    series, notes = [], []
+    for i, run in sparse:
+        own, note = lines(run, WORST_LOAD, i, f"{run.name}, worst layer")
+        series += own
+        notes.append((run.name, note))
+        shown = thin(run.steps.step, run.steps.column(MEDIAN_LOAD)) if run.steps.finite(MEDIAN_LOAD) else None
+        if shown:
+            smooth = moving_mean(shown.y, _width(shown.y)) if len(shown.y) > MARKER_LIMIT else shown.y
+            series.append(Series(f"{run.name}, middle layer", shown.x, smooth, i, "dashed"))
+    said = "; ".join(_first_last(r, WORST_LOAD, lambda v: fixed(v, 2)) for _, r in sparse)
+    title = "Most loaded expert over the steps"
+    chart = Chart(title, f"Worst layer: {said}.", "step", "load / fair share", tuple(series))
+    wide, narrow = draw_chart(chart, WIDE, 260, "fig-load-w"), draw_chart(chart, NARROW, 250, "fig-load-n")
+    caption = (
+        "The most loaded expert's tokens over the mean of its layer: of the worst layer, and dashed of the middle one."
+    )
+    table = _table(title, runs, [("worst layer", WORST_LOAD, lambda v: fixed(v, 3))])
+    more = LegendItem("middle layer", 0, "reference")
+    return Figure(title, caption + _remarks(notes), (Drawing(wide, narrow),), _legend(sparse, more), table)
+
+
+def update_section(runs: Sequence[Run]) -> Section:
+    """Root mean square of the parameters' updates, one panel an algorithm."""
+    algorithms = sorted({c.removeprefix(UPDATE_RMS) for r in runs for c in r.steps.columns if c.startswith(UPDATE_RMS)})
+    blocks: list[Block] = []
+    panels, nominal_drawn = [], False
+    for algorithm in reversed(algorithms):
+        column = UPDATE_RMS + algorithm
+        series = [s for i, run in enumerate(runs) for s in lines(run, column, i)[0]]
+        if not series:
+            continue
+        name = {"muon": "Muon", "adamw": "AdamW"}.get(algorithm, algorithm)
+        references = [] if algorithm != "muon" else _nominal(runs)
+        nominal_drawn = nominal_drawn or bool(references)
+        series += references
+        said = "; ".join(filter(None, (_first_last(r, column, short) for r in runs)))
+        chart = Chart(f"Update RMS, {name}", f"{said}.", "step", "update RMS, before the learning rate", tuple(series))
+        wide, narrow = (draw_chart(chart, w, 250, f"fig-rms-{algorithm}-{w}") for w in (HALF, NARROW))
+        panels.append(Drawing(wide, narrow, f"{name} parameters"))
+    if panels:
+        drawn = [(i, r) for i, r in enumerate(runs) if any(r.steps.finite(UPDATE_RMS + a) for a in algorithms)]
+        more = (LegendItem("nominal Muon update", 0, "reference"),) if nominal_drawn else ()
+        columns: list[tuple[str, str, Format]] = [(a, UPDATE_RMS + a, short) for a in reversed(algorithms)]
+        table = _table("Root mean square of the updates", runs, columns)
+        caption = "Root mean square over all elements of a step's update, before it is multiplied by the learning rate."
+        if nominal_drawn:
+            caption += _NOMINAL
+        caption += _remarks((r.name, lines(r, UPDATE_RMS + algorithms[-1], 0)[1]) for _, r in drawn)
+        blocks.append(Figure("Update RMS by step", caption, tuple(panels), _legend(drawn, *more), table))
+    for run in runs:
+        if not any(c.startswith(UPDATE_RMS) for c in run.steps.columns):
+            blocks.append(Text(f"{run.name} has no update RMS in metrics.jsonl.", "absent"))
+    return Section("updates", "Updates", "Size of the updates", tuple(blocks))
+
+
+NS5_RANGE = (0.86, 1.08)  # what five Newton-Schulz steps give of the nominal size, by shape
+_NOMINAL = (
+    " Dashed is Muon's nominal size (Moonlight: 0.2, about that of an AdamW update). It is nominal: five "
+    f"Newton-Schulz steps bring singular values near 1, not to it, and give {NS5_RANGE[0]} to {NS5_RANGE[1]} of it by "
+    "the shape of the matrix (shaded); less where a gradient has few directions."
+)
+
+
+def _nominal(runs: Sequence[Run]) -> list[Series]:
+    """A dashed line at each nominal update RMS of the runs that have Muon updates, shaded by what NS5 gives of it."""
+    column = UPDATE_RMS + "muon"
+    having = [r for r in runs if r.steps.finite(column)]
+    targets = {dig(r.config, "optimizer", "update_rms") for r in having}
+    span = (min(r.steps.step[0] for r in having), max(r.steps.step[-1] for r in having)) if having else (0, 0)
+    low, high = NS5_RANGE
+    return [
+        Series("nominal", span, (t, t), 0, "reference", (low * t, low * t), (high * t, high * t))
+        for t in sorted(t for t in targets if isinstance(t, int | float) and t > 0)
+    ]
