@@ -200,8 +200,11 @@ def test_a_full_disk(command, dense_dir, tokenizer_dir, tmp_path, earthshine_env
         "upcycle": f"{dense_dir} {small}/out",
         "prepare": f"{tmp_path}/long.txt --tokenizer {tokenizer_dir} --out {small}/out --workers 1",
     }[command]
-    run = f"{sys.executable} -m earthshine.cli.main {command} {arguments}; code=$?; echo left: $(ls -A {small}); exit $code"
-    script = f"mount -t tmpfs -o size=256k tmpfs {small} && {run}"
+    program = f"{sys.executable} -m earthshine.cli.main {command} {arguments}"
+    script = (
+        f"mount -t tmpfs -o size=256k tmpfs {small} || exit 99; "
+        f"{program}; code=$?; echo left: $(ls -A {small}); exit $code"
+    )
     done = subprocess.run(
         ["unshare", "--mount", "--map-root-user", "bash", "-c", script],
         capture_output=True,
