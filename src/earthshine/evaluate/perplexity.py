@@ -9,6 +9,7 @@ import torch
 
 from earthshine.console import progress
 from earthshine.data.loader import heldout_batches, heldout_bytes_per_token
+from earthshine.data.shards import TokenShards
 from earthshine.errors import DataError, TrainingDivergedError
 from earthshine.model.transformer import Transformer
 from earthshine.ops.cross_entropy import IGNORE
@@ -16,23 +17,41 @@ from earthshine.ops.cross_entropy import IGNORE
 
 @torch.no_grad()
 def heldout_loss(
-    model: Transformer, path: str | Path, *, seq_len: int, max_sequences: int = 64, batch: int = 8
+    model: Transformer,
+    path: str | Path,
+    *,
+    seq_len: int,
+    max_sequences: int = 64,
+    batch: int = 8,
+    document_attention: bool = True,
 ) -> dict[str, Any]:
-    """Mean next-token loss over the first `max_sequences` held-out windows of `seq_len` tokens.
+    """Mean next-token loss over the first `max_sequences` held-out windows (0: all) of `seq_len` tokens.
+
+    `document_attention` as in training: whether attention stays within documents.
 
     Returns a JSON-ready dict: `loss` in nats per token and its standard error over sequences (`stderr`, a ratio
     estimator: sequences differ in their number of targets), `bits_per_byte` of UTF-8 text, `tokens`, `bytes`
     (estimated from the shards' bytes per token), and `sequence_losses` (nats per token) with `sequence_tokens`, so
     that two models can be compared sequence by sequence.
 
-    Raises DataError when there is no whole window, TrainingDivergedError when the loss is not finite.
+    Raises DataError when there is no whole window or a token is outside the vocabulary, TrainingDivergedError when the
+    loss is not finite.
     """
     was_training = model.training
     model.eval()
     sums: list[float] = []
     counts: list[int] = []
-    with progress("held-out loss", max_sequences, "sequences") as bar:
-        for rows in heldout_batches(path, seq_len=seq_len, max_sequences=max_sequences, batch=batch):
+    windows = (TokenShards(path, verify=False).num_tokens - 1) // seq_len
+    batches = heldout_batches(
+        str(path),
+        seq_len=seq_len,
+        max_sequences=max_sequences,
+        batch=batch,
+        document_attention=document_attention,
+        vocab_size=model.config.vocab_size,
+    )
+    with progress("held-out loss", min(windows, max_sequences or windows), "sequences") as bar:
+        for rows in batches:
             device = model.embed.weight.device
             losses_B = model.sequence_loss_sums(
                 rows.tokens_BS.to(device), rows.targets_BS.to(device), rows.documents_BS.to(device)
@@ -50,7 +69,7 @@ def heldout_loss(
     loss = math.fsum(sums) / tokens
     if not math.isfinite(loss):
         raise TrainingDivergedError(f"the held-out loss on {path} is {loss}: the weights are damaged or have diverged.")
-    num_bytes = tokens * heldout_bytes_per_token(path)
+    num_bytes = tokens * heldout_bytes_per_token(str(path), seq_len=seq_len, max_sequences=max_sequences)
     return {
         "kind": "heldout",
         "loss": loss,

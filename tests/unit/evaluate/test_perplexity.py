@@ -1,0 +1,64 @@
+"""Held-out loss against a plain computation, and its standard error against known cases."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from earthshine.data.prepare import prepare
+from earthshine.data.shards import TokenShards
+from earthshine.evaluate.perplexity import heldout_loss, ratio_stderr
+from earthshine.model.presets import preset
+from earthshine.model.transformer import Transformer, initialize
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    words = {f"w{i}": i for i in range(50)} | {"<eod>": 50}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eod>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(root / "tokenizer.json"))
+    for d in range(6):
+        (root / f"{d}.txt").write_text(" ".join(f"w{(i * i + d) % 50}" for i in range(15 + 4 * d)))
+    prepare(sorted(root.glob("*.txt")), root / "tokenizer.json", root / "shards", eod="<eod>", workers=1)
+    return root / "shards"
+
+
+def test_equals_torch_document_by_document(shards: Path) -> None:
+    """With attention inside documents and one window that holds several, each document counts as if it were alone."""
+    model = Transformer(preset("mixtral_tiny"))
+    initialize(model, seed=0)
+    result = heldout_loss(model, shards, seq_len=20, max_sequences=0, batch=3)
+    data = TokenShards(shards)
+    stream = [data.document(i).astype("int64") for i in range(data.num_documents)]
+    flat = torch.from_numpy(np.concatenate(stream))
+    document = torch.cat([torch.full((len(d),), i) for i, d in enumerate(stream)])
+    total, tokens = 0.0, 0
+    for start in range(0, len(flat) - 20, 20):
+        window, owner = flat[start : start + 21], document[start : start + 21]
+        for d in owner[:20].unique():
+            inside = (owner[:20] == d).nonzero().flatten()
+            pairs = [int(i) for i in inside if owner[i + 1] == d]
+            if pairs:
+                logits = model(window[inside].unsqueeze(0))[0, : len(pairs)]
+                total += F.cross_entropy(logits, window[[i + 1 for i in pairs]], reduction="sum").item()
+                tokens += len(pairs)
+    assert result["tokens"] == tokens
+    assert result["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert result["loss"] * tokens / math.log(2) / result["bits_per_byte"] == pytest.approx(result["bytes"], abs=1)
+    again = sum(x * n for x, n in zip(result["sequence_losses"], result["sequence_tokens"], strict=True))
+    assert again == pytest.approx(result["loss"] * tokens)
+
+
+def test_stderr_of_equal_sequences_is_that_of_a_mean() -> None:
+    sums, counts = [10.0, 20.0, 30.0, 60.0], [10, 10, 10, 10]
+    means = torch.tensor(sums) / 10
+    assert ratio_stderr(sums, counts) == pytest.approx(float(means.std() / 2))
+    assert ratio_stderr([1.0], [3]) == 0
+    # A sequence twice as long with the same mean is no noise.
+    assert ratio_stderr([2.0, 4.0], [1, 2]) == 0

@@ -1,0 +1,68 @@
+"""The proofs hold for what is right, and fail for what was broken on purpose."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from earthshine.checkpoint.hf import load_model, save_model
+from earthshine.errors import ConfigError
+from earthshine.model.config import ModelConfig
+from earthshine.model.presets import preset
+from earthshine.model.transformer import Transformer, initialize
+from earthshine.upcycle.config import UpcycleConfig
+from earthshine.upcycle.convert import upcycle
+from earthshine.verify.huggingface import verify_huggingface
+from earthshine.verify.measure import mean_kl, relative_difference, row
+from earthshine.verify.upcycled import verify_upcycle
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = Transformer(preset("llama_tiny"))
+    initialize(model, seed=0)
+    out = tmp_path_factory.mktemp("models") / "dense"
+    save_model(model, model.config, out)
+    return out
+
+
+def broken_copy(moe: Path, out: Path, name: str, scale: float) -> Path:
+    model = load_model(moe)
+    with torch.no_grad():
+        dict(model.named_parameters())[name].mul_(scale)
+    save_model(model, model.config, out)
+    return out
+
+
+@pytest.mark.parametrize("layers", [(), (1,)], ids=["all layers: Mixtral", "one layer: Qwen2-MoE"])
+def test_an_upcycled_model_is_the_dense_one_and_a_damaged_one_is_not(dense: Path, layers, tmp_path: Path) -> None:
+    upcycle(dense, tmp_path / "moe", UpcycleConfig(experts=4, layers=layers))
+    proof = verify_upcycle(dense, tmp_path / "moe", tokens=32, fp64=True, bf16=True)
+    assert proof["ok"] and len(proof["rows"]) == 4, proof
+    # A random tiny model is also equal in absolute terms (its largest logit is below 1).
+    assert proof["rows"][0]["measured"] <= 1e-5
+    assert verify_huggingface(tmp_path / "moe", tokens=32)["ok"]
+    bad = broken_copy(tmp_path / "moe", tmp_path / "bad", "blocks.1.moe.experts.w_down_EDF", 1.01)
+    proof = verify_upcycle(dense, bad, tokens=32)
+    assert not proof["ok"] and not any(r["ok"] for r in proof["rows"])
+
+
+def test_models_that_do_not_belong_together_are_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a dense model and a mixture"):
+        verify_upcycle(dense, dense)
+    other = preset("mixtral_tiny")
+    other = ModelConfig(**{**vars(other), "vocab_size": 100})
+    model = Transformer(other)
+    initialize(model, 0)
+    save_model(model, other, tmp_path / "other")
+    with pytest.raises(ConfigError, match="was not made from this model"):
+        verify_upcycle(dense, tmp_path / "other")
+    with pytest.raises(ConfigError, match="tokens=100000 must be between 2 and the model's 512"):
+        verify_huggingface(dense, tokens=100_000)
+
+
+def test_the_measures() -> None:
+    a, b = torch.tensor([[[100.0, 0.0]]]), torch.tensor([[[101.0, 0.0]]])
+    assert relative_difference(a, b) == pytest.approx(1 / 101)
+    assert mean_kl(b, b) == 0 and mean_kl(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 0.0]]])) == pytest.approx(0.1201, abs=1e-4)
+    assert row("x", 1.0, 1.0)["ok"] and not row("x", float("nan"), 1.0)["ok"]
