@@ -120,12 +120,15 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | None = None,
+    *,
+    trust: bool = False,
 ) -> "Transformer":
     """A Hugging Face directory or a run's latest checkpoint as a model; `model(tokens_BS) -> logits_BSV`.
 
     Args:
         dtype: of the parameters.
         compute_dtype: of activations and products; `dtype` when None.
+        trust: read a run's checkpoint that was not made on this machine.
     Raises ConfigError or UnsupportedModelError for the config, WeightsError for any tensor that is missing, extra,
     misshapen or not finite, CheckpointError for a damaged checkpoint.
     """
@@ -136,7 +139,7 @@ def load_model(
     if is_run(path):
         from earthshine.checkpoint.run_store import load_model_state
 
-        config, state = load_model_state(path)
+        config, state = load_model_state(path, trust=trust)
     else:
         config, state = read_config(path), None
     with torch.device(device):

@@ -56,7 +56,7 @@ TIED_COPY = {"lm_head.weight": "model.embed_tokens.weight"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One Hugging Face tensor: its name, our parameter, which expert of that parameter (-1: all of it), and its shape."""
+    """One Hugging Face tensor: its name, our parameter, which expert of that (-1: all of it), and its shape."""
 
     hf: str
     ours: str

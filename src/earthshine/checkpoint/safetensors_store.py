@@ -40,6 +40,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 BLOCK_BYTES = 32 << 20  # bytes in flight at a time: large enough for the disk, small beside one matrix
+FLUSH_BYTES = 128 << 20  # written bytes after which the disk is told to begin
 MIN_RUN_BYTES = 4096  # a strided read shorter than a page costs as much as the page
 
 
@@ -148,12 +149,12 @@ class Store:
     def _read_shards(index: Path) -> dict[str, TensorInfo]:
         try:
             weight_map = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
-            files = sorted(set(weight_map.values()))
+            files = sorted(set(weight_map.values()), key=str)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise WeightsError(f"{index} is not a readable index with a weight_map: {e}.") from e
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            if Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file:
                 raise WeightsError(f"{index}: shard {file!r} must be a file name in the same directory.")
             for name, info in read_header(index.parent / file).items():
                 if weight_map.get(name) != file:
@@ -427,8 +428,8 @@ class _HashingFile:
     final sync. Blocks handed in must not change afterwards; at most two are in flight, which bounds memory.
     """
 
-    def __init__(self, fd: int, flush_every: int = 128 << 20) -> None:
-        self._fd, self._flush_every, self._unflushed, self._count = fd, flush_every, 0, 0
+    def __init__(self, fd: int) -> None:
+        self._fd, self._unflushed, self._count = fd, 0, 0
         self._digest = sha256()
         self._threads = ThreadPoolExecutor(2)
         self._hashing: Future[None] | None = None
@@ -449,7 +450,7 @@ class _HashingFile:
         view = memoryview(data)
         while view:
             view = view[os.write(self._fd, view) :]
-        if self._unflushed >= self._flush_every and (self._flushing is None or self._flushing.done()):
+        if self._unflushed >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
             if self._flushing:
                 self._flushing.result()  # raises what the disk said
             self._unflushed = 0

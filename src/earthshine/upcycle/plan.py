@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -49,17 +49,16 @@ class Target:
         return TensorInfo(self.entry.hf, self.dtype, self.entry.shape)
 
 
-@dataclass(frozen=True)
-class LedgerRow:
-    """A role: one parameter of the new model, what it is made of, and every output tensor that it becomes.
+class LedgerRow(TypedDict):
+    """A role, ready for JSON: one parameter of the new model, what it is made of, and all output tensors it becomes.
 
     A source that is not used has a row without targets, whose role is the reason.
     """
 
     role: str
     recipe: str
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
+    sources: list[str]
+    targets: list[str]
     num_bytes: int
 
 
@@ -88,7 +87,7 @@ class UpcyclePlan:
         """Any part of a target tensor. Raises WeightsError when its source is damaged or not finite."""
         return self.by_name[name].recipe.read(self.store, slices)
 
-    def ledger(self) -> tuple[LedgerRow, ...]:
+    def ledger(self) -> list[LedgerRow]:
         """One row per role, in the order of writing, and one per unused source."""
         roles: dict[str, list[Target]] = {}
         for target in self.targets:
@@ -97,20 +96,21 @@ class UpcyclePlan:
             LedgerRow(
                 role=role,
                 recipe=members[0].recipe.kind,
-                sources=tuple(dict.fromkeys(s for t in members for s in t.recipe.sources)),
-                targets=tuple(t.entry.hf for t in members),
+                sources=list(dict.fromkeys(s for t in members for s in t.recipe.sources)),
+                targets=[t.entry.hf for t in members],
                 num_bytes=sum(t.info.num_bytes for t in members),
             )
             for role, members in roles.items()
         ]
-        unused = [LedgerRow(why, "unused", (name,), (), 0) for name, why in sorted(self.unused.items())]
-        return (*rows, *unused)
+        for name, why in sorted(self.unused.items()):
+            rows.append(LedgerRow(role=why, recipe="unused", sources=[name], targets=[], num_bytes=0))
+        return rows
 
     def check(self) -> None:
         """Raises WeightsError unless every source serves exactly one role and every target is made exactly once."""
         ledger = self.ledger()
-        consumed = Counter(s for row in ledger for s in row.sources)
-        produced = Counter(t for row in ledger for t in row.targets)
+        consumed = Counter(s for row in ledger for s in row["sources"])
+        produced = Counter(t for row in ledger for t in row["targets"])
         _exactly_once("source", consumed, self.store.names())
         _exactly_once("target", produced, [e.hf for e in entries(self.target_config)])
 
@@ -122,11 +122,11 @@ class UpcyclePlan:
             sizes.append([what, HF_CLASSES[config.family], f"{count.total:,}", f"{count.active:,}"])
         groups: dict[tuple[str, str, str, int], list[LedgerRow]] = {}
         for row in self.ledger():
-            source = ", ".join(re.sub(r"\.\d+\.", ".*.", s) for s in row.sources) or "-"
-            role = re.sub(r"^blocks\.\d+\.", "blocks.*.", row.role)
-            groups.setdefault((role, row.recipe, source, len(row.targets)), []).append(row)
+            source = ", ".join(re.sub(r"\.\d+\.", ".*.", s) for s in row["sources"]) or "-"
+            role = re.sub(r"^blocks\.\d+\.", "blocks.*.", row["role"])
+            groups.setdefault((role, row["recipe"], source, len(row["targets"])), []).append(row)
         lines = [
-            [source, kind, role, len(rows), len(rows) * count, human_bytes(sum(r.num_bytes for r in rows))]
+            [source, kind, role, len(rows), len(rows) * count, human_bytes(sum(r["num_bytes"] for r in rows))]
             for (role, kind, source, count), rows in groups.items()
         ]
         o = self.options
@@ -154,7 +154,7 @@ class UpcyclePlan:
                 "config": encode(self.target_config),
                 "parameters": asdict(count_parameters(self.target_config)),
             },
-            "ledger": [asdict(row) for row in self.ledger()],
+            "ledger": self.ledger(),
         }
 
     def resume_key(self) -> dict[str, Any]:

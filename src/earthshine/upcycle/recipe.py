@@ -93,7 +93,8 @@ class Normal:
     def read(self, store: Store, slices: Sequence[slice] | None = None) -> Tensor:
         index: NDArray[np.uint64] = np.asarray(0, dtype=np.uint64)
         for (start, stop), size in zip(resolve_slices(self.shape, slices), self.shape, strict=True):
-            index = index[..., None] * np.uint64(size) + np.arange(start, stop, dtype=np.uint64)
+            within = np.arange(start, stop, dtype=np.uint64)
+            index = np.asarray(index[..., None] * np.uint64(size) + within, dtype=np.uint64)
         key = hashlib.sha256(f"{self.seed}/{self.layer}/{self.expert}/{self.matrix}".encode()).digest()
         normals = normal_at(index, int.from_bytes(key[:8], "little")) * self.std
         return torch.from_numpy(np.ascontiguousarray(normals)).to(self.dtype)

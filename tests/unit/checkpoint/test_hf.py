@@ -1,0 +1,134 @@
+"""Loading and saving Hugging Face directories, and every way in which one can be wrong."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from earthshine.checkpoint.hf import load_model, read_config, save_model
+from earthshine.checkpoint.name_tables import entries
+from earthshine.errors import ConfigError, OutputExistsError, UnsupportedModelError, WeightsError
+from earthshine.model.config import ModelConfig
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_equal(config: ModelConfig, hf_dir, tmp_path, dtype):
+    source = hf_dir(config, dtype=dtype)
+    (source / "tokenizer.json").write_text("{}")
+    model = load_model(source)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    save_model(model, config, tmp_path / "out", dtype, companions=source, extra={"README.md": "hello"})
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before)
+    assert read_config(tmp_path / "out") == config
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / "README.md").read_text() == "hello"
+
+
+def test_experts_land_in_their_place(config: ModelConfig, hf_dir):
+    source = hf_dir(config)
+    tensors, state = load_file(source / "model.safetensors"), load_model(source).state_dict()
+    for e in entries(config):
+        ours = state[e.ours] if e.expert < 0 else state[e.ours][e.expert]
+        assert torch.equal(ours, tensors[e.hf]), e.hf
+
+
+def test_parameters_in_float64(dense, hf_dir):
+    model = load_model(hf_dir(dense), dtype=torch.float64)
+    assert model.compute_dtype == torch.float64
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+
+
+def rename(tensors, old, new):
+    tensors[new] = tensors.pop(old)
+
+
+def poison(tensors, name, value):
+    tensors[name][-1, -1] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(Q), f"no tensor {Q}"),
+        (lambda t: t.pop("lm_head.weight"), "no tensor lm_head.weight"),
+        (lambda t: t.update(extra=torch.ones(2)), "tensor extra, which nothing"),
+        (lambda t: rename(t, Q, Q.replace("q_proj", "q_prj")), f"q_prj.*Did you mean '{Q}'"),
+        (lambda t: t.update({Q: torch.ones(24, 17)}), re.escape("shape [24, 17]") + ".*" + re.escape("[24, 16]")),
+        (lambda t: t.update({Q: t[Q].mT.contiguous()}), "shape"),
+        (lambda t: t.update({Q: t[Q].to(torch.int32)}), "int32"),
+        (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), "float8"),
+        (lambda t: poison(t, Q, float("nan")), f"{Q} holds a NaN"),
+        (lambda t: poison(t, Q, float("inf")), f"{Q} holds"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(dense, hf_dir, change, message):
+    with pytest.raises(WeightsError, match=message):
+        load_model(hf_dir(dense, change))
+
+
+def test_old_buffers_and_a_tied_copy_are_left_out_and_said(hf_dir, dense, capsys):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    model = load_model(hf_dir(replace(dense, tie_word_embeddings=True), change))
+    assert model.head is None
+    said = capsys.readouterr().err
+    assert "inv_freq" in said
+    assert "lm_head.weight is not loaded" in said
+
+
+def test_a_tied_copy_that_differs_is_refused(hf_dir, dense):
+    config = replace(dense, tie_word_embeddings=True)
+    with pytest.raises(WeightsError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        load_model(hf_dir(config, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})))
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]"])
+def test_a_config_that_cannot_be_read(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_model(tmp_path)
+
+
+def test_an_unknown_family(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UnsupportedModelError, match="gpt2"):
+        load_model(tmp_path)
+
+
+def test_saving_checks_the_state_and_the_output(dense, hf_dir, tmp_path):
+    source = hf_dir(dense)
+    state = load_model(source).state_dict()
+    with pytest.raises(OutputExistsError):
+        save_model(state, dense, source)
+    with pytest.raises(WeightsError, match=r"missing \['head.weight'\]"):
+        save_model({n: t for n, t in state.items() if n != "head.weight"}, dense, tmp_path / "out")
+    with pytest.raises(WeightsError, match=r"not consumed \['x'\]"):
+        save_model(state | {"x": torch.ones(1)}, dense, tmp_path / "out")
+    with pytest.raises(WeightsError, match="final_norm.weight"):
+        save_model(state | {"final_norm.weight": torch.ones(1)}, dense, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_are_read_like_one_file(dense, hf_dir):
+    source = hf_dir(dense)
+    expected = load_model(source).state_dict()
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    weight_map = {}
+    for i, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2])):
+        save_file({n: tensors[n] for n in part}, source / f"part{i}.safetensors")
+        weight_map |= dict.fromkeys(part, f"part{i}.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    state = load_model(source).state_dict()
+    assert all(torch.equal(state[n], t) for n, t in expected.items())

@@ -1,0 +1,265 @@
+"""Reading any slice, refusing damaged files, writing streams. The safetensors library is the reference."""
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from earthshine.checkpoint import safetensors_store
+from earthshine.checkpoint.safetensors_store import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Store,
+    TensorInfo,
+    check_finite,
+    lay_out,
+    read_header,
+    row_blocks,
+    write_sharded,
+)
+from earthshine.errors import DiskFullError, WeightsError
+from earthshine.files import sha256_file
+
+
+def of_every_dtype() -> dict[str, Tensor]:
+    values = torch.arange(24).reshape(4, 6)
+    return {name: (values % 2 if name == "BOOL" else values).to(dtype) for name, dtype in DTYPES.items()}
+
+
+def bits(x: Tensor) -> Tensor:
+    """For comparing bit for bit, whatever the type."""
+    return x.contiguous().view(torch.uint8) if x.dim() else x.reshape(1).view(torch.uint8)
+
+
+def write_file(path: Path, header: Any, data: bytes = b"", header_bytes: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if header_bytes is None else header_bytes) + text + data)
+
+
+def stream(tensors: dict[str, Tensor], block_bytes: int = 64) -> dict[str, Any]:
+    """Arguments of `write_sharded` for these tensors."""
+
+    def blocks(info: TensorInfo) -> Iterator[Tensor]:
+        for rows in row_blocks(info.shape, info.dtype.itemsize, block_bytes):
+            yield tensors[info.name][rows]
+
+    return {"tensors": [TensorInfo(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], "blocks": blocks}
+
+
+def test_reads_what_the_library_wrote_in_every_dtype(tmp_path):
+    tensors = of_every_dtype() | {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4)}
+    save_file(tensors, tmp_path / SINGLE_FILE, metadata={"format": "pt"})
+    store = Store(tmp_path)
+    assert store.names() == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert store.info(name).shape == tuple(tensor.shape)
+        assert torch.equal(bits(store.read(name)), bits(tensor)), name
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_slice_is_the_slice_of_the_whole(tmp_path, monkeypatch, data):
+    shape = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    slices = [slice(*sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))) for n in shape]
+    slices = slices[: data.draw(st.integers(0, len(shape)))]
+    whole = torch.randn(shape)
+    save_file({"before": torch.ones(3), "x": whole}, tmp_path / SINGLE_FILE)
+    # short runs: cut out of whole rows, in blocks of a few; long ones: a read each
+    monkeypatch.setattr(safetensors_store, "MIN_RUN_BYTES", data.draw(st.sampled_from([0, 4096])))
+    monkeypatch.setattr(safetensors_store, "BLOCK_BYTES", data.draw(st.sampled_from([1, 100])))
+    assert torch.equal(Store(tmp_path).read("x", slices), whole[tuple(slices)])
+
+
+def test_reads_only_the_bytes_asked_for(tmp_path, monkeypatch):
+    save_file({"x": torch.randn(64, 4096)}, tmp_path / SINGLE_FILE)
+    store, read = Store(tmp_path), []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: read.append(preadv(fd, buffers, at)) or read[-1])
+    store.read("x", [slice(3, 5)])
+    assert read == [2 * 4096 * 4]
+    read.clear()
+    store.read("x", [slice(3, 5), slice(0, 2048)])
+    assert read == [2048 * 4] * 2
+
+
+def test_the_library_reads_what_we_write(tmp_path):
+    tensors = of_every_dtype() | {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4)}
+    write_sharded(tmp_path, **stream(tensors))
+    read = load_file(tmp_path / SINGLE_FILE)
+    assert set(read) == set(tensors)
+    assert all(torch.equal(bits(read[n]), bits(t)) for n, t in tensors.items())
+
+
+def test_shards_index_and_hashes(tmp_path):
+    tensors = {f"t{i}": torch.randn(8, 8) for i in range(10)}
+    records = write_sharded(tmp_path, **stream(tensors), max_shard_bytes=3 * 256)
+    assert sorted(records) == sorted(p.name for p in tmp_path.iterdir())
+    assert [f for f in records if f != INDEX_FILE] == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    for name, record in records.items():
+        path = tmp_path / name
+        assert (record.bytes, record.sha256) == (path.stat().st_size, sha256_file(path))
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == 10 * 256
+    store = Store(tmp_path)
+    assert store.names() == sorted(index["weight_map"]) == sorted(tensors)
+    assert all(torch.equal(store.read(n), t) for n, t in tensors.items())
+
+
+@given(st.lists(st.tuples(st.sampled_from(["F64", "BF16", "U8"]), st.integers(0, 9)), max_size=20), st.integers(1, 60))
+def test_lay_out_loses_nothing_and_aligns(kinds, limit):
+    infos = [TensorInfo(f"t{i}", DTYPES[d], (n,)) for i, (d, n) in enumerate(kinds)]
+    shards = lay_out(infos, limit)
+    assert sorted(t.name for s in shards for t in s.tensors) == sorted(t.name for t in infos)
+    for shard in shards:
+        assert len(shard.tensors) == 1 or sum(t.num_bytes for t in shard.tensors) <= limit or limit < 1
+        at = len(shard.header)
+        for t in shard.tensors:
+            assert at % t.dtype.itemsize == 0
+            at += t.num_bytes
+        assert at == shard.num_bytes
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        (b"not json", b"", "corrupt"),
+        (b"[1, 2]", b"", "corrupt"),
+        (b"\xff\xfe", b"", "corrupt"),
+        (b"[" * 5000, b"", "corrupt"),
+        ({"a": 3}, b"", "corrupt"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, b"", "data_offsets"),
+        (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": 1}', b"x", "occurs twice"),
+        ({"a": ENTRY | {"dtype": "Q4"}}, bytes(8), "dtype 'Q4'"),
+        ({"a": ENTRY | {"shape": [-2]}}, bytes(8), "shape"),
+        ({"a": ENTRY | {"shape": [2.0]}}, bytes(8), "shape"),
+        ({"a": ENTRY | {"shape": [3]}}, bytes(8), "needs 12 bytes and has 8"),
+        ({"a": ENTRY | {"data_offsets": [8, 0]}}, bytes(8), "corrupt"),
+        ({"a": ENTRY, "b": ENTRY | {"data_offsets": [4, 12]}}, bytes(12), "tensor b overlaps"),
+        ({"a": ENTRY, "b": ENTRY}, bytes(8), "overlaps"),
+        ({"a": ENTRY, "b": ENTRY | {"data_offsets": [12, 20]}}, bytes(20), "tensor b leaves a hole"),
+        ({"a": ENTRY}, bytes(7), "is truncated"),
+        ({"a": ENTRY}, bytes(9), "belong to no tensor"),
+    ],
+)
+def test_damaged_headers_are_named(tmp_path, header, data, message):
+    path = tmp_path / SINGLE_FILE
+    write_file(path, header, data)
+    with pytest.raises(WeightsError, match=message) as caught:
+        Store(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 20, -1])
+def test_truncated_files_are_named(tmp_path, keep):
+    path = tmp_path / SINGLE_FILE
+    save_file({"x": torch.randn(9)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match="truncated"):
+        read_header(path)
+
+
+def test_a_header_larger_than_the_format_allows_is_not_read(tmp_path):
+    write_file(tmp_path / SINGLE_FILE, b"{}", header_bytes=1 << 60)
+    with pytest.raises(WeightsError, match="claims a header"):
+        Store(tmp_path)
+
+
+def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
+    path = tmp_path / SINGLE_FILE
+    save_file({"x": torch.randn(9)}, path)
+    store = Store(tmp_path)
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(WeightsError, match="inside tensor x"):
+        store.read("x")
+
+
+def test_no_weights_and_no_such_tensor(tmp_path):
+    with pytest.raises(WeightsError, match="no weights"):
+        Store(tmp_path)
+    save_file({"x": torch.randn(9)}, tmp_path / SINGLE_FILE)
+    with pytest.raises(WeightsError, match="no tensor y"):
+        Store(tmp_path).read("y")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"x": "a.safetensors", "y": "b.safetensors"}, "b.safetensors"),
+        ({"x": "a.safetensors", "y": "a.safetensors"}, "promises y"),
+        ({"y": "a.safetensors"}, "x in None"),
+        ({"x": "../a.safetensors"}, "same directory"),
+        ({"x": 3}, "index"),
+        ([], "weight_map"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards(tmp_path, weight_map, message):
+    save_file({"x": torch.randn(9)}, tmp_path / "a.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(WeightsError, match=message):
+        Store(tmp_path)
+
+
+def test_a_killed_writer_goes_on_and_a_damaged_file_is_written_again(tmp_path):
+    tensors = {f"t{i}": torch.randn(8, 8) for i in range(4)}
+
+    class Killed(BaseException):
+        pass
+
+    def kill(path: Path) -> None:
+        if path.name.startswith("model-00003"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_sharded(tmp_path, **stream(tensors), max_shard_bytes=256, after_shard=kill)
+    first = tmp_path / "model-00001-of-00004.safetensors"
+    damaged = bytearray(first.read_bytes())
+    damaged[-1] ^= 1
+    first.write_bytes(damaged)
+    written: list[str] = []
+    again = write_sharded(
+        tmp_path, **stream(tensors), max_shard_bytes=256, after_shard=lambda p: written.append(p.name)
+    )
+    assert written == [first.name, "model-00004-of-00004.safetensors"]
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    assert write_sharded(clean, **stream(tensors), max_shard_bytes=256) == again
+    assert not list(tmp_path.glob("*.sha256"))
+
+
+@pytest.mark.parametrize("call", ["write", "fdatasync", "fsync"])
+def test_a_full_disk_while_writing(tmp_path, monkeypatch, call):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(safetensors_store, "FLUSH_BYTES", 100)
+    tensors = {"x": torch.zeros(1000)}
+    with pytest.raises(DiskFullError, match=SINGLE_FILE):
+        write_sharded(tmp_path, **stream(tensors))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_anywhere_is_found(dtype, bad):
+    x = torch.randn(1003).to(dtype)
+    check_finite("w", x)
+    for at in (0, 501, 1002):
+        y = x.clone()
+        y[at] = bad
+        with pytest.raises(WeightsError, match="tensor w "):
+            check_finite("w", y)
