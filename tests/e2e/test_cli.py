@@ -165,7 +165,17 @@ def test_a_shown_recipe_is_a_job_file(run, tmp_path):
     (tmp_path / "job.json").write_text(recipe)
     code, plan, _ = run("train", tmp_path / "job.json", "num_steps=3", "--dry-run", "--json", "schedule.warmup_steps=1")
     assert code == 0
-    assert json.loads(plan)["num_steps"] == 3
+    assert json.loads(plan)["job"]["num_steps"] == json.loads(plan)["derived"]["num_steps"] == 3
+
+
+def test_a_dry_run_prints_the_job_and_what_follows_from_it(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("train", "tiny_moe", "--data", "somewhere", "--dry-run", "optimizer.lr=0.25")
+    assert code == 0
+    assert '"lr": 0.25' in out
+    assert '"path": "somewhere"' in out
+    assert "active per token" in out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor(run, tmp_path):

@@ -3,14 +3,14 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from earthshine.cli.options import print_json
-from earthshine.config import load_json, nearest, override
+from earthshine.config import encode, load_json, nearest, override
 from earthshine.errors import ConfigError
 
 DESCRIPTION = """Run a job, or resume it: the same command does both.
@@ -66,15 +66,9 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from earthshine.train.job import derive
-
     job = resolve(options.job, _assignments(options))
     if options.dry_run:
-        plan = derive(job)
-        if options.json:
-            print_json(_jsonable(plan))
-        else:
-            print(plan.table())
+        _describe(job, options)
         return
     from earthshine.train.loop import fit
 
@@ -88,9 +82,23 @@ def run(options: Options) -> None:
         stop_after=options.stop_after or None,
     )
     if options.json:
-        print_json(_jsonable(summary))
+        print_json({k: str(v) if isinstance(v, Path) else v for k, v in asdict(summary).items()})
     else:
         print(f"{run_dir}\nnext: earthshine report {run_dir}")
+
+
+def _describe(job: Any, options: Options) -> None:
+    from earthshine.device import choose_compute_dtype, pick_device
+    from earthshine.train.job import derive
+
+    plan = derive(job)
+    compute = choose_compute_dtype(job.compute_dtype, pick_device(options.device))
+    if options.json:
+        print_json({"job": encode(job), "derived": asdict(plan), "gemm_peak_flops": compute.peak_flops})
+        return
+    print(json.dumps(encode(job), indent=1))
+    print(f"\n{plan.table(compute.peak_flops)}")
+    print(f"\ncomputing in {str(compute.dtype).removeprefix('torch.')}: {compute.reason}; no run reaches its rate")
 
 
 def _assignments(options: Options) -> tuple[str, ...]:
@@ -115,13 +123,6 @@ def resolve(name: str, overrides: tuple[str, ...]) -> Any:
     else:
         raise ConfigError(f"recipe '{name}' is not known, nor is it the path of a .json file.{nearest(name, RECIPES)}")
     return override(job, overrides)
-
-
-def _jsonable(value: Any) -> Any:
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    if isinstance(plain, dict):
-        return {k: _jsonable(v) for k, v in plain.items()}
-    return str(plain) if isinstance(plain, Path) else plain
 
 
 def order_arguments(args: Sequence[str]) -> list[str]:

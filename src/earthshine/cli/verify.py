@@ -29,8 +29,14 @@ class Upcycle:
     moe: Annotated[Positional[Path], arg(metavar="MOE_DIR")]
     """Directory that `earthshine upcycle` wrote."""
 
+    tokens: int = 128
+    """Tokens to compare on."""
+
     fp64: bool = False
-    """Compare in double precision, where only a wrong conversion differs."""
+    """Also in double precision, where only a wrong conversion differs."""
+
+    bf16: bool = False
+    """Also in bfloat16, against what that rounding does to the dense model alone."""
 
     json: bool = False
     """Print JSON."""
@@ -42,6 +48,9 @@ class HuggingFace:
 
     path: Annotated[Positional[Path], arg(metavar="HF_DIR")]
     """Hugging Face directory."""
+
+    tokens: int = 128
+    """Tokens to compare on."""
 
     json: bool = False
     """Print JSON."""
@@ -71,11 +80,16 @@ def run(options: Upcycle | HuggingFace | Checkpoint) -> int:
         print_json(result)
     else:
         rows = [
-            (r["name"], r["measured"], r["tolerance"], "ok" if r["ok"] else "FAILS", r["note"]) for r in result["rows"]
+            (r["name"], _number(r["measured"]), _number(r["tolerance"]), "ok" if r["ok"] else "FAILS", r["note"])
+            for r in result["rows"]
         ]
         print(table(("what", "measured", "tolerance", "holds", "note"), rows))
         print("holds" if result["ok"] else "DOES NOT HOLD")
     return 0 if result["ok"] else 3
+
+
+def _number(value: Any) -> Any:
+    return f"{value:.3g}" if isinstance(value, float) else value
 
 
 def _check(options: Upcycle | HuggingFace | Checkpoint) -> dict[str, Any]:
@@ -83,11 +97,13 @@ def _check(options: Upcycle | HuggingFace | Checkpoint) -> dict[str, Any]:
         case Upcycle():
             from earthshine.verify.upcycled import verify_upcycle
 
-            return verify_upcycle(options.dense, options.moe, fp64=options.fp64)
+            return verify_upcycle(
+                options.dense, options.moe, tokens=options.tokens, fp64=options.fp64, bf16=options.bf16
+            )
         case HuggingFace():
             from earthshine.verify.huggingface import verify_huggingface
 
-            return verify_huggingface(options.path)
+            return verify_huggingface(options.path, tokens=options.tokens)
         case Checkpoint():
             from earthshine.verify.checkpoints import verify_checkpoint
 
