@@ -1,0 +1,158 @@
+"""A run that is killed again and again, also while it saves, is the run that was left alone: bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from earthshine.config import encode
+from earthshine.data.config import DataConfig, SourceConfig
+from earthshine.data.shards import ShardWriter
+from earthshine.model.config import ModelConfig, MoEConfig
+from earthshine.optim.config import OptimizerConfig, ScheduleConfig
+from earthshine.train.job import CheckpointConfig, HeldoutConfig, Scratch, TrainJob
+
+STEPS, EVERY = 20, 5
+# What may differ between two runs of the same job: when and where they ran.
+PLACE = ("seconds", "tokens_per_second", "mfu", "memory_gib")
+PATIENCE_SECONDS = 120
+
+
+def write_shards(folder: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    lengths_N = rng.integers(2, 60, size=100)
+    tokens = rng.integers(1, 64, size=int(lengths_N.sum()))
+    tokens[np.cumsum(lengths_N) - 1] = 0
+    folder.mkdir()
+    writer = ShardWriter(folder, vocab_size=64, max_tokens_per_shard=1000)
+    writer.add(tokens, lengths_N, 3 * (lengths_N - 1))
+    writer.finish(tokenizer_sha256="0" * 64, eod=0)
+    return folder
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    """Twenty steps of a model with experts, Muon and AdamW, micro-batches, two sources and held-out data."""
+    model = ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=48, layers=(0, 1)),
+    )
+    sources = tuple(SourceConfig(path=str(write_shards(tmp_path / f"s{i}", i)), weight=1 + i) for i in range(2))
+    job = TrainJob(
+        name="kill",
+        init=Scratch(model=model),
+        seq_len=32,
+        sequences_per_step=8,
+        sequences_per_micro_batch=4,
+        num_steps=STEPS,
+        optimizer=OptimizerConfig(lr=5e-3),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=3),
+        data=DataConfig(sources=sources),
+        heldout=HeldoutConfig(path=str(write_shards(tmp_path / "heldout", 9)), every_steps=10, max_sequences=4),
+        checkpoint=CheckpointConfig(every_steps=EVERY, keep=2),
+    )
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(encode(job)))
+    return path
+
+
+def start(job_file: Path, run_dir: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "earthshine.cli.main", "train", str(job_file), "--run", str(run_dir)]
+    return subprocess.Popen(
+        command, env=env | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> str:
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, err.decode()
+    return err.decode()
+
+
+def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not moment():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before the moment came"
+        time.sleep(0.0005)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def logged(run_dir: Path, step: int) -> Callable[[], bool]:
+    """The moment that the run has logged that step."""
+    path, needle = run_dir / "metrics.jsonl", f'"kind": "step", "step": {step},'
+    return lambda: path.exists() and needle in path.read_text()
+
+
+def saving(run_dir: Path) -> Callable[[], bool]:
+    """A moment in the middle of a save: tensors are being written, and not yet in their final place."""
+    checkpoints = run_dir / "checkpoints"
+    return lambda: any((p / "tensors").exists() for p in checkpoints.glob(".step-*.tmp"))
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """Losses, norms, learning rates, sample ids, expert loads, evaluations; and the last checkpoint by its hashes."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last = run_dir / "checkpoints" / f"step-{STEPS:06d}"
+    files = json.loads((last / "manifest.json").read_text())["files"]
+    return {
+        "metrics": [{k: v for k, v in line.items() if k not in PLACE} for line in lines],
+        # Parameters, momenta and random state, byte by byte; the index beside them holds a unique id of the save.
+        "files": {name: file for name, file in files.items() if name != "tensors/.metadata"},
+        "state": json.loads((last / "state.json").read_text()),
+        "heldout": (run_dir / "eval" / "heldout-after.json").read_text(),
+    }
+
+
+def test_killed_at_random_moments_and_in_saves_the_run_is_the_same(
+    job_file: Path, tmp_path: Path, earthshine_env: dict[str, str]
+) -> None:
+    finish(start(job_file, tmp_path / "whole", earthshine_env))
+    expected = outcome(tmp_path / "whole")
+    assert [r["step"] for r in expected["metrics"] if r["kind"] == "step"] == list(range(1, STEPS + 1))
+
+    run, rng = tmp_path / "run", random.Random(20261121)
+    interrupted_saves = 0
+    for how, step in (
+        ("kill", rng.randint(1, 3)),  # before there is a checkpoint
+        ("kill in a save", 0),
+        ("terminate", rng.randint(6, 8)),
+        ("kill in a save", 0),
+        ("kill", rng.randint(15, 19)),
+    ):
+        process = start(job_file, run, earthshine_env)
+        wait_for(process, logged(run, step) if step else saving(run))
+        if step:
+            time.sleep(rng.uniform(0, 0.05))
+        if how == "terminate":
+            os.kill(process.pid, signal.SIGTERM)
+            _, err = process.communicate(timeout=PATIENCE_SECONDS)
+            assert process.returncode == 75 and "Run the same command to go on" in err.decode(), err.decode()
+        else:
+            kill(process)
+        interrupted_saves += any((run / "checkpoints").glob(".step-*.tmp"))
+    log = finish(start(job_file, run, earthshine_env))
+    assert "going on from" in log
+    assert interrupted_saves >= 1, "no kill hit a save: nothing was shown about saves"
+    assert not list((run / "checkpoints").glob(".*"))
+    assert outcome(run) == expected

@@ -1,0 +1,192 @@
+"""train/job.py: what a job refuses, what follows from it, and what may change while it runs."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from earthshine.checkpoint import run_store
+from earthshine.config import decode, encode, override
+from earthshine.errors import ConfigError
+from earthshine.model.config import ModelConfig, to_hf
+from earthshine.model.counts import train_flops_per_token
+from earthshine.model.presets import llama_tiny, mixtral_tiny
+from earthshine.model.transformer import Transformer
+from earthshine.ops.orthogonalize import newton_schulz_flops
+from earthshine.optim.config import OptimizerConfig, ScheduleConfig
+from earthshine.optim.groups import logical_units
+from earthshine.optim.muon import build_optimizer
+from earthshine.train.job import (
+    FromCheckpoint,
+    FromHuggingFace,
+    Scratch,
+    TrainJob,
+    changes_on_resume,
+    derive,
+    model_config,
+)
+
+JobMaker = Callable[..., TrainJob]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seq_len=0", "seq_len=0 must be at least 1"),
+        ("num_steps=0", "num_steps=0 must be at least 1"),
+        ("sequences_per_micro_batch=3", r"=3 does not divide sequences_per_step=4; use one of 1, 2, 4"),
+        ("clip_grad_norm=-1", "clip_grad_norm=-1.0 must be 0"),
+        ("seed=-1", "seed=-1 must not be negative"),
+        ("name=a/b", "name='a/b' must be usable as a folder name"),
+        ("checkpoint.keep=-1", "checkpoint.keep=-1 must not be negative"),
+        ("schedule.warmup_steps=7", "warmup_steps=7 .* more than num_steps=6"),
+        ("optimizer.lrr=1", r"no field 'optimizer.lrr'. Did you mean 'lr'"),
+        ("tracker=wandb", "'wandb' is not one of 'none', 'tensorboard'"),
+    ],
+)
+def test_what_cannot_be_is_refused(change: str, message: str, make_job: JobMaker) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(make_job(), [change])
+
+
+@pytest.mark.parametrize(
+    "init",
+    [Scratch(model=llama_tiny()), FromHuggingFace(path="a"), FromCheckpoint(path="b")],
+    ids=lambda i: str(i.kind),
+)
+def test_a_job_survives_json(init: Any, make_job: JobMaker) -> None:
+    job = make_job(init=init)
+    assert decode(TrainJob, json.loads(json.dumps(encode(job)))) == job
+
+
+def test_a_sequence_longer_than_the_positions_is_refused(make_job: JobMaker) -> None:
+    with pytest.raises(ConfigError, match=r"seq_len=65 is more than model.max_position_embeddings=64"):
+        model_config(make_job(seq_len=65))
+
+
+def test_the_model_of_a_warm_start_is_read_from_its_json(tmp_path: Path, make_job: JobMaker) -> None:
+    model = llama_tiny()
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(model)))
+    found = model_config(make_job(init=FromHuggingFace(path=str(tmp_path))))
+    assert found.hidden_size == model.hidden_size and found.vocab_size == model.vocab_size
+    run = tmp_path / "run"
+    run_store.save(run, step=1, tensors={"model.x": torch.zeros(1)}, state={}, model=model, job={}, keep=0)
+    assert model_config(make_job(init=FromCheckpoint(path=str(run)))) == model
+
+
+@pytest.mark.parametrize("init", [FromHuggingFace(path="nowhere"), FromCheckpoint(path="nowhere")])
+def test_a_warm_start_from_nowhere_is_refused(init: Any, make_job: JobMaker) -> None:
+    with pytest.raises(ConfigError, match=r"init.path='nowhere'"):
+        model_config(make_job(init=init))
+
+
+def trained_by(model: ModelConfig, optimizer: OptimizerConfig, algorithm: str) -> int:
+    """Parameters of the built optimizer's groups of that algorithm."""
+    with torch.device("meta"):
+        built = build_optimizer(Transformer(model), optimizer)
+    groups = [g for g in built.param_groups if g["algorithm"] == algorithm]
+    return sum(p.numel() for g in groups for p in g["params"])
+
+
+@pytest.mark.parametrize("freeze", [(), ("*.attn.*", "embed.weight"), ("*.ffn_norm.weight",)])
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "partial"])
+def test_derived_parameters_and_bytes_are_those_of_the_built_optimizer(
+    kind: str, algorithm: Any, freeze: tuple[str, ...], make_job: JobMaker, micro_model: Callable[[bool], ModelConfig]
+) -> None:
+    model = {"dense": llama_tiny(), "moe": mixtral_tiny(), "partial": micro_model(True)}[kind]
+    optimizer = OptimizerConfig(algorithm=algorithm, freeze=freeze)
+    derived = derive(make_job(init=Scratch(model=model), optimizer=optimizer))
+    with torch.device("meta"):
+        everything = sum(p.numel() for p in Transformer(model).parameters())
+    muon, adamw = (trained_by(model, optimizer, each) for each in ("muon", "adamw"))
+    assert (derived.muon_parameters, derived.adamw_parameters) == (muon, adamw)
+    assert derived.parameter_bytes == 4 * everything
+    assert derived.gradient_bytes == 4 * (muon + adamw)
+    assert derived.optimizer_bytes == 4 * muon + 8 * adamw
+
+
+@pytest.mark.parametrize("form", ["standard", "gram", "auto"])
+def test_newton_schulz_is_counted_as_the_operator_counts_it(form: Any, make_job: JobMaker) -> None:
+    model, steps = mixtral_tiny(), 5
+    optimizer = OptimizerConfig(ns_form=form, ns_steps=steps, ns_dtype="float32")
+    with torch.device("meta"):
+        built = build_optimizer(Transformer(model), optimizer)
+    expected = 0
+    for group in (g for g in built.param_groups if g["algorithm"] == "muon"):
+        for p, spec in zip(group["params"], group["matrices"], strict=True):
+            for unit in logical_units(p.shape, spec):
+                choices: Any = ("standard", "gram") if form == "auto" else (form,)
+                expected += min(newton_schulz_flops(unit.rows, unit.cols, steps, each) for each in choices)
+    derived = derive(make_job(init=Scratch(model=model), optimizer=optimizer))
+    assert derived.newton_schulz_flops_per_step == expected
+
+
+def test_steps_tokens_and_flops(make_job: JobMaker) -> None:
+    job = make_job(num_steps=10, sequences_per_step=8, sequences_per_micro_batch=2, seq_len=16)
+    derived = derive(job)
+    assert (derived.tokens_per_step, derived.total_tokens, derived.micro_batches) == (128, 1280, 4)
+    assert derived.forward_backward_flops_per_step == train_flops_per_token(model_config(job), 16) * 128
+    both = derived.forward_backward_flops_per_step + derived.newton_schulz_flops_per_step
+    assert derived.total_flops == 10 * both
+    assert derive(job, world=2).micro_batches == 2
+    with pytest.raises(ConfigError, match="does not divide into 3 processes"):
+        derive(job, world=3)
+
+
+def test_the_table_names_what_people_ask_for(make_job: JobMaker) -> None:
+    table = derive(make_job()).table(flops_per_second=1e9)
+    for what in ("parameters", "active per token", "Newton-Schulz", "memory: optimizer", "at 1 GFLOP/s"):
+        assert what in table
+
+
+def test_changing_what_does_not_touch_the_mathematics_is_allowed(make_job: JobMaker) -> None:
+    job = make_job()
+    changes = [
+        "name=other",
+        "tracker=tensorboard",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=9",
+        "heldout.every_steps=1",
+    ]
+    assert changes_on_resume(encode(job), override(job, changes), steps_done=3) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1",
+        "sequences_per_micro_batch=1",
+        "optimizer.lr=0.1",
+        "heldout.max_sequences=1",
+        "data.document_attention=false",
+        "init.model.rope_theta=1.0",
+        "compute_dtype=bfloat16",
+        "num_steps=7",
+    ],
+)
+def test_changing_the_mathematics_is_refused_with_the_difference(change: str, make_job: JobMaker) -> None:
+    job = make_job()
+    lines = changes_on_resume(encode(job), override(job, [change]), steps_done=4)
+    assert len(lines) == 1 and lines[0].startswith(change.partition("=")[0] + ": ")
+
+
+def test_a_run_may_be_lengthened_where_its_learning_rates_stay(make_job: JobMaker) -> None:
+    constant = make_job(schedule=ScheduleConfig(kind="constant", warmup_steps=2))
+    assert changes_on_resume(encode(constant), replace(constant, num_steps=60), steps_done=6) == []
+    assert changes_on_resume(encode(constant), replace(constant, num_steps=5), steps_done=6)
+    wsd = make_job(schedule=ScheduleConfig(kind="wsd", warmup_steps=1, decay_steps=2))
+    assert changes_on_resume(encode(wsd), replace(wsd, num_steps=60), steps_done=4) == []
+    assert changes_on_resume(encode(wsd), replace(wsd, num_steps=60), steps_done=6)
+
+
+def test_a_job_loads_without_torch() -> None:
+    code = "import sys, earthshine.train.job, earthshine.recipes.registry as r; r.recipe('tiny_moe'); "
+    code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,78 @@
+"""train/run_folder.py: one run and one process per folder."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from earthshine.config import encode
+from earthshine.errors import ConfigError, OutputExistsError
+from earthshine.files import write_json
+from earthshine.train.job import TrainJob, derive, model_config
+from earthshine.train.run_folder import check_config, claim, describe
+
+JobMaker = Callable[..., TrainJob]
+
+
+def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
+    with claim(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="another process is training in"), claim(tmp_path / "run"):
+            pass
+        (tmp_path / "run" / "config.json").write_text("{}")
+    with claim(tmp_path / "run"):
+        """Free again."""
+
+
+def test_a_new_folder_goes_again_when_nothing_came_of_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data"), claim(tmp_path / "run"):
+        raise ValueError("no data")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_is_used_and_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data"), claim(tmp_path):
+        raise ValueError("no data")
+    assert tmp_path.exists()
+
+
+def test_what_is_not_a_run_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputExistsError, match=r"exists and is not a run folder"), claim(tmp_path):
+        pass
+    with pytest.raises(OutputExistsError, match=r"is a file"), claim(tmp_path / "thesis.txt"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_of_another_config_is_refused_with_all_differences(
+    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    write_json(tmp_path / "config.json", encode(job))
+    check_config(tmp_path, job, 0, allow_change=False)
+    other = replace(job, seed=3, clip_grad_norm=0.5)
+    with pytest.raises(
+        ConfigError, match=r"(?s)another config.*clip_grad_norm: 1.0 -> 0.5\n  seed: 0 -> 3\n.*--allow-config"
+    ):
+        check_config(tmp_path, other, 0, allow_change=False)
+    check_config(tmp_path, other, 0, allow_change=True)
+    assert "seed: 0 -> 3" in capsys.readouterr().err
+
+
+def test_a_config_that_is_not_json_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        check_config(tmp_path, make_job(), 0, allow_change=True)
+
+
+def test_another_place_is_said_and_the_first_one_kept(
+    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    describe(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"})
+    describe(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"})
+    assert capsys.readouterr().err == ""
+    describe(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"})
+    assert "this run began with threads 2, now it is 4" in capsys.readouterr().err
+    assert '"threads": 2' in (tmp_path / "env.json").read_text()
