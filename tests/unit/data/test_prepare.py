@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earthshine.data import prepare as module
-from earthshine.data.prepare import prepare, split_text
+from earthshine.data.documents import Task
+from earthshine.data.prepare import Encoded, prepare, split_text
 from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.data.tokenizer import load_tokenizer
 from earthshine.errors import ConfigError, DataError, DiskFullError, OutputExistsError
@@ -244,3 +247,21 @@ def test_killed_parent_takes_its_workers_along(tmp_path: Path, tokenizer_dir: Pa
     process.kill()
     process.communicate(timeout=60)  # workers hold stderr open as long as they live
     assert not (tmp_path / "out").exists()
+
+
+def test_results_come_in_order_and_few_are_held() -> None:
+    """A slow first task holds back the others' results; meanwhile no more than `ahead` tasks are begun."""
+    begun: list[Task] = []
+
+    def submit(task: Task) -> "Future[Encoded]":
+        begun.append(task)
+        future: Future[Encoded] = Future()
+        none = np.empty(0, dtype=np.int64)
+        future.set_result(Encoded(task.input_bytes, none, none, none, (), 0))
+        return future
+
+    results = module._in_order(submit, (Task(i) for i in range(20)), ahead=4)
+    for i, result in enumerate(results):
+        assert result.input_bytes == i
+        assert len(begun) <= i + 4
+    assert len(begun) == 20
