@@ -75,7 +75,7 @@ def save(
     temporary.mkdir()
     try:
         with naming_full_disk(final):
-            _write_tensors(temporary / _TENSORS, tensors, needed)
+            _write_tensors(temporary / _TENSORS, tensors, final, needed)
             write_json(temporary / _STATE, dict(state))
             manifests.write(temporary, step=step, model=encode(model), job=dict(job))
             sync_folder(temporary)
@@ -130,6 +130,14 @@ def read_into(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
     _read_tensors(checkpoint.folder, tensors)
 
 
+def read_tensors(checkpoint: Checkpoint, prefix: str = "") -> dict[str, Tensor]:
+    """New tensors on the CPU: those whose names begin with `prefix`."""
+    saved = _metadata(checkpoint.folder)
+    tensors = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in saved.items() if n.startswith(prefix)}
+    _read_tensors(checkpoint.folder, tensors)
+    return tensors
+
+
 def load_model_state(path: str | Path, *, trust: bool = False) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model of the latest valid checkpoint of a run folder, or of that checkpoint folder; tensors on the CPU.
 
@@ -140,10 +148,8 @@ def load_model_state(path: str | Path, *, trust: bool = False) -> tuple[ModelCon
         raise CheckpointError(
             f"{path} holds no checkpoint: give a run folder with {CHECKPOINTS}/step-*, or one of those."
         )
-    saved = _metadata(checkpoint.folder)
-    wanted = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in saved.items() if n.startswith(MODEL_PREFIX)}
-    _read_tensors(checkpoint.folder, wanted)
-    return checkpoint.model, {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in wanted.items()}
+    tensors = read_tensors(checkpoint, MODEL_PREFIX)
+    return checkpoint.model, {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -172,7 +178,7 @@ def _single_process() -> Iterator[None]:
         yield
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], needed: int) -> None:
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], final: Path, needed: int) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
@@ -183,8 +189,8 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], needed: int) -> 
     except (CheckpointException, RuntimeError) as e:  # how torch's zip writer says that a write was cut short
         free = shutil.disk_usage(folder.parent).free
         if free < needed:
-            raise DiskFullError(_full(folder, needed, free)) from e
-        raise CheckpointError(f"{folder} could not be written: {e}") from e
+            raise DiskFullError(_full(final, needed, free)) from e
+        raise CheckpointError(f"{final} could not be written: {e}") from e
 
 
 def _read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:

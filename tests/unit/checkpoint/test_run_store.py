@@ -59,8 +59,10 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert found.state == {"step": 5, "number": 0.30000000000000004, "list": [1, 2]}
     filled = {name: torch.zeros_like(tensor) for name, tensor in tensors(5).items()}
     run_store.read_into(found, filled)
+    new = run_store.read_tensors(found)
+    assert set(new) == set(filled)
     for name, tensor in tensors(5).items():
-        assert torch.equal(filled[name], tensor), name
+        assert torch.equal(filled[name], tensor) and torch.equal(new[name], tensor), name
 
 
 def test_the_manifest_lists_every_other_file_with_its_hash(tmp_path: Path) -> None:
