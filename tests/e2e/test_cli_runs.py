@@ -99,9 +99,13 @@ def test_train_leaves_a_run_folder(run, run_dir, tiny_job, shards):
 
 
 def test_verify_checkpoint(run, run_dir):
-    code, out, err = run("verify", "checkpoint", run_dir, "--json")
+    kept = run_dir / "eval" / "verify-checkpoint.json"
+    code, out, err = run("verify", "checkpoint", run_dir, "--replay", "--json", "--out", kept)
     assert code == 0, err
-    assert json.loads(out)["ok"] is True
+    result = json.loads(out)
+    assert result["ok"] is True
+    assert any(row["name"].startswith("replay") for row in result["rows"])
+    assert json.loads(kept.read_text()) == result
 
 
 @pytest.mark.parametrize("what", ["dense_dir", "run_dir"])

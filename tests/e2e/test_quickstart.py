@@ -40,7 +40,9 @@ def test_both_models_trained_on_the_same_samples_from_the_same_loss(tour: tuple[
     for name in ("smollm2-dense", "smollm2-e8t2"):
         lines = [json.loads(line) for line in (tour[0] / name / "metrics.jsonl").read_text().splitlines()]
         runs[name] = [line for line in lines if line["kind"] == "step"]
-        heldout = {w: json.loads((tour[0] / name / "eval" / f"heldout-{w}.json").read_text()) for w in ("before", "after")}
+        heldout = {
+            w: json.loads((tour[0] / name / "eval" / f"heldout-{w}.json").read_text()) for w in ("before", "after")
+        }
         # Two steps of Python code at this rate lower the loss on held-out Python code, well beyond rounding.
         assert heldout["after"]["loss"] < heldout["before"]["loss"] < 5
     dense, moe = runs.values()
@@ -63,10 +65,14 @@ def test_the_export_loads_and_the_report_is_one_page_with_the_evidence(tour: tup
 def test_the_same_command_again_finds_everything_done(tour: tuple[Path, str]) -> None:
     """Only what is cheap is done again; nothing trains or converts."""
     command = [sys.executable, "-m", "earthshine.cli.main", "quickstart", "--run", str(tour[0])]
-    again = subprocess.run(command + ["--steps", "2", "--tokens-per-step", "256"], capture_output=True, text=True, timeout=300)
+    again = subprocess.run(
+        command + ["--steps", "2", "--tokens-per-step", "256"], capture_output=True, text=True, timeout=300
+    )
     assert again.returncode == 0, again.stderr[-4000:]
     assert "step 1/2" not in again.stderr
-    changed = subprocess.run(command + ["--steps", "2", "--tokens-per-step", "512"], capture_output=True, text=True, timeout=300)
+    changed = subprocess.run(
+        command + ["--steps", "2", "--tokens-per-step", "512"], capture_output=True, text=True, timeout=300
+    )
     assert changed.returncode == 2 and "sequences_per_step: 1 -> 2" in changed.stderr
 
 

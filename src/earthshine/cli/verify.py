@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from earthshine.cli.options import print_json
 from earthshine.console import table
+from earthshine.files import write_json
 
 DESCRIPTION = (
     "Measure an equality that others assume, and print the difference beside its tolerance. Exit 3 when it fails."
@@ -15,7 +16,10 @@ DESCRIPTION = (
 EXAMPLES = (
     ("the mixture computes what the dense model computes", "earthshine verify upcycle models/llama models/llama-8x"),
     ("transformers reads the directory as we do", "earthshine verify hf models/llama-8x"),
-    ("a run's checkpoints are whole and ours", "earthshine verify checkpoint runs/a"),
+    (
+        "a run's checkpoints are whole, and the last follows from the one before",
+        "earthshine verify checkpoint runs/a --replay",
+    ),
 )
 
 
@@ -38,6 +42,9 @@ class Upcycle:
     bf16: bool = False
     """Also in bfloat16, against what that rounding does to the dense model alone."""
 
+    out: Path | None = None
+    """JSON file to write the result to as well, such as RUN/eval/verify-mine.json for `report`."""
+
     json: bool = False
     """Print JSON."""
 
@@ -52,16 +59,28 @@ class HuggingFace:
     tokens: int = 128
     """Tokens to compare on."""
 
+    out: Path | None = None
+    """JSON file to write the result to as well, such as RUN/eval/verify-mine.json for `report`."""
+
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Every checkpoint of a run: manifest, hashes, origin, shapes."""
+    """Every checkpoint of a run: manifest, hashes, origin, finite values; and whether a replay gives the same bits."""
 
     path: Annotated[Positional[Path], arg(metavar="RUN")]
-    """Run folder."""
+    """Run folder, or one of its checkpoints."""
+
+    replay: bool = False
+    """Also resume from the last but one checkpoint, in a copy, and demand the same bits at the last one."""
+
+    trust: bool = False
+    """Read checkpoints that were not made on this machine."""
+
+    out: Path | None = None
+    """JSON file to write the result to as well, such as RUN/eval/verify-mine.json for `report`."""
 
     json: bool = False
     """Print JSON."""
@@ -76,6 +95,8 @@ Options = (
 
 def run(options: Upcycle | HuggingFace | Checkpoint) -> int:
     result = _check(options)
+    if options.out:
+        write_json(options.out, result)
     if options.json:
         print_json(result)
     else:
@@ -107,4 +128,4 @@ def _check(options: Upcycle | HuggingFace | Checkpoint) -> dict[str, Any]:
         case Checkpoint():
             from earthshine.verify.checkpoints import verify_checkpoint
 
-            return verify_checkpoint(options.path)
+            return verify_checkpoint(options.path, replay=options.replay, trust=options.trust)
