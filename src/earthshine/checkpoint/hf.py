@@ -179,26 +179,36 @@ def save_model(
         extra: further text files, name -> contents.
     Raises OutputExistsError, DiskFullError; WeightsError when the state has other tensors than `config` demands.
     """
-    state = dict(model.items()) if isinstance(model, Mapping) else dict(model.state_dict())
+    state = model if isinstance(model, Mapping) else model.state_dict()
+    blocks = state_blocks(state, config, dtype)
+    with staged_directory(Path(out_dir)) as staging:
+        write_model(staging, config, {e.hf: dtype for e in entries(config)}, blocks, companions, extra)
+
+
+def state_blocks(
+    state: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype
+) -> Callable[[Entry], Iterator[Tensor]]:
+    """The rows of each Hugging Face tensor out of a state dict with our names, as `write_model` asks for them.
+
+    Raises WeightsError when the state has other tensors or shapes than `config` demands.
+    """
     wanted = entries(config)
     names = {e.ours for e in wanted}
     if names != set(state):
         missing, surplus = sorted(names - set(state)), sorted(set(state) - names)
         raise WeightsError(f"the state does not fit its config: missing {missing[:3]}, not consumed {surplus[:3]}.")
+    experts = config.moe.num_experts
     for entry in wanted:
-        shape = tuple(state[entry.ours].shape)[0 if entry.expert < 0 else 1 :]
-        if shape != entry.shape:
-            raise WeightsError(
-                f"{entry.ours} has matrices of shape {list(shape)}, its config demands {list(entry.shape)}."
-            )
+        shape, demanded = tuple(state[entry.ours].shape), entry.shape if entry.expert < 0 else (experts, *entry.shape)
+        if shape != demanded:
+            raise WeightsError(f"{entry.ours} has shape {list(shape)}, but its config demands {list(demanded)}.")
 
     def blocks(entry: Entry) -> Iterator[Tensor]:
         tensor = state[entry.ours] if entry.expert < 0 else state[entry.ours][entry.expert]
         for rows in row_blocks(entry.shape, dtype.itemsize):
             yield tensor[rows].detach().to("cpu", dtype)
 
-    with staged_directory(Path(out_dir)) as staging:
-        write_model(staging, config, {e.hf: dtype for e in wanted}, blocks, companions, extra)
+    return blocks
 
 
 def write_model(

@@ -1,0 +1,163 @@
+"""A run or a model as a Hugging Face directory that stands alone: weights, config, tokenizer, generation, card."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earthshine.checkpoint import run_store
+from earthshine.checkpoint.hf import (
+    account,
+    check_tied_copies,
+    companion_files,
+    is_run,
+    read_config,
+    state_blocks,
+    write_model,
+)
+from earthshine.checkpoint.name_tables import Entry, entries
+from earthshine.checkpoint.safetensors_store import Store, check_finite, row_blocks
+from earthshine.checkpoint.staging import staged_directory
+from earthshine.config import encode, nearest
+from earthshine.console import log
+from earthshine.errors import CheckpointError, ConfigError, OutputExistsError
+from earthshine.model.config import HF_CLASSES, ModelConfig, to_hf
+from earthshine.model.counts import count_parameters
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CARD = "README.md"
+Blocks = Callable[[Entry], Iterable[Tensor]]
+
+
+def export(
+    source: str | Path,
+    out_dir: str | Path,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    dtype: str = "float32",
+    trust: bool = False,
+) -> None:
+    """Write a run's latest checkpoint, or a Hugging Face directory, as a Hugging Face directory.
+
+    Args:
+        tokenizer_dir: folder with the tokenizer and generation config; else those of `source`, or of the model that
+            the run started from.
+        dtype: of the stored weights, "float32" or "bfloat16".
+        trust: read a checkpoint that was not made on this machine.
+    Raises ConfigError, OutputExistsError, WeightsError, CheckpointError, DiskFullError.
+    """
+    source, out_dir = Path(source), Path(out_dir)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} cannot be exported.{nearest(dtype, DTYPES)}")
+    if out_dir.exists():
+        raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
+    if tokenizer_dir is not None and not _has_tokenizer(Path(tokenizer_dir)):
+        raise ConfigError(f"{tokenizer_dir} holds no tokenizer file to copy.")
+    read = _from_run if is_run(source) else _from_directory
+    config, blocks, origin, facts = read(source, DTYPES[dtype], trust)
+    companions = Path(tokenizer_dir) if tokenizer_dir is not None else origin
+    if companions is None or not _has_tokenizer(companions):
+        log(f"{out_dir} gets no tokenizer: there is none beside {source}; name a folder that holds one.")
+    with staged_directory(out_dir) as staging:
+        write_model(
+            staging,
+            config,
+            {e.hf: DTYPES[dtype] for e in entries(config)},
+            blocks,
+            companions,
+            _texts(config, companions, _common_facts(config, out_dir, dtype) | facts),
+        )
+
+
+def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfig, Blocks, Path, dict[str, Any]]:
+    """Config, weights, where the tokenizer is, and facts for the card. A directory's safetensors need no trust."""
+    config, store = read_config(source), Store(source)
+    _, unused = account(store, config)
+    check_tied_copies(store, unused)
+
+    def blocks(entry: Entry) -> Iterator[Tensor]:
+        for rows in row_blocks(entry.shape, store.info(entry.hf).dtype.itemsize):
+            part = store.read(entry.hf, rows)
+            check_finite(entry.hf, part)
+            yield part.to(dtype)
+
+    upcycling = _json(source / "earthshine.json")
+    facts = {"upcycling": upcycling} if upcycling else {}
+    return config, blocks, source, {"base_model": source.name, "lineage": [str(source.name)], **facts}
+
+
+def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfig, Blocks, Path | None, dict[str, Any]]:
+    """The same for a run's folder, or for one of its checkpoints."""
+    checkpoint = run_store.latest(source, trust=trust)
+    if checkpoint is None:
+        raise CheckpointError(f"{source} holds no checkpoint to export.")
+    config, state = run_store.load_model_state(checkpoint.folder, trust=trust)
+    for name, tensor in state.items():
+        check_finite(name, tensor)
+    job, run_dir = checkpoint.job, checkpoint.folder.parent.parent
+    path = job.get("init", {}).get("path")
+    origin = Path(path) if path else None
+    lineage = [f"{origin.name}" if origin else "drawn at random", f"trained for {checkpoint.step:,} steps"]
+    tokens = [line["total_tokens"] for line in _step_lines(run_dir) if line["step"] == checkpoint.step]
+    facts: dict[str, Any] = {
+        "training": {"job": job, "steps": checkpoint.step, "tokens": tokens[-1] if tokens else None},
+        "data": [dict(s) for s in job.get("data", {}).get("sources", [])],
+        "lineage": lineage,
+        "evaluation": [
+            {"name": name, **result}
+            for name in ("heldout-before", "heldout-after")
+            if (result := _json(run_dir / "eval" / f"{name}.json"))
+        ],
+        "verification": [_json(p) for p in sorted((run_dir / "eval").glob("verify-*.json"))],
+    }
+    if origin:
+        upcycling = _json(origin / "earthshine.json")
+        facts |= {"base_model": origin.name} | ({"upcycling": upcycling} if upcycling else {})
+    return config, state_blocks(state, config, dtype), origin, facts
+
+
+def _step_lines(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """The step lines of a run's metrics that are whole."""
+    path = run_dir / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line.get("kind") == "step" and "total_tokens" in line:
+            yield line
+
+
+def _common_facts(config: ModelConfig, out_dir: Path, dtype: str) -> dict[str, Any]:
+    return {
+        "name": out_dir.name,
+        "architecture": HF_CLASSES[config.family],
+        "model": encode(config),
+        "parameters": asdict(count_parameters(config)),
+        "dtype": dtype,
+    }
+
+
+def _texts(config: ModelConfig, companions: Path | None, facts: dict[str, Any]) -> dict[str, str]:
+    """The card, and a generation config where the companions bring none."""
+    from earthshine.report.model_card import model_card
+
+    texts = {CARD: model_card(facts)}
+    if "generation_config.json" not in companion_files(companions):
+        hf = to_hf(config)
+        tokens = {k: hf[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[k] is not None}
+        texts["generation_config.json"] = json.dumps(tokens, indent=2) + "\n"
+    return texts
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any(name.startswith("tokenizer") for name in companion_files(directory))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing where there is none."""
+    return dict(json.loads(path.read_text())) if path.is_file() else {}

@@ -1,0 +1,103 @@
+"""Export: what leaves is what was trained, with all that another program needs to use it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from earthshine.checkpoint import run_store
+from earthshine.checkpoint.export import export
+from earthshine.checkpoint.hf import load_model, read_config
+from earthshine.errors import CheckpointError, ConfigError, OutputExistsError, WeightsError
+from earthshine.model.config import ModelConfig
+
+
+@pytest.fixture
+def origin(hf_dir, dense) -> Path:
+    """A directory with a tokenizer, which runs start from."""
+    folder = hf_dir(dense, name="origin")
+    (folder / "tokenizer.json").write_text('{"model": 1}')
+    return folder
+
+
+def make_run(run_dir: Path, config: ModelConfig, origin: Path | None, poison: bool = False) -> dict[str, torch.Tensor]:
+    """A run folder with a checkpoint of random weights at step 3; returns them."""
+    from earthshine.model.transformer import Transformer, initialize
+
+    model = Transformer(config)
+    initialize(model, 0)
+    state = dict(model.state_dict())
+    if poison:
+        state["final_norm.weight"][0] = float("nan")
+    job = {"init": {"kind": "huggingface", "path": str(origin)} if origin else {"kind": "scratch"}}
+    tensors = {f"model.{n}": t for n, t in state.items()}
+    run_store.save(run_dir, step=3, tensors=tensors, state={}, model=config, job=job, keep=1)
+    line = {"kind": "step", "step": 3, "total_tokens": 123456}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line) + '\n{"kind": "st')
+    return state
+
+
+def test_a_run_leaves_with_everything(config: ModelConfig, origin, tmp_path):
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    state = make_run(run_dir, config, origin)
+    (run_dir / "eval").mkdir()
+    held_out = {"kind": "heldout", "loss": 3.25, "stderr": 0.01, "bits_per_byte": 1.5, "tokens": 99}
+    (run_dir / "eval" / "heldout-after.json").write_text(json.dumps(held_out))
+    (origin / "earthshine.json").write_text(json.dumps({"options": {"experts": 8, "top_k": 2, "layers": []}}))
+    export(run_dir, out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert read_config(out) == config
+    for model in (load_model(out), load_model(run_dir)):
+        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    card = (out / "README.md").read_text()
+    for fact in ("123,456", "3.25", "origin", "sparse upcycling"):
+        assert fact in card, fact
+
+
+def test_a_directory_in_half_the_size(config: ModelConfig, hf_dir, tmp_path):
+    source, out = hf_dir(config), tmp_path / "out"
+    export(source, out, dtype="bfloat16")
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(before) == set(after)
+    assert all(torch.equal(after[n], before[n].bfloat16()) for n in before)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_tokenizer_that_was_named_wins(origin, hf_dir, dense, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text('{"model": 2}')
+    (other / "generation_config.json").write_text('{"temperature": 0.5}')
+    export(origin, tmp_path / "a", tokenizer_dir=other)
+    assert json.loads((tmp_path / "a" / "tokenizer.json").read_text()) == {"model": 2}
+    assert json.loads((tmp_path / "a" / "generation_config.json").read_text()) == {"temperature": 0.5}
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        export(origin, tmp_path / "b", tokenizer_dir=tmp_path)
+    make_run(tmp_path / "run", dense, None)
+    export(tmp_path / "run", tmp_path / "c")
+    assert "gets no tokenizer" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_leaves_nothing(origin, hf_dir, dense, tmp_path):
+    with pytest.raises(ConfigError, match="float8"):
+        export(origin, tmp_path / "out", dtype="float8")
+    with pytest.raises(OutputExistsError):
+        export(origin, origin)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        export(tmp_path / "empty", tmp_path / "out")
+    make_run(tmp_path / "run", dense, None, poison=True)
+    with pytest.raises(WeightsError, match=r"final_norm.weight holds"):
+        export(tmp_path / "run", tmp_path / "out")
+    nan = hf_dir(dense, lambda t: t["model.norm.weight"].fill_(float("inf")), name="nan")
+    with pytest.raises(WeightsError, match=r"model.norm.weight holds"):
+        export(nan, tmp_path / "out")
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
