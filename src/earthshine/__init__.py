@@ -32,7 +32,7 @@ _WHERE = {
     "param_groups": "earthshine.optim.groups",
 }
 
-__all__ = [  # noqa: F822  (upcycle is the package below, made callable)
+__all__ = [  # upcycle is the package, made callable below
     "ModelConfig", "Muon", "TrainJob", "UpcycleConfig", "describe", "fit", "load_model", "param_groups", "upcycle",
 ]  # fmt: skip
 
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _CallablePackage(ModuleType):
-    """`earthshine.upcycle` is a package, and also the function that its command calls: see `upcycle.convert.upcycle`."""
+    """`earthshine.upcycle` is a package, and also the function of its command, `upcycle.convert.upcycle`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from earthshine.upcycle.convert import upcycle

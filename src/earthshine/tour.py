@@ -107,7 +107,9 @@ def _say(title: str) -> None:
 def _require(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise MissingDependencyError(f"{package} is not installed, the tour needs it: pip install 'earthshine[demo]'.")
+            raise MissingDependencyError(
+                f"{package} is not installed, the tour needs it: pip install 'earthshine[demo]'."
+            )
 
 
 def _dense_model(out: Path, weights: str | Path | None) -> Path:
@@ -141,7 +143,9 @@ def find_weights(weights: str | Path | None = None) -> Path:
 
 def _checked(path: Path) -> Path:
     if not path.is_file() or sha256_file(path) != GGUF_SHA256:
-        raise WeightsError(f"{path} is missing or is not the file of {PACKAGE} {VERSION}: remove it, or give --weights.")
+        raise WeightsError(
+            f"{path} is missing or is not the file of {PACKAGE} {VERSION}: remove it, or give --weights."
+        )
     return path
 
 

@@ -95,7 +95,9 @@ def test_logits_and_every_gradient_equal_transformers(config: ModelConfig) -> No
     scale = max(1.0, expected.abs().max().item())
     assert (logits - expected).abs().max().item() <= LOGITS_ATOL * scale
     loss = ours.loss_sum(tokens[:, :-1], tokens[:, 1:])
-    torch.nn.functional.cross_entropy(theirs(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    torch.nn.functional.cross_entropy(
+        theirs(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    ).backward()
     loss.backward()
     reference = their_tensors(theirs, config, grads=True)
     whole = torch.stack([g.norm() for g in reference.values()]).norm()

@@ -54,7 +54,7 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, UnicodeDecodeError) as e:
         raise WeightsError(f"{path} is not a readable GGUF file: {e}.") from e
-    config = _config(path, {k: f for k, f in reader.fields.items()}, {t.name for t in reader.tensors})
+    config = _config(path, dict(reader.fields), {t.name for t in reader.tensors})
     state = dict(_tensors(path, reader, config))
     with tempfile.TemporaryDirectory() as scratch:
         _write_tokenizer(path, Path(scratch), config)
@@ -76,7 +76,9 @@ def _config(path: Path, fields: dict[str, Any], names: set[str]) -> ModelConfig:
 
     heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
     head_dim = get("llama.attention.key_length", hidden // heads)
-    if get("llama.rope.dimension_count", head_dim) != head_dim or any(k.startswith("llama.rope.scaling") for k in fields):
+    if get("llama.rope.dimension_count", head_dim) != head_dim or any(
+        k.startswith("llama.rope.scaling") for k in fields
+    ):
         raise UnsupportedModelError(f"{path}: partial or scaled rotary positions are not converted from GGUF.")
     return ModelConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"].data),

@@ -44,7 +44,8 @@ def generate(
         )
     if temperature < 0 or top_k < 0 or max_new_tokens < 1:
         raise ConfigError(
-            f"temperature={temperature} and top_k={top_k} must not be negative, max_new_tokens={max_new_tokens} at least 1."
+            f"temperature={temperature} and top_k={top_k} must not be negative, "
+            f"max_new_tokens={max_new_tokens} must be at least 1."
         )
     stop = set(config.eos_token_ids if eos_ids is None else eos_ids)
     device = model.embed.weight.device

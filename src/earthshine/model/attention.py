@@ -17,7 +17,9 @@ from earthshine.ops.attention import causal_attention, rotate
 class KeyValueCache:
     """Keys and values of all layers for up to `max_positions` positions; `length` of them are filled."""
 
-    def __init__(self, config: ModelConfig, batch: int, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, max_positions: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_positions, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)

@@ -150,7 +150,11 @@ _REQUIRED_HF: dict[str, tuple[Any, ...]] = {
     "norm_topk_prob": (True,),
 }
 # A missing key means the family's default, which is not one of the values above.
-_REQUIRED_PRESENT: dict[Family, tuple[str, ...]] = {"llama": (), "mixtral": (), "qwen2_moe": ("norm_topk_prob", "qkv_bias")}
+_REQUIRED_PRESENT: dict[Family, tuple[str, ...]] = {
+    "llama": (),
+    "mixtral": (),
+    "qwen2_moe": ("norm_topk_prob", "qkv_bias"),
+}
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:

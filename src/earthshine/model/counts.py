@@ -28,7 +28,9 @@ def count_parameters(c: ModelConfig) -> Counts:
     attention = 2 * c.hidden_size * heads + 2 * c.hidden_size * kv
     dense = 3 * c.hidden_size * c.intermediate_size
     expert = 3 * c.hidden_size * c.moe.intermediate_size
-    shared = 3 * c.hidden_size * c.moe.shared_intermediate_size + (c.hidden_size if c.moe.shared_intermediate_size else 0)
+    shared = 3 * c.hidden_size * c.moe.shared_intermediate_size + (
+        c.hidden_size if c.moe.shared_intermediate_size else 0
+    )
     router = c.hidden_size * c.moe.num_experts
     embedding = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     num_moe = len(c.moe.layers)
@@ -47,7 +49,7 @@ def count_parameters(c: ModelConfig) -> Counts:
 
 
 def forward_flops_per_token(c: ModelConfig, seq_len: int) -> float:
-    """FLOPs of the matrix products of one token's forward pass, causal attention over `seq_len` averaged, head included.
+    """FLOPs of the matrix products of one token's forward pass, causal attention over `seq_len` averaged, with the head.
 
     2 per multiply-accumulate; the embedding lookup costs nothing; element-wise work is not counted.
     """

@@ -46,7 +46,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Dropless mixture of experts; the sum of the chosen experts by gate weight, plus the shared expert if there is one.
+    """Dropless mixture of experts: the chosen experts summed by gate weight, plus the shared expert if there is one.
 
     `counts_E` adds up the rows each expert got in training forwards since `reset_counts`; it is not a parameter and is
     not saved.

@@ -90,4 +90,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_TD, grad_w_VD = ctx.saved_tensors
         # Not in place: a retained graph may be walked again.
-        return grad_h_TD * grad.to(grad_h_TD.dtype), grad_w_VD * grad.to(grad_w_VD.dtype), None, None, None, None, None, None
+        return (
+            grad_h_TD * grad.to(grad_h_TD.dtype),
+            grad_w_VD * grad.to(grad_w_VD.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -35,7 +35,7 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Routed:
 
 
 class _Permute(torch.autograd.Function):
-    """x_RD[r] = x_TD[token of r]. The gradient is a gather and a sum over K, not a scatter: deterministic everywhere."""
+    """x_RD[r] = x_TD[token of r]. Its gradient is a gather and a sum over K, not a scatter: deterministic."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, routed: Routed) -> Tensor:

@@ -34,7 +34,9 @@ def verify_checkpoint(run: str | Path, *, replay: bool = False, trust: bool = Fa
     rows = [r for folder in folders for r in _rows(folder, trust)]
     if replay and all(r["ok"] for r in rows):
         if len(folders) < 2 or not (run / "config.json").is_file():
-            raise ConfigError(f"replay needs a run folder with two checkpoints; {run} has {len(folders)}. Keep more of them.")
+            raise ConfigError(
+                f"replay needs a run folder with two checkpoints; {run} has {len(folders)}. Keep more of them."
+            )
         rows += _replay(run, folders[0], folders[1], trust)
     return result("checkpoint", {"run": str(run), "checkpoints": [f.name for f in folders]}, rows)
 
@@ -71,7 +73,9 @@ def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str
         a, b = run_store.read_tensors(theirs), run_store.read_tensors(ours)
         different = [name for name in a if not torch.equal(a[name], b[name])]
         lines_a, lines_b = (_step_lines(folder / "metrics.jsonl", last) for folder in (run, copy))
-    rows = [row("replay: tensors that differ", len(different), 0, f"{len(a)} tensors {', '.join(different[:3])}".strip())]
+    rows = [
+        row("replay: tensors that differ", len(different), 0, f"{len(a)} tensors {', '.join(different[:3])}".strip())
+    ]
     for key in ("loss", "lr", "grad_norm", "samples"):
         unequal = sum(lines_a[step].get(key) != lines_b.get(step, {}).get(key) for step in lines_a)
         rows.append(row(f"replay: steps whose {key} differs", unequal, 0, f"{len(lines_a)} steps"))

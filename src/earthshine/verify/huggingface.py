@@ -48,7 +48,11 @@ def _their_logits(path: Path, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, st
     logging.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager", local_files_only=True
+            path,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            local_files_only=True,
         ).eval()
     with torch.no_grad():
         return model(tokens_BS).logits.double(), type(model).__name__

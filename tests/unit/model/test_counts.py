@@ -5,7 +5,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from earthshine.model.config import ModelConfig
 from earthshine.model.counts import count_parameters, forward_flops_per_token, train_flops_per_token
 from earthshine.model.presets import PRESETS, preset
 from earthshine.model.transformer import Transformer
@@ -27,7 +26,6 @@ def test_published_sizes() -> None:
     assert (e8t2.total, e8t2.active) == (47_491_321_856, 13_668_454_400)
     small = count_parameters(preset("smollm2_135m_e8t2"))
     assert (small.total, small.active) == (692_036_928, 214_279_488)
-
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -31,7 +31,9 @@ def run(backend: str, loads: list[int]) -> list[torch.Tensor]:
 def test_grouped_equals_the_loop(loads: list[int]) -> None:
     """1e-6 relative: the same fp32 products, perhaps summed in another order."""
     for got, want in zip(run("grouped", loads), run("loop", loads), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 * max(1.0, float(want.abs().max()) if want.numel() else 1.0))
+        torch.testing.assert_close(
+            got, want, rtol=1e-6, atol=1e-6 * max(1.0, float(want.abs().max()) if want.numel() else 1.0)
+        )
 
 
 def test_auto_takes_the_loop_where_the_grouped_product_cannot_run() -> None:

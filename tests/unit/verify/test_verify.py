@@ -64,5 +64,7 @@ def test_models_that_do_not_belong_together_are_refused(dense: Path, tmp_path: P
 def test_the_measures() -> None:
     a, b = torch.tensor([[[100.0, 0.0]]]), torch.tensor([[[101.0, 0.0]]])
     assert relative_difference(a, b) == pytest.approx(1 / 101)
-    assert mean_kl(b, b) == 0 and mean_kl(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 0.0]]])) == pytest.approx(0.1201, abs=1e-4)
+    assert mean_kl(b, b) == 0 and mean_kl(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 0.0]]])) == pytest.approx(
+        0.1201, abs=1e-4
+    )
     assert row("x", 1.0, 1.0)["ok"] and not row("x", float("nan"), 1.0)["ok"]
