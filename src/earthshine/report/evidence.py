@@ -9,7 +9,7 @@ from typing import Any
 from earthshine.console import human_bytes
 from earthshine.report.document import Block, Bullets, Cell, Code, Section, Table, Text
 from earthshine.report.runs import CheckRow, Run, Verification
-from earthshine.report.scales import short, whole
+from earthshine.report.scales import flops, short, whole
 
 ABSENT = "\u2014"
 
@@ -17,8 +17,6 @@ ABSENT = "\u2014"
 def verification_section(runs: Sequence[Run]) -> Section:
     """Every check with its measured value beside its tolerance."""
     blocks: list[Block] = [_verification_table(run, v) for run in runs for v in run.verifications]
-    if blocks:
-        blocks.append(Text("The bar under a measured value is the share of its tolerance that was used.", "note"))
     for run in runs:
         if not run.verifications:
             blocks.append(Text(f"{run.name} has no verification result (eval/verify-*.json).", "absent"))
@@ -36,24 +34,28 @@ def _verification_table(run: Run, v: Verification) -> Table:
     rows = tuple(
         (
             row.name,
-            Cell(_plain(row.measured), share=_share(row), tone="" if row.ok else "bad"),
+            _plain(row.measured),
             _plain(row.tolerance),
+            _used(row),
             Cell("pass" if row.ok else "FAIL", "good" if row.ok else "bad"),
             *((row.note,) if notes else ()),
         )
         for row in v.rows
     )
-    headers = ("Check", "Measured", "Tolerance", "Result", *(("Note",) if notes else ()))
-    return Table(caption, headers, rows, frozenset((1, 2)))
+    headers = ("Check", "Measured", "Tolerance", "Used", "Result", *(("Note",) if notes else ()))
+    return Table(caption, headers, rows, frozenset((1, 2, 3)))
 
 
-def _share(row: CheckRow) -> float | None:
-    """Measured over tolerance, where both are numbers and less is better: what share of the room was used."""
+def _used(row: CheckRow) -> Cell:
+    """The share of the tolerance that was used, where both are numbers and less is better."""
     numbers = [v for v in (row.measured, row.tolerance) if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < 2 or row.tolerance <= 0 or row.measured < 0 or not math.isfinite(row.measured):
-        return None
+        return Cell(ABSENT)
     share = row.measured / row.tolerance
-    return min(1.0, share) if row.ok == (share <= 1) else None
+    if row.ok != (share <= 1):
+        return Cell(ABSENT)
+    text = "< 1 %" if share < 0.01 else f"{whole(100 * share)} %"
+    return Cell(text, share=min(1.0, share), tone="" if row.ok else "bad")
 
 
 def _plain(value: Any) -> str:
@@ -118,6 +120,8 @@ def _env_name(path: str) -> str:
 def _env_value(path: str, value: Any) -> str:
     if path.endswith("_bytes") and isinstance(value, int | float):
         return human_bytes(value)
+    if path.endswith("_flops") and isinstance(value, int | float):
+        return f"{flops(value)}/s"
     return "not installed" if value is None and path.startswith("versions.") else _plain(value)
 
 
@@ -130,9 +134,7 @@ def reproduce_section(runs: Sequence[Run]) -> Section:
             f"earthshine train {quote(f'{r.path}/config.json')} --run {quote(f'{r.path}-again')}" for r in configured
         ]
         commands.append("earthshine report " + " ".join(quote(f"{r.path}-again") for r in configured))
-        blocks.append(
-            Text("Each run folder holds the whole job. The same command on the same machine gives the same numbers.")
-        )
+        blocks.append(Text("Each run folder holds the whole job: these commands repeat it, on the environment above."))
         blocks.append(Code("\n".join(commands), "sh"))
     if len(configured) > 1:
         blocks.append(_config_diff(configured))

@@ -131,7 +131,8 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Peak learning rate", [_show(dig(r.config, "optimizer", "lr"), short) for r in runs]),
         ("Schedule", [schedule_words(r) for r in runs]),
         ("Seed", [_show(dig(r.config, "seed"), str) for r in runs]),
-        ("Compute type", [_show(dig(r.config, "compute_dtype"), str) for r in runs]),
+        ("Compute type", [_compute_type(r) for r in runs]),
+        ("Type of Newton-Schulz", [_show(dig(r.env, "ns_dtype"), str) for r in runs]),
         ("Time in steps", [_show(sum(r.steps.finite("seconds")) or None, human_seconds) for r in runs]),
         ("Tokens a second (median)", [_show(_median(r.steps.finite("tokens_per_second"))) for r in runs]),
         ("Share of measured peak (median)", [_percent(_median(r.steps.finite("mfu"), 100)) for r in runs]),
@@ -156,6 +157,12 @@ def unknown_properties(runs: Sequence[Run]) -> list[Text]:
 def _batch(run: Run) -> str:
     sequences, length = dig(run.config, "sequences_per_step"), dig(run.config, "seq_len")
     return UNKNOWN if None in (sequences, length) else f"{sequences} \N{MULTIPLICATION SIGN} {whole(length)}"
+
+
+def _compute_type(run: Run) -> str:
+    """What was computed in; "auto" is decided at the start and told in env.json."""
+    chosen = dig(run.env, "compute_dtype") or dig(run.config, "compute_dtype")
+    return UNKNOWN if chosen is None else str(chosen)
 
 
 def _percent(value: float | None) -> str:

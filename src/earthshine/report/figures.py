@@ -82,7 +82,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 def marker(x: float, y: float, color: int, size: float = 3.6) -> str:
     """The shape that goes with a colour, so that no line is told by its colour alone."""
-    s, k = size, color % 3
+    s, k = size, (color + color // NUM_COLORS) % 3  # where colours come again, the shape is another
     if k == 0:
         return f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{_n(s)}"/>'
     if k == 1:
@@ -158,7 +158,7 @@ class Frame:
         """A series; `over` dashes it, so that the line it lies on is seen through the gaps."""
         color = "ref" if s.kind == "reference" else f"c{s.color % NUM_COLORS}"
         points = [(self.x(a) + s.shift, self.y(b)) for a, b in zip(s.x, s.y, strict=True)]
-        out = [f'<g class="{color} {s.kind}{" over" if over else ""}">']
+        out = [f'<g class="{color} {s.kind}{" over" if over or (s.kind == "line" and s.color >= NUM_COLORS) else ""}">']
         if s.low:
             above = [(self.x(a), self.y(b)) for a, b in zip(s.x, s.high, strict=True)]
             below = [(self.x(a), self.y(b)) for a, b in zip(s.x, s.low, strict=True)][::-1]
@@ -228,6 +228,11 @@ def heat_bin(value: float) -> int:
     return min(HEAT_BINS - 1, max(0, round(2 * math.log2(value)) + 4))
 
 
+def heat_class(kind: int) -> str:
+    """The CSS class of a `heat_bin`."""
+    return "hz" if kind < 0 else f"h{kind}"
+
+
 def group_columns(row: Sequence[float], size: int) -> list[float]:
     """Neighbouring experts as one column: the load of the group that is farthest from the fair share."""
     groups = [row[i : i + size] for i in range(0, len(row), size)]
@@ -245,20 +250,20 @@ def draw_heat(title: str, description: str, rows: dict[int, list[float]], width:
     h = 24.0 if len(cells) <= 12 else 15.0 if len(cells) <= 40 else 8.0
     label_every = max(1, math.ceil(12 / h))
     column_every = max(1, math.ceil(DIGIT * (len(str(num_experts)) + 0.5) / w))
-    out = [_text(0, 11, "layer", "axis")]
+    out, numbers = [_text(0, 11, "layer", "axis")], []
+    shapes: dict[str, str] = {}
     for r, (layer, row) in enumerate(cells.items()):
         y = top + r * h
         if r % label_every == 0:
             out.append(_text(left - 7, y + h / 2 + 4, str(layer), "tick", "end"))
         for c, value in enumerate(row):
-            x, kind = left + c * w, heat_bin(value)
-            name = "hz" if kind < 0 else f"h{kind}"
-            out.append(
-                f'<rect class="{name}" x="{_n(x + 0.5)}" y="{_n(y + 0.5)}" width="{_n(w - 1)}" height="{_n(h - 1)}"/>'
-            )
+            x, name = left + c * w, heat_class(heat_bin(value))
+            shape = f"M{_n(x + 0.5)} {_n(y + 0.5)}h{_n(w - 1)}v{_n(h - 1)}h{_n(1 - w)}z"
+            shapes[name] = shapes.get(name, "") + shape
             if w >= 27 and h >= 14:
                 number = fixed(value, 2 if value < 9.95 else 1)
-                out.append(_text(x + w / 2, y + h / 2 + 3.7, number, f"in {name}", "middle"))
+                numbers.append(_text(x + w / 2, y + h / 2 + 3.7, number, f"in {name}", "middle"))
+    out += [f'<path class="{name}" d="{shape}"/>' for name, shape in shapes.items()] + numbers
     bottom = top + h * len(cells)
     for c in range(0, columns, column_every):
         out.append(_text(left + (c + 0.5) * w, bottom + 15, str(c * size), "tick", "middle"))

@@ -21,7 +21,7 @@ from earthshine.report.document import (
     clean,
     split_code,
 )
-from earthshine.report.figures import NUM_COLORS, marker
+from earthshine.report.figures import NUM_COLORS, heat_class, marker
 from earthshine.report.style import style_sheet
 
 # Nothing may be fetched and nothing may run, whatever the run folders' texts hold.
@@ -167,7 +167,7 @@ def _legend(items: Sequence[LegendItem]) -> str:
     if not items:
         return ""
     if all(item.mark == "band" for item in items):
-        patches = "".join(f'<li><i class="h{i.color}"></i>{_inline(i.label)}</li>' for i in items)
+        patches = "".join(f'<li><i class="{heat_class(i.color)}"></i>{_inline(i.label)}</li>' for i in items)
         return f'<ul class="legend heat" aria-label="Multiples of the fair share">{patches}</ul>'
     return f'<ul class="legend">{"".join(map(_legend_item, items))}</ul>'
 
@@ -179,7 +179,8 @@ def _legend_item(item: LegendItem) -> str:
     elif item.mark == "reference":
         mark = '<g class="ref reference"><path class="stroke" d="M1 7H29"/></g>'
     else:
-        mark = f'<g class="{color} line"><path class="stroke" d="M2 7H28"/><g>{marker(15, 7, item.color)}</g></g>'
+        over = " over" if item.color >= NUM_COLORS else ""
+        mark = f'<g class="{color} line{over}"><path class="stroke" d="M2 7H28"/><g>{marker(15, 7, item.color)}</g></g>'
     return f'<li><svg viewBox="0 0 30 14" aria-hidden="true">{mark}</svg>{_inline(item.label)}</li>'
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, DiskFullError
 from earthshine.files import atomic_write
 from earthshine.report import evidence, facts, results, training
 from earthshine.report.document import Document, Section, clean, to_markdown
@@ -28,17 +28,23 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, titl
         out: a folder, or a file name ending in .html; by default the first run's folder. Earlier reports are replaced.
         title: of the page; by default made from the runs' names.
 
-    Raises ConfigError when something given is not a run folder, DataError naming a damaged file, DiskFullError.
+    Raises ConfigError when something given is not a run folder or `out` cannot be written, DataError naming a damaged
+    file, DiskFullError.
     The files are a function of the run folders: the same folders give the same bytes.
     """
     found = read_runs(runs)
     page = _page_path([run.path for run in found], None if out is None else Path(out))
     compared = comparisons(found)
     document = build(found, compared, title)
-    atomic_write(page, to_html(document))
-    atomic_write(page.with_suffix(".md"), to_markdown(document))
-    text = json.dumps(_strict(machine_readable(found, compared, document.title)), indent=1, allow_nan=False)
-    atomic_write(page.with_suffix(".json"), text + "\n")
+    machine = json.dumps(_strict(machine_readable(found, compared, document.title)), indent=1, allow_nan=False)
+    files = {".html": to_html(document), ".md": to_markdown(document), ".json": machine + "\n"}
+    try:
+        for suffix, text in files.items():
+            atomic_write(page.with_suffix(suffix), text)
+    except DiskFullError:
+        raise
+    except OSError as e:
+        raise ConfigError(f"out={page} cannot be written: {e.strerror}. Choose another place with --out.") from e
     return page
 
 
@@ -80,6 +86,9 @@ def _default_title(runs: Sequence[Run]) -> str:
     return f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} and {len(names) - 1} other runs"
 
 
+_NUMBERS = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
+
+
 def _lead(runs: Sequence[Run]) -> str:
     """What this is, in one or two plain sentences."""
     said = []
@@ -91,9 +100,13 @@ def _lead(runs: Sequence[Run]) -> str:
     if len(said) == 1:
         return f"One training run: {said[0][1]}."
     amounts = {trained for _, trained in said}
+    count = _NUMBERS.get(len(said), str(len(said)))
     if len(amounts) == 1:
-        return f"{len(said)} training runs side by side, each of {said[0][1]}."
-    return f"{len(said)} training runs side by side: " + "; ".join(f"{name}, {trained}" for name, trained in said) + "."
+        return f"{count} training runs side by side, each of {said[0][1]}."
+    if len(said) > 3:
+        lengths = [run.steps.step[-1] if run.steps.step else 0 for run in runs]
+        return f"{count} training runs side by side, of {whole(min(lengths))} to {whole(max(lengths))} steps."
+    return f"{count} training runs side by side: " + "; ".join(f"{name}, {trained}" for name, trained in said) + "."
 
 
 def machine_readable(runs: Sequence[Run], compared: Sequence[Comparison], title: str) -> dict[str, Any]:
@@ -121,7 +134,6 @@ def _run_json(run: Run) -> dict[str, Any]:
         "config": run.config,
         "plan": run.plan,
         "environment": run.env,
-        "model": run.model,
         "steps": run.steps.step[-1] if run.steps.step else 0,
         "heldout": {"before": _heldout_json(before), "after": _heldout_json(after)},
         "heldout_during": [_heldout_json(h) for h in run.heldout_during],

@@ -30,7 +30,8 @@ UNIT = "nats a token"
 class Comparison:
     """A difference that was asked for, or the reason why it cannot be had."""
 
-    label: str  # short, for the figure and the table
+    label: str  # short, for the table
+    mark: str  # shorter, for the figure, whose title says the rest
     sentence: str  # "{run}: after training, the held-out loss is", to be finished by the verdict
     reference: str  # what it is compared with, ends the sentence
     color: int
@@ -58,7 +59,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
         if before and after:
             outcome = paired(after, before, f"{run.name} after", f"{run.name} before")
             start = f"**{run.name}**: after training, the held-out loss is"
-            found.append(Comparison(f"{run.name}: after \u2212 before", start, "before it", i, outcome))
+            found.append(Comparison(f"{run.name}: after \u2212 before", run.name, start, "before it", i, outcome))
     for when in (0, 1):
         for i, run in enumerate(runs[1:], 1):
             mine, base = evaluations(run)[when], evaluations(runs[0])[when]
@@ -67,7 +68,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
                 outcome = paired(mine, base, f"{run.name} {word}", f"{runs[0].name} {word}")
                 start = f"**{run.name} against {runs[0].name}**, {word} training: the held-out loss is"
                 label = f"{word}: {run.name} \u2212 {runs[0].name}"
-                found.append(Comparison(label, start, f"that of {runs[0].name}", i, outcome))
+                found.append(Comparison(label, f"{word}: {run.name}", start, f"that of {runs[0].name}", i, outcome))
     return found
 
 
@@ -148,7 +149,7 @@ def heldout_section(runs: Sequence[Run], found: Sequence[Comparison]) -> Section
                 rows.append(_heldout_row(run, i, word, h))
         missing = [w for w, h in (("before", before), ("after", after)) if h is None]
         if missing:
-            blocks.append(Text(f"{run.name} has no held-out loss {' and '.join(missing)} training.", "absent"))
+            blocks.append(Text(f"{run.name} has no held-out loss {' or '.join(missing)} training.", "absent"))
     if rows:
         headers = ("Run", "When", f"Loss, {UNIT}", "Bits a byte", "Tokens", "Sequences")
         caption = "Loss on text that is not trained on, \u00b1 one standard error over its sequences."
@@ -192,7 +193,7 @@ def _with_error(value: float, error: float) -> str:
 
 def _interval_figure(title: str, known: Sequence[tuple[Comparison, Difference]], second: bool) -> Figure:
     rows = [
-        Interval(c.label, d.value, BAR * d.stderr, f"{fixed(d.value, 4, sign=True)} \u00b1 {fixed(d.stderr)}", c.color)
+        Interval(c.mark, d.value, BAR * d.stderr, f"{fixed(d.value, 4, sign=True)} \u00b1 {fixed(d.stderr)}", c.color)
         for c, d in known
     ]
     described = "; ".join(f"{r.label}: {r.text}" for r in rows)

@@ -108,7 +108,6 @@ class Run:
     config: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     env: dict[str, Any] | None = None
-    model: dict[str, Any] | None = None  # the encoded ModelConfig
     steps: Steps = field(default_factory=Steps)
     heldout_during: list[Heldout] = field(default_factory=list)
     before: Heldout | None = None
@@ -117,6 +116,12 @@ class Run:
     samples_after: Samples | None = None
     verifications: list[Verification] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> dict[str, Any] | None:
+        """The encoded ModelConfig, which training writes into the plan."""
+        model = (self.plan or {}).get("model")
+        return model if isinstance(model, dict) else None
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[Run]:
@@ -157,7 +162,6 @@ def read_run(path: Path | str) -> Run:
         else:
             run.notes.append(f"{name}.json is absent.")
     run.name = str((run.config or {}).get("name") or run.name)
-    run.model = _model(run)
     _read_metrics(path / "metrics.jsonl", run)
     _read_evaluations(path / "eval", run)
     return run
@@ -171,16 +175,6 @@ def _load_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DataError(f"{path} holds a {type(data).__name__}, not a JSON object. Restore it, or remove it.")
     return data
-
-
-def _model(run: Run) -> dict[str, Any] | None:
-    """The architecture: of a job that starts from scratch, or of the newest checkpoint's manifest."""
-    init = (run.config or {}).get("init")
-    model = init.get("model") if isinstance(init, dict) else None
-    manifests = sorted((run.path / "checkpoints").glob("step-*/manifest.json"))
-    if model is None and manifests:
-        model = _load_object(manifests[-1]).get("model")
-    return model if isinstance(model, dict) else None
 
 
 def _number(data: dict[str, Any], key: str, where: str) -> float:

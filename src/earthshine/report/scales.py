@@ -87,7 +87,10 @@ def linear_axis(
         pad = 1.0 if integers else (abs(high) * 0.05 or 1.0)
         low, high = low - pad, high + pad
     step = _round_step((high - low) / max(1, target), integers)
-    if not tight:
+    if tight:
+        tick = math.ceil(high / step - 1e-9) * step
+        high = tick if tick - high < 0.02 * (high - low) else high  # thinned series end just short of a round step
+    else:
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     ticks = tuple(i * step for i in range(first, last + 1))

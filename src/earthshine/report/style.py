@@ -1,12 +1,12 @@
-"""The page's style sheet. Colours are variables with a light and a dark value; series colours (Okabe and Ito's order,
-shifted for contrast of at least 3 to 1 with the ground) stay apart for every common kind of colour blindness.
+"""The page's style sheet. Colours are variables with a light and a dark value. The series colours have a contrast of at
+least 3 to 1 with their ground and stay apart for the common kinds of colour blindness: a test holds them to both.
 """
 
 LIGHT = {
     "ground": "#f4f6fa", "card": "#ffffff", "ink": "#17202e", "muted": "#566275", "line": "#dde2ea",
     "soft": "#eef1f6", "link": "#1f5fae", "good": "#0b7a53", "good-soft": "#dff3ea", "bad": "#b3311d",
     "bad-soft": "#fbe5e0", "quiet-soft": "#e9ecf2", "grid": "#e6eaf0", "zero": "#7c8798",
-    "c0": "#0a66b5", "c1": "#d1570a", "c2": "#0a8a66", "c3": "#a8479a", "c4": "#806600", "c5": "#4a5568",
+    "c0": "#0a66b5", "c1": "#d1570a", "c2": "#0fa36b", "c3": "#ae3d7e", "c4": "#653c0e", "c5": "#343b45",
     "h0": "#1f66ad", "h1": "#4f8fcb", "h2": "#96bfe3", "h3": "#cadff1", "h4": "#eef0f3",
     "h5": "#fbdfc4", "h6": "#f5b67d", "h7": "#df7f30", "h8": "#b35405",
     "t0": "#ffffff", "t1": "#0c1420", "t2": "#17202e", "t3": "#17202e", "t4": "#17202e",
@@ -17,7 +17,7 @@ DARK = {
     "ground": "#0d131c", "card": "#151d29", "ink": "#e5eaf2", "muted": "#9eabbd", "line": "#2a3546",
     "soft": "#1b2533", "link": "#84b9ff", "good": "#5fd3a4", "good-soft": "#143529", "bad": "#ff9a86",
     "bad-soft": "#43211c", "quiet-soft": "#243041", "grid": "#243041", "zero": "#8593a8",
-    "c0": "#62b0ff", "c1": "#ff9a57", "c2": "#4ed6b2", "c3": "#e993d9", "c4": "#dcc456", "c5": "#b9c3d2",
+    "c0": "#62b0ff", "c1": "#ff9a57", "c2": "#33e6ae", "c3": "#c93fae", "c4": "#f0de4e", "c5": "#b9c3d2",
     "h0": "#74bbff", "h1": "#4a90d9", "h2": "#336399", "h3": "#274365", "h4": "#242e3d",
     "h5": "#4a3a2c", "h6": "#7d5730", "h7": "#c17c30", "h8": "#ffb060",
     "t0": "#0c1420", "t1": "#0c1420", "t2": "#ffffff", "t3": "#e5eaf2", "t4": "#e5eaf2",
@@ -66,9 +66,9 @@ footer{border-top:1px solid var(--line);color:var(--muted);font-size:.86rem;padd
 """
 
 _PARTS = """
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,220px),1fr));gap:16px;margin:0 0 20px;
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:16px;margin:0 0 20px;
 padding:0}
-.card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:18px 20px;
+.card{max-width:430px;background:var(--card);border:1px solid var(--line);border-radius:14px;padding:18px 20px;
 border-top:4px solid var(--c,var(--line))}
 .card.good:not([class*=" k"]){--c:var(--good)}.card.bad:not([class*=" k"]){--c:var(--bad)}
 .card dt{font-size:.88rem;color:var(--muted);overflow-wrap:anywhere}
@@ -147,11 +147,12 @@ stroke-dasharray:5 4}
 svg .line g>*,svg .points g>*,svg .points>circle,svg .points>rect,svg .points>path:not(.wide-bar){fill:var(--c);
 stroke:var(--card);stroke-width:1.5}
 svg .points g>*{fill:var(--card);stroke:var(--c);stroke-width:2}
-svg .hz{fill:var(--card);stroke:var(--muted);stroke-dasharray:2 2}
+.hz{fill:var(--zero);background:var(--zero)}svg .in.hz{fill:var(--card)}
 """
 
 _SCREENS = """
-@media(max-width:900px){.moon{width:112px;height:112px;right:20px;top:26px;opacity:.75}header .lead{max-width:none}
+@media(max-width:900px){.moon{width:112px;height:112px;right:20px;top:26px;opacity:.75}
+header .lead,.card{max-width:none}
 h1{padding-right:110px}}
 @media(max-width:700px){.in{padding:0 16px}header .in{padding-top:40px;padding-bottom:30px}section{padding-top:34px}
 .moon{width:76px;height:76px;right:14px;top:20px}h1{padding-right:72px}

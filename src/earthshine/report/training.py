@@ -189,9 +189,10 @@ def dynamics_section(runs: Sequence[Run]) -> Section:
         table = _table("Learning rate and gradient norm", runs, columns)
         title = "Step by step"
         blocks.append(Figure(title, caption, tuple(p for p in panels if p), _legend(drawn), table))
-    for panel, what in zip(panels, ("learning rate", "gradient norm", "tokens a second"), strict=True):
-        if panel is None:
-            blocks.append(Text(f"No run recorded its {what}.", "absent"))
+    names = zip(panels, ("learning rate", "gradient norm", "tokens a second"), strict=True)
+    absent = [what for panel, what in names if panel is None]
+    if absent:
+        blocks.append(Text(f"No run recorded its {', '.join(absent)}.", "absent"))
     return Section("dynamics", "Dynamics", "Learning rate, gradients, speed", tuple(blocks))
 
 
@@ -224,8 +225,7 @@ def _heat_figure(run: Run, index: int, first: HeatState, last: HeatState) -> Fig
     drawings = []
     for word, (step, load) in (("First", first), ("Last", last))[: 1 if first[0] == last[0] else 2]:
         title = f"{run.name}, {word.lower()} step ({whole(step)})"
-        said = "; ".join(f"layer {layer}: {', '.join(fixed(v, 2) for v in row[:64])}" for layer, row in load.items())
-        said = f"Load as multiples of the fair share. {said}."
+        said = f"Load of {len(load)} layers as multiples of the fair share, {_extremes(load)}."
         wide, narrow = (draw_heat(title, said, load, w, f"fig-heat-{index}-{word}-{w}") for w in (HALF, NARROW))
         drawings.append(Drawing(wide, narrow, f"{word} step ({whole(step)})"))
     num_experts = max(map(len, last[1].values()))
@@ -237,9 +237,11 @@ def _heat_figure(run: Run, index: int, first: HeatState, last: HeatState) -> Fig
         caption += f" A column stands for {group} neighbouring experts and shows the one farthest from its fair share."
     unused = sum(v <= 0 for row in last[1].values() for v in row)
     if unused:
-        caption += f" At the last step {whole(unused)} experts received no token (hatched)."
+        caption += f" At the last step {whole(unused)} experts received no token (grey)."
     names = ("\u2264 \u00bc", "", "\u00bd", "", "1", "", "2", "", "\u2265 4")
     legend = tuple(LegendItem(names[b], b, "band") for b in range(HEAT_BINS))
+    if unused:
+        legend = (LegendItem("0", -1, "band"), *legend)
     rows = [
         [str(layer), *(fixed(f(row), 2) for row in (first[1].get(layer, [math.nan]), load) for f in (min, max))]
         for layer, load in last[1].items()
@@ -247,6 +249,13 @@ def _heat_figure(run: Run, index: int, first: HeatState, last: HeatState) -> Fig
     headers = ("Layer", "first step: least", "first step: most", "last step: least", "last step: most")
     table = figure_numbers("Least and most loaded expert of each layer, multiples of the fair share", headers, rows)
     return Figure(f"Expert load of {run.name}", caption, tuple(drawings), legend, table)
+
+
+def _extremes(load: dict[int, list[float]]) -> str:
+    """The least and the most loaded expert, for those who hear the drawing; the table behind it has every layer."""
+    cells = [(value, layer, expert) for layer, row in load.items() for expert, value in enumerate(row)]
+    (least, l0, e0), (most, l1, e1) = min(cells), max(cells)
+    return f"from {fixed(least, 2)} (layer {l0}, expert {e0}) to {fixed(most, 2)} (layer {l1}, expert {e1})"
 
 
 def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figure:

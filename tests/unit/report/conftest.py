@@ -61,13 +61,14 @@ def config(name: str, num_steps: int, sparse: bool) -> dict[str, Any]:
         "heldout": {"path": "stdlib-heldout", "every_steps": 0, "max_sequences": 48},
         "clip_grad_norm": 1.0,
         "seed": 0,
-        "compute_dtype": "float32",
+        "compute_dtype": "auto",
         "checkpoint": {"every_steps": 100, "keep": 2},
         "tracker": "none",
     }  # fmt: skip
 
 
 def plan(num_steps: int, sparse: bool) -> dict[str, Any]:
+    moe = {"num_experts": 8, "top_k": 2, "intermediate_size": 1536, "layers": list(LAYERS)} if sparse else {}
     total, active = (283_185_216, 155_778_624) if sparse else (134_515_008, 134_515_008)
     return {
         "world": 1,
@@ -81,6 +82,7 @@ def plan(num_steps: int, sparse: bool) -> dict[str, Any]:
         "adamw_parameters": 28_347_264,
         "forward_backward_flops_per_step": 6.4e12 * active / 134e6,
         "newton_schulz_flops_per_step": 8.8e11 * total / 134e6,
+        "model": {**MODEL, "moe": moe},
     }
 
 
@@ -100,6 +102,10 @@ ENV = {
     "device": "cpu",
     "memory_bytes": 25_200_000_000,
     "float32_matmul_precision": "highest",
+    "compute_reason": "bfloat16 products are slower here",
+    "peak_flops": 1.37e11,
+    "compute_dtype": "float32",
+    "ns_dtype": "float32",
 }
 
 
@@ -194,11 +200,7 @@ def make_run(path: Path, name: str, num_steps: int = 4, sparse: bool = False) ->
         "eval/samples-after.json", samples("greedy", True)
     )
     if sparse:
-        moe = {"num_experts": 8, "top_k": 2, "intermediate_size": 1536, "layers": list(LAYERS)}
-        run.write("checkpoints/step-000004/manifest.json", {"model": {**MODEL, "moe": moe}})
         run.write("eval/verify-upcycle.json", verification())
-    else:
-        run.write("checkpoints/step-000004/manifest.json", {"model": MODEL})
     return run
 
 

@@ -1,0 +1,80 @@
+"""Texts of any content stay texts, in Markdown as in HTML."""
+
+from earthshine.report.document import (
+    Bullets,
+    Card,
+    Cards,
+    Cell,
+    Code,
+    Document,
+    Section,
+    Sides,
+    Table,
+    Text,
+    clean,
+    fence,
+    split_code,
+    to_markdown,
+)
+from earthshine.report.markup import block_html, to_html
+
+
+def test_controls_are_spelled_out():
+    assert clean("a\0b\x1b[31m\u202ec\r\n\td") == "a⟨U+0000⟩b⟨U+001B⟩[31m⟨U+202E⟩c\n\td"
+    assert clean("\ud800x").encode() == b"?x"
+
+
+def test_a_lone_backtick_is_an_apostrophe():
+    assert split_code("a `b` c` d") == ["a ", "b", " c' d"]
+
+
+def test_a_fence_is_longer_than_what_it_holds():
+    assert fence("a ```` b") == "`````\na ```` b\n`````"
+
+
+def document(*blocks):
+    return Document("A <b>title</b> | x", "Lead", (Section("one", "One", "Section one", blocks),))
+
+
+def test_markdown():
+    text = to_markdown(
+        document(
+            Text("1 < 2 & `x < y` [link](u)"),
+            Text("absent", "absent"),
+            Bullets((("**bold** item", "good"),)),
+            Cards((Card("Loss", "2.0", "from 3.0"),)),
+            Table("Caption", ("", "B"), (("a|b", Cell("1")),), frozenset({1})),
+            Sides("run", ("Before", "After"), (("prompt\nof two lines", ("x", "```")),)),
+            Code("ls", "sh", "Show"),
+        )
+    )
+    lines = text.splitlines()
+    assert lines[0] == "# A &lt;b&gt;title&lt;/b&gt; \\| x"
+    assert "1 &lt; 2 &amp; `x < y` \\[link](u)" in lines
+    assert "> absent" in lines
+    assert "- **bold** item" in lines
+    assert "|   | B |" in lines and "|---|---:|" in lines and "| a\\|b | 1 |" in lines
+    assert "````\n```\n````" in text
+    assert "Show\n\n```sh\nls\n```" in text
+
+
+def test_html_escapes_every_kind_of_block():
+    evil = '<img src=x onerror="alert(1)">&'
+    blocks = (
+        Text(evil),
+        Bullets(((evil, ""),)),
+        Cards((Card(evil, evil, evil),)),
+        Table(evil, (evil,), ((evil,),)),
+        Sides(evil, (evil,), ((evil, (evil,)),)),
+        Code(evil, evil, evil),
+    )
+    page = to_html(Document(evil, evil, (Section("a", evil, evil, blocks),)))
+    assert "<img" not in page
+    assert page.count("&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;") >= 14
+
+
+def test_a_table_is_labelled_and_its_bar_is_drawn():
+    html = block_html(Table("Cap **t**", ("", "B"), ((Cell("r", color=1), Cell("50 %", share=0.5)),), frozenset({1})))
+    assert 'aria-label="Cap t"' in html and "<strong>t</strong>" in html
+    assert '<th scope="row"><span class="dot k1"></span>r</th>' in html
+    assert '<td class="num">50 %<span class="share"><i style="width:50.0%"></i></span></td>' in html

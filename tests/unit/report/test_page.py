@@ -1,0 +1,240 @@
+"""The page as a reader gets it: whole, self-contained, honest about what is missing."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from earthshine.errors import ConfigError, DataError
+from earthshine.report.page import write_report
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+SECTIONS = ("summary", "runs", "heldout", "curves", "dynamics", "experts", "updates", "verification", "samples",
+            "environment", "reproduce")  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects ids, references, tag names and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open, self.ids, self.tags, self.attributes, self.words = [], [], set(), [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def read(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def page(pair, tmp_path):
+    return write_report([run.path for run in pair], tmp_path / "out", "Dense and upcycled")
+
+
+def test_three_files_and_every_section(page):
+    assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json", "report.md"]
+    html = read(page)
+    assert [i for i in html.ids if i in SECTIONS] == list(SECTIONS)
+    assert "Dense and upcycled" in html.text
+    for words in ("283,185,216", "155,778,624", "32,760", "smollm2-e8t2", "Muon", "not installed", "fresh optimizer"):
+        assert words in html.text
+    assert len(re.findall("^## ", (page.parent / "report.md").read_text(), re.M)) == len(SECTIONS)
+
+
+def test_nothing_is_fetched_and_nothing_runs(page):
+    html = read(page)
+    assert not html.tags & {"script", "iframe", "object", "embed", "img", "form", "base"}
+    assert not [a for a in html.attributes if a[1].startswith("on")]
+    assert all(v.startswith(("#", "data:,")) for _, name, v in html.attributes if name in ("href", "src", "xlink:href"))
+    text = page.read_text()
+    assert "@import" not in text and "url(" not in text.replace("url(#", "")
+    assert "default-src 'none'" in text
+
+
+def test_the_page_can_be_heard_and_steered(page):
+    html = read(page)
+    assert len(html.ids) == len(set(html.ids))
+    for _, name, value in html.attributes:
+        if name == "aria-labelledby":
+            assert set(value.split()) <= set(html.ids)
+        if name == "href" and value.startswith("#"):
+            assert value[1:] in html.ids
+    assert ("html", "lang", "en") in html.attributes
+    assert "prefers-color-scheme:dark" in page.read_text()
+
+
+def test_texts_are_escaped(page):
+    text = page.read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "&lt;b&gt;not bold&lt;/b&gt; ⟨U+202E⟩ ⟨U+0000⟩" in text
+
+
+def test_verdicts(page):
+    report = json.loads((page.parent / "report.json").read_text())
+    verdicts = {c["label"]: (c["verdict"], c["exceeds_bar"]) for c in report["comparisons"]}
+    assert verdicts == {
+        "smollm2-dense: after − before": ("lower", True),
+        "smollm2-e8t2: after − before": ("lower", True),
+        "before: smollm2-e8t2 − smollm2-dense": ("equal", False),
+        "after: smollm2-e8t2 − smollm2-dense": ("unclear", False),
+    }
+    text = read(page).text
+    assert "times its standard error of 0.0017, so it exceeds twice that error" in text
+    assert "so it does not exceed twice that error" in text
+    assert "to 32-bit rounding" in text
+
+
+def test_verification_beside_its_tolerance(page, pair):
+    assert "1.93×10⁻⁶ 10⁻⁵ 19 % pass largest logit 43.1" in read(page).text
+    name = "eval/verify-upcycle.json"
+    failed = json.loads((pair[1].path / name).read_text())
+    failed["ok"] = failed["rows"][0]["ok"] = False
+    failed["rows"][0]["measured"] = 3e-5
+    pair[1].write(name, failed)
+    text = read(write_report([pair[1].path])).text
+    assert "3×10⁻⁵ 10⁻⁵ 300 % FAIL" in text
+    assert "2 of 3" in text and "does not hold" in text
+
+
+def test_config_differences_and_commands(page, pair):
+    text = read(page).text
+    assert 'init.path "smollm2" "smollm2-e8t2"' in text
+    assert f"earthshine train {pair[0].path}/config.json --run {pair[0].path}-again" in text
+
+
+def test_same_samples_are_told_from_others(page, pair):
+    assert "saw the same samples in each of their 4 common steps" in read(page).text
+    path = pair[1].path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"samples": "2', '"samples": "f'))
+    text = read(write_report([run.path for run in pair])).text
+    assert "saw different samples in 1 of 4 steps" in text
+
+
+def test_long_runs_are_thinned_and_the_caption_says_so(folder):
+    run = folder("long", num_steps=1)
+    steps = ({"kind": "step", "step": i, "loss": 2 + 1 / i, "lr": 0.1} for i in range(1, 5001))
+    run.write("metrics.jsonl", "".join(json.dumps(s) + "\n" for s in steps))
+    page = write_report([run.path])
+    assert "its 5,000 steps are drawn as 455 means of 11 steps each, shaded from their lowest" in read(page).text
+    assert page.stat().st_size < 250_000
+    series = json.loads((run.path / "report.json").read_text())["runs"][0]["series"]
+    assert series["loss"]["steps_averaged"] == 11 and len(series["loss"]["value"]) == 455
+
+
+@pytest.mark.parametrize("num_steps", [2, 6, 70])
+def test_runs_of_any_length(folder, num_steps):
+    text = read(write_report([folder("r", num_steps=num_steps, sparse=True).path])).text
+    assert f"One training run: {num_steps} steps" in text
+    assert ("mean over 5 neighbouring steps" in text) == (num_steps > 60)
+
+
+def test_what_is_missing_is_said(folder):
+    run = folder("bare")
+    run.remove("plan.json", "env.json", "metrics.jsonl")
+    for name in ("heldout-before", "heldout-after", "samples-before", "samples-after"):
+        run.remove(f"eval/{name}.json")
+    text = read(write_report([run.path])).text
+    for words in (
+        "No held-out loss was measured both before and after",
+        "bare has no held-out loss before or after training",
+        "bare has no training loss",
+        "No run recorded its learning rate, gradient norm, tokens a second",
+        "bare has no expert load",
+        "bare has no update RMS",
+        "bare has no verification result",
+        "bare has no text samples",
+        "bare has no env.json",
+        "Parameters and compute are not recorded for bare",
+        "metrics.jsonl is absent",
+    ):
+        assert words in text
+
+
+def test_only_metrics(folder):
+    run = folder("lines")
+    run.remove("config.json", "plan.json", "eval/heldout-before.json", "eval/heldout-after.json")
+    text = read(write_report([run.path])).text
+    assert "cannot be repeated from its folder" in text
+    assert "before (step 0)" in text and "after (step 4)" in text  # from metrics.jsonl
+    assert "the losses of the single sequences are not recorded" in text
+
+
+def test_a_single_sequence_proves_nothing(folder, heldout_json):
+    run = folder("r")
+    run.write("eval/heldout-before.json", heldout_json(2.0, 1, 0.01, 1))
+    run.write("eval/heldout-after.json", heldout_json(1.5, 2, 0.01, 1))
+    assert "measured on a single sequence, so it has no standard error" in read(write_report([run.path])).text
+
+
+def test_other_heldout_texts_are_not_compared(pair, heldout_json):
+    pair[1].write("eval/heldout-after.json", heldout_json(2.2, 5, 0.01, 40))
+    text = read(write_report([run.path for run in pair])).text
+    assert text.count("they were measured on different held-out sequences") == 4  # two comparisons, said twice each
+
+
+def test_a_diverged_run_is_drawn_without_its_last_step(folder):
+    run = folder("r")
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "step", "step": 5, "loss": NaN, "grad_norm": Infinity}\n')
+    page = write_report([run.path])
+    assert "1 steps have no finite value and are left out" in read(page).text
+    json.loads((run.path / "report.json").read_text(), parse_constant=pytest.fail)  # strict JSON
+
+
+def test_unused_experts_are_said(folder):
+    run = folder("r", num_steps=1)
+    line = {"kind": "step", "step": 1, "loss": 1.0, "expert_load": {"0": [0.5, 0.5, 0.0, 0.0], "1": [0, 0, 0, 0]}}
+    run.write("metrics.jsonl", json.dumps(line) + "\n")
+    assert "6 experts received no token (grey)" in read(write_report([run.path])).text
+
+
+def test_same_folders_same_bytes(pair, tmp_path):
+    pages = [write_report([r.path for r in pair], tmp_path / name) for name in ("a", "b")]
+    for suffix in (".html", ".md", ".json"):
+        first, second = (p.with_suffix(suffix).read_bytes() for p in pages)
+        assert first == second
+
+
+def test_where_it_is_written(pair, tmp_path):
+    runs = [run.path for run in pair]
+    assert write_report(runs) == runs[0] / "report.html"
+    assert write_report(runs, tmp_path / "x" / "tour.html") == tmp_path / "x" / "tour.html"
+    assert (tmp_path / "x" / "tour.json").exists()
+    (tmp_path / "file.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"file\.txt is a file that is not \.html"):
+        write_report(runs, tmp_path / "file.txt")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ConfigError, match="is a folder"):
+        write_report(runs, tmp_path / "folder.html")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_report(runs, tmp_path / "file.txt" / "report.html")
+
+
+def test_a_damaged_run_leaves_nothing(pair, tmp_path):
+    pair[1].write("plan.json", "{")
+    with pytest.raises(DataError, match=r"plan\.json is not readable JSON"):
+        write_report([run.path for run in pair], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
