@@ -12,7 +12,7 @@ from earthshine.report.scales import Axis, fixed, linear_axis, log_axis, short
 
 NUM_COLORS = 6
 WIDE, HALF, PANEL, NARROW = 994, 486, 317, 330  # widths in CSS pixels at which text has its natural size
-MARKER_LIMIT = 60  # up to so many points, each is marked and says its value
+MARKER_LIMIT = 60  # up to so many points, each is marked and says its value, where marks do not crowd
 INSET = 9  # pixels between the frame and the first and last point
 DIGIT, LETTER = 6.9, 6.4  # mean advance at the drawings' font size, generous
 
@@ -165,7 +165,7 @@ class Frame:
             out.append(f'<path class="spread" d="{_path(above)}L{_path(below)[1:]}z"/>')
         if s.kind != "points":
             out.append(f'<path class="stroke" d="{_path(points)}"/>')
-        if s.kind == "points" or (s.kind == "line" and len(points) <= MARKER_LIMIT):
+        if s.kind == "points" or (s.kind == "line" and len(points) <= min(MARKER_LIMIT, (self.right - self.left) / 14)):
             for (x, y), a, b in zip(points, s.x, s.y, strict=True):
                 if math.isfinite(y):
                     shape = marker(x, y, s.color, 4.6 if s.kind == "points" else 3.6)

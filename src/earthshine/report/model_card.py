@@ -8,8 +8,8 @@ from typing import Any
 from earthshine.report.document import Table, clean, fence, inline_markdown, markdown_block
 from earthshine.report.scales import fixed, short, whole
 
-# Ids that the Hub accepts: "name" or "owner/name". A local path is told in the lineage instead.
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# An id of the Hub, "owner/name". A local folder is told in the text only.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 KEYS = (
     "name", "license", "base_model", "tags", "language", "architecture", "model", "parameters", "dtype", "lineage",
@@ -92,10 +92,10 @@ def _introduction(info: Mapping[str, Any]) -> str:
         kind += f" of {whole(total)} parameters"
         if active and active != total:
             kind += f", of which {whole(active)} are active for a token"
-    if info.get("upcycling") and info.get("base_model"):
-        kind += f", upcycled from `{info['base_model']}`"
-    elif info.get("base_model"):
-        kind += f", continued from `{info['base_model']}`"
+    if info.get("upcycling"):
+        kind += ", upcycled from a dense model"
+    if info.get("base_model"):
+        kind += f"; {'trained on from' if info.get('training') else 'its weights come from'} `{info['base_model']}`"
     return inline_markdown(f"{kind}. Made with Earthshine.")
 
 
@@ -213,7 +213,12 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
         for r in results
         if isinstance(r.get("loss"), int | float)
     ]
-    columns = (("On", "name"), ("Loss, nats a token", "loss"), ("Bits a byte", "bits_per_byte"), ("Tokens", "tokens"))
+    columns = (
+        ("Evaluation", "name"),
+        ("Loss, nats a token", "loss"),
+        ("Bits a byte", "bits_per_byte"),
+        ("Tokens", "tokens"),
+    )
     table = _table(columns, rows)
     return f"{table}\n\n\u00b1 is one standard error over the sequences." if "\u00b1" in table else table
 

@@ -20,7 +20,7 @@ from earthshine.report.document import (
 )
 from earthshine.report.figures import NARROW, WIDE, Interval, draw_intervals
 from earthshine.report.runs import Heldout, Run, Samples
-from earthshine.report.scales import fixed, short, whole
+from earthshine.report.scales import fixed, short, whole, with_error
 from earthshine.report.statistics import BAR, Difference, paired, ratio
 
 UNIT = "nats a token"
@@ -80,10 +80,11 @@ def verdict_sentence(c: Comparison) -> str:
     if d.verdict == "equal":
         return f"{c.sentence} the same as {c.reference}, to 32-bit rounding (difference {short(d.value)})."
     way = "lower" if d.value < 0 else "higher"
-    start = f"{c.sentence} {fixed(abs(d.value))} {UNIT} {way} than {c.reference}"
+    size, _, error = with_error(abs(d.value), d.stderr).partition(" \u00b1 ")
+    start = f"{c.sentence} {size} {UNIT} {way} than {c.reference}"
     if d.verdict == "no error":
         return f"{start}; measured on a single sequence, so it has no standard error and nothing follows from it."
-    times = f"{short(ratio(d), 2)} times its standard error of {fixed(d.stderr)}"
+    times = f"{short(ratio(d))} times its standard error of {error}"
     if d.verdict == "unclear":
         return f"{start}: {times}, so it does **not** exceed twice that error, and chance alone may explain it."
     return f"{start}: {times}, so it **exceeds** twice that error."
@@ -114,7 +115,7 @@ def summary(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
         if before and after:
             detail = f"held-out loss, from {fixed(before.loss)}"
             if isinstance(own, Difference):
-                detail += f"; change {fixed(own.value, 4, sign=True)} \u00b1 {fixed(own.stderr)}"
+                detail += f"; change {with_error(own.value, own.stderr, sign=True)}"
             cards.append(Card(run.name, fixed(after.loss), detail, "" if own is None else tone(own), i))
         elif run.steps.finite("loss"):
             losses = run.steps.finite("loss")
@@ -180,15 +181,11 @@ def _heldout_row(run: Run, color: int, word: str, h: Heldout) -> tuple[Cell | st
     return (
         Cell(run.name, color=color),
         word if h.step is None else f"{word} (step {whole(h.step)})",
-        _with_error(h.loss, h.stderr),
-        _with_error(h.bits_per_byte, bits_error),
+        with_error(h.loss, h.stderr),
+        with_error(h.bits_per_byte, bits_error),
         whole(h.tokens) if h.tokens else "not recorded",
         whole(len(h.sequences)) if h.sequences else "not recorded",
     )
-
-
-def _with_error(value: float, error: float) -> str:
-    return fixed(value) + (f" \u00b1 {fixed(error)}" if math.isfinite(error) else "")
 
 
 def _interval_figure(title: str, known: Sequence[tuple[Comparison, Difference]], second: bool) -> Figure:
@@ -213,9 +210,9 @@ def _difference_table(known: Sequence[tuple[Comparison, Difference]]) -> Table:
     rows = tuple(
         (
             c.label,
-            f"{fixed(d.value, 5, sign=True)} \u00b1 {fixed(d.stderr, 5)}",
-            f"{fixed(d.bits_per_byte, 5, sign=True)} \u00b1 {fixed(d.bits_per_byte_stderr, 5)}",
-            short(ratio(d), 2) if math.isfinite(d.stderr) else "n/a",
+            with_error(d.value, d.stderr, sign=True),
+            with_error(d.bits_per_byte, d.bits_per_byte_stderr, sign=True),
+            short(ratio(d)) if math.isfinite(d.stderr) else "n/a",
             whole(d.num_sequences),
             Cell(verdict_words(d), tone(d)),
         )

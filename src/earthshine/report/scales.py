@@ -18,6 +18,14 @@ def fixed(value: float, digits: int = 4, sign: bool = False) -> str:
     return text.replace("-", MINUS)
 
 
+def with_error(value: float, error: float, sign: bool = False) -> str:
+    """A value and its standard error: four digits, or as many as show two of the error's; the value alone without."""
+    if not math.isfinite(error):
+        return fixed(value, 4, sign)
+    digits = min(8, max(4, 1 - math.floor(math.log10(error)))) if error > 0 else 4
+    return f"{fixed(value, digits, sign)} \u00b1 {fixed(error, digits)}"
+
+
 def short(value: float, digits: int = 3) -> str:
     """A few significant digits: 0.0123, 4.56, 123, 1.2e-07 written as 1.2 x 10 to a power."""
     if not math.isfinite(value):

@@ -264,20 +264,20 @@ def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figu
         own, note = lines(run, WORST_LOAD, i, f"{run.name}, worst layer")
         series += own
         notes.append((run.name, note))
-        shown = thin(run.steps.step, run.steps.column(MEDIAN_LOAD)) if run.steps.finite(MEDIAN_LOAD) else None
-        if shown:
+        if run.steps.last_load and len(run.steps.last_load[1]) > 1:  # of a single layer, the middle is the worst
+            shown = thin(run.steps.step, run.steps.column(MEDIAN_LOAD))
             smooth = moving_mean(shown.y, _width(shown.y)) if len(shown.y) > MARKER_LIMIT else shown.y
             series.append(Series(f"{run.name}, middle layer", shown.x, smooth, i, "dashed"))
     said = "; ".join(_first_last(r, WORST_LOAD, lambda v: fixed(v, 2)) for _, r in sparse)
     title = "Most loaded expert over the steps"
     chart = Chart(title, f"Worst layer: {said}.", "step", "load / fair share", tuple(series))
     wide, narrow = draw_chart(chart, WIDE, 260, "fig-load-w"), draw_chart(chart, NARROW, 250, "fig-load-n")
-    caption = (
-        "The most loaded expert's tokens over the mean of its layer: of the worst layer, and dashed of the middle one."
-    )
+    caption = "The tokens of the most loaded expert over the mean of its layer, in the worst layer of each step."
+    more: tuple[LegendItem, ...] = ()
+    if any(s.kind == "dashed" for s in series):
+        caption, more = f"{caption} Dashed: in the middle layer.", (LegendItem("middle layer", 0, "reference"),)
     table = _table(title, runs, [("worst layer", WORST_LOAD, lambda v: fixed(v, 3))])
-    more = LegendItem("middle layer", 0, "reference")
-    return Figure(title, caption + _remarks(notes), (Drawing(wide, narrow),), _legend(sparse, more), table)
+    return Figure(title, caption + _remarks(notes), (Drawing(wide, narrow),), _legend(sparse, *more), table)
 
 
 def update_section(runs: Sequence[Run]) -> Section:

@@ -50,7 +50,7 @@ def test_a_full_card():
     assert titles == ["Model", "Lineage", "Upcycling recipe", "Training", "Data", "Evaluation", "Verification", "Use",
                       "Limitations", "Further facts"]  # fmt: skip
     for words in (
-        "283,185,216 parameters, of which 155,778,624 are active for a token",
+        "155,778,624 are active for a token, upcycled from a dense model; trained on from",
         "8, top-2, in 2 of 30 layers",
         "2. upcycled to 8 experts",
         "| Layers converted | 1, 2 |",
@@ -76,10 +76,10 @@ def test_what_is_unknown_is_left_out():
 
 
 def test_a_folder_is_no_hub_id():
-    for path in ("/home/me/models/dense", "../dense", "models/smollm2/dense", "a b"):
+    for path in ("/home/me/models/dense", "../dense", "models/smollm2/dense", "dense", "a b"):
         card = model_card({"base_model": path})
         assert "base_model" not in "".join(front_matter(card))
-        assert f"continued from `{path}`" in card
+        assert f"its weights come from `{path}`" in card
 
 
 def test_yaml_cannot_be_broken_out_of():

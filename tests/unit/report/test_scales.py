@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earthshine.report.scales import compact, fixed, flops, linear_axis, log_axis, short, thin
+from earthshine.report.scales import compact, fixed, flops, linear_axis, log_axis, short, thin, with_error
 
 
 def test_numbers():
@@ -24,6 +24,13 @@ def test_numbers():
     assert compact(1_000) == "1k"
     assert flops(5.02e12) == "5.02 TFLOP"
     assert flops(12) == "12 FLOP"
+
+
+def test_errors_decide_the_digits():
+    assert with_error(-0.5, 0.0123, sign=True) == "\u22120.5000 \u00b1 0.0123"
+    assert with_error(2.1e-4, 1.06e-4) == "0.00021 \u00b1 0.00011"
+    assert with_error(0.0, 0.0) == "0.0000 \u00b1 0.0000"
+    assert with_error(1.5, math.nan) == "1.5000"
 
 
 finite = st.floats(-1e12, 1e12, allow_nan=False).filter(lambda v: v == 0 or abs(v) > 1e-9)
