@@ -49,7 +49,7 @@ def count_parameters(c: ModelConfig) -> Counts:
 
 
 def forward_flops_per_token(c: ModelConfig, seq_len: int) -> float:
-    """FLOPs of the matrix products of one token's forward pass, causal attention over `seq_len` averaged, with the head.
+    """FLOPs of the matrix products of one token's forward pass: causal attention averaged over `seq_len`, and the head.
 
     2 per multiply-accumulate; the embedding lookup costs nothing; element-wise work is not counted.
     """

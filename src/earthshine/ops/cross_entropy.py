@@ -86,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total.to(wide)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_TD, grad_w_VD = ctx.saved_tensors
         # Not in place: a retained graph may be walked again.

@@ -46,7 +46,8 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad_RD,) = grads
         routed: Routed = ctx.routed
-        return grad_RD[routed.inverse_R].unflatten(0, (-1, routed.top_k)).sum(1), None
+        grad_TD: Tensor = grad_RD[routed.inverse_R].unflatten(0, (-1, routed.top_k)).sum(1)
+        return grad_TD, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -55,7 +56,8 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, routed: Routed) -> Tensor:
         ctx.routed = routed
-        return y_RD[routed.inverse_R].unflatten(0, (-1, routed.top_k))
+        y_TKD: Tensor = y_RD[routed.inverse_R].unflatten(0, (-1, routed.top_k))
+        return y_TKD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -7,6 +7,7 @@ import torch
 
 from earthshine.checkpoint.hf import load_model
 from earthshine.errors import ConfigError
+from earthshine.model.moe import Experts
 from earthshine.verify.measure import (
     comparison_tokens,
     in_float64,
@@ -60,9 +61,9 @@ def verify_upcycle(
     note = f"3 x the dense model's own float32 error, {own_error:.2e}"
     rows.insert(1, row("logits, against own error", difference, OWN_ERROR_FACTOR * own_error, note))
     if fp64:
-        for block in moe.blocks:
-            if block.moe is not None:
-                block.moe.experts.backend = "loop"
+        for module in moe.modules():
+            if isinstance(module, Experts):
+                module.backend = "loop"
         moe64 = logits_of(in_float64(moe), tokens_BS)
         rows.append(row("logits in float64, relative", relative_difference(moe64, dense64), FP64, "loop backend"))
     subject = {"dense": str(dense_dir), "moe": str(moe_dir), "tokens": tokens, "text": kind}
