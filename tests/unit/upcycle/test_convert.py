@@ -202,7 +202,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode == 0:
+    if mounted.returncode == 0:  # only root may
         yield folder
         subprocess.run(["umount", folder], check=True)
         return
