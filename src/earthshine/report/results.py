@@ -190,8 +190,7 @@ def _heldout_row(run: Run, color: int, word: str, h: Heldout) -> tuple[Cell | st
 
 def _interval_figure(title: str, known: Sequence[tuple[Comparison, Difference]], second: bool) -> Figure:
     rows = [
-        Interval(c.mark, d.value, BAR * d.stderr, f"{fixed(d.value, 4, sign=True)} \u00b1 {fixed(d.stderr)}", c.color)
-        for c, d in known
+        Interval(c.mark, d.value, BAR * d.stderr, with_error(d.value, d.stderr, sign=True), c.color) for c, d in known
     ]
     described = "; ".join(f"{r.label}: {r.text}" for r in rows)
     drawings = [draw_intervals(title, described, UNIT, rows, w, f"fig-diff{int(second)}-{w}") for w in (WIDE, NARROW)]

@@ -159,7 +159,7 @@ h1{padding-right:110px}}
 figure{padding:16px 14px 12px}.sides{padding:2px 14px 4px}.wide-only{display:none}.narrow-only{display:block}
 th,td{padding:8px 10px}th:first-child,td:first-child{padding-left:14px}.caption{padding:12px 14px 8px}tbody th{
 min-width:7.5em}}
-@media(min-width:701px){tbody th{min-width:15em}}
+@media(min-width:1000px){tbody th{min-width:15em}}
 @media print{nav,.moon{display:none}header{color:#000;background:none}header .lead,header .kind{color:#333}
 figure,.table,.sides,.card{break-inside:avoid}}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
