@@ -68,7 +68,7 @@ footer{border-top:1px solid var(--line);color:var(--muted);font-size:.86rem;padd
 _PARTS = """
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:16px;margin:0 0 20px;
 padding:0}
-.card{max-width:430px;background:var(--card);border:1px solid var(--line);border-radius:14px;padding:18px 20px;
+.card:only-child{max-width:430px}.card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:18px 20px;
 border-top:4px solid var(--c,var(--line))}
 .card.good:not([class*=" k"]){--c:var(--good)}.card.bad:not([class*=" k"]){--c:var(--bad)}
 .card dt{font-size:.88rem;color:var(--muted);overflow-wrap:anywhere}
@@ -152,7 +152,7 @@ svg .points g>*{fill:var(--card);stroke:var(--c);stroke-width:2}
 
 _SCREENS = """
 @media(max-width:900px){.moon{width:112px;height:112px;right:20px;top:26px;opacity:.75}
-header .lead,.card{max-width:none}
+header .lead{max-width:none}
 h1{padding-right:110px}}
 @media(max-width:700px){.in{padding:0 16px}header .in{padding-top:40px;padding-bottom:30px}section{padding-top:34px}
 .moon{width:76px;height:76px;right:14px;top:20px}h1{padding-right:72px}
