@@ -68,7 +68,8 @@ footer{border-top:1px solid var(--line);color:var(--muted);font-size:.86rem;padd
 _PARTS = """
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,230px),1fr));gap:16px;margin:0 0 20px;
 padding:0}
-.card:only-child{max-width:430px}.card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:18px 20px;
+.card:only-child{max-width:430px}
+.card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:18px 20px;
 border-top:4px solid var(--c,var(--line))}
 .card.good:not([class*=" k"]){--c:var(--good)}.card.bad:not([class*=" k"]){--c:var(--bad)}
 .card dt{font-size:.88rem;color:var(--muted);overflow-wrap:anywhere}
