@@ -18,7 +18,7 @@ def measured(monkeypatch):
     def use(float32: float, bfloat16: float) -> None:
         rates = {torch.float32: float32, torch.bfloat16: bfloat16}
         monkeypatch.setattr(devices, "gemm_peak", lambda device, dtype, size=1024: rates[dtype])
-        monkeypatch.setattr(devices, "_bf16_speedup", lambda device, threads: bfloat16 / float32)
+        monkeypatch.setattr(devices, "_bf16_speedup", lambda device: bfloat16 / float32)
 
     return use
 
@@ -32,6 +32,12 @@ def test_auto_takes_bf16_only_where_it_is_faster(measured):
     choice = devices.choose_compute_dtype("auto", CPU)
     assert (choice.dtype, choice.peak_flops) == (torch.float32, 1e11)
     assert "bf16 is only 0.02x" in choice.reason
+
+
+def test_the_choice_is_measured_and_leaves_the_threads_as_they_were():
+    threads = torch.get_num_threads()
+    assert 1e-4 < devices._bf16_speedup("cpu") < 1e4
+    assert torch.get_num_threads() == threads
 
 
 def test_a_tie_stays_in_float32(measured):

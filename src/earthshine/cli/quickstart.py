@@ -33,4 +33,4 @@ def run(options: Options) -> None:
     from earthshine.tour import quickstart
 
     weights = str(options.weights) if options.weights else None
-    quickstart(options.run, weights=weights, steps=options.steps, tokens_per_step=options.tokens_per_step)
+    print(quickstart(options.run, weights=weights, steps=options.steps, tokens_per_step=options.tokens_per_step))
