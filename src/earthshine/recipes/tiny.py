@@ -8,17 +8,17 @@ from earthshine.train.job import CheckpointConfig, Scratch, TrainJob
 
 
 def tiny() -> TrainJob:
-    """A dense Llama of 0.5 M parameters trained with Muon on 1.6 M tokens."""
+    """A dense Llama of 0.5 M parameters trained with Muon on 0.25 M tokens."""
     return TrainJob(
         name="tiny",
         init=Scratch(model=presets.llama_tiny()),
         seq_len=256,
-        sequences_per_step=32,
-        sequences_per_micro_batch=8,
-        num_steps=200,
+        sequences_per_step=8,
+        sequences_per_micro_batch=4,
+        num_steps=120,
         optimizer=OptimizerConfig(lr=3e-3),
-        schedule=ScheduleConfig(kind="cosine", warmup_steps=20),
-        checkpoint=CheckpointConfig(every_steps=50),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=12),
+        checkpoint=CheckpointConfig(every_steps=40),
     )
 
 

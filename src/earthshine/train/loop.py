@@ -126,6 +126,7 @@ class _Run:
     tracker: Tracker
     peak_flops: float
     saved: Path | None
+    doubted_peak: bool = False
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))
 
 
@@ -237,6 +238,9 @@ def _step(run: _Run) -> None:
         record["expert_load"], record["worst_expert_load"] = expert_load(counts)
     run.metrics.append(record)
     run.tracker.record(record)
+    if record["mfu"] > 1 and not run.doubted_peak:
+        run.doubted_peak = True
+        log("warning: an mfu above 100% means that the machine was busy while its GEMM peak was measured at the start")
     eta = sum(run.seconds) / len(run.seconds) * (job.num_steps - state.step)
     log(step_line(record, job.num_steps, eta))
 
