@@ -34,6 +34,7 @@ from earthshine.train.step import train_step
 from earthshine.train.trackers import Tracker, make_tracker, require_tracker
 
 _ETA_STEPS = 20
+_BEFORE, _AFTER = "heldout-before.json", "heldout-after.json"
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     run_folder.describe(folder, job, derived, state.model.config, environment() | choices)
     metrics = MetricsFile(folder / run_folder.METRICS)
     metrics.truncate_after(done)
+    if done < job.num_steps:  # the end of a run that was lengthened since is no end
+        (folder / run_folder.EVAL / _AFTER).unlink(missing_ok=True)
     if checkpoint is None:
         groups = param_groups(state.model, algorithm=job.optimizer.algorithm, freeze=job.optimizer.freeze)
         log(f"{derived.table(compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
@@ -188,8 +191,8 @@ def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
         num_steps=job.num_steps,
         total_tokens=state.total_tokens,
         loss=run.metrics.last_loss(),
-        heldout_before=_read_result(evals / "heldout-before.json"),
-        heldout_after=_read_result(evals / "heldout-after.json"),
+        heldout_before=_read_result(evals / _BEFORE),
+        heldout_after=_read_result(evals / _AFTER),
         checkpoint=run.saved,
     )
 
@@ -289,9 +292,9 @@ def _evaluate_if_due(run: _Run) -> None:
         max_sequences=job.heldout.max_sequences,
         batch=job.sequences_per_micro_batch,
     )
-    for at, name in ((0, "before"), (job.num_steps, "after")):
+    for at, name in ((0, _BEFORE), (job.num_steps, _AFTER)):
         if step == at:
-            write_json(run.folder / run_folder.EVAL / f"heldout-{name}.json", result)
+            write_json(run.folder / run_folder.EVAL / name, result)
     record = {"kind": "heldout", "step": step}
     record |= {key: result[key] for key in ("loss", "stderr", "bits_per_byte", "tokens")}
     run.metrics.append(record)

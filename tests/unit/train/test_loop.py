@@ -324,6 +324,13 @@ def test_without_held_out_data_nothing_is_evaluated(make_job: JobMaker, tmp_path
     assert summary.heldout_before == summary.heldout_after == {} and not (tmp_path / "eval").exists()
 
 
+def test_the_end_of_a_run_that_was_lengthened_is_forgotten(make_job: JobMaker, tmp_path: Path) -> None:
+    job = make_job(schedule=ScheduleConfig(kind="constant"))
+    assert fit(replace(job, num_steps=2), tmp_path).heldout_after
+    assert not fit(job, tmp_path, stop_after=3).heldout_after
+    assert fit(job, tmp_path).heldout_after
+
+
 def test_a_longer_constant_run_is_the_long_run(make_job: JobMaker, tmp_path: Path) -> None:
     long = make_job(schedule=ScheduleConfig(kind="constant"), heldout=HeldoutConfig())
     fit(long, tmp_path / "long")
