@@ -92,20 +92,30 @@ def read(folder: Path) -> Manifest:
         signature, digest = body.pop("signature"), body.pop("sha256")
         if body["format"] != FORMAT:
             raise CheckpointError(f"{where} has format {body['format']!r}; this version reads {FORMAT}.")
-        sound = hmac.compare_digest(digest, _digest(body))
+        sound = hmac.compare_digest(digest.encode(), _digest(body).encode())
+        _check_types(body, signature)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{where} is not a readable manifest: {type(e).__name__}: {e}.") from e
     if not sound:
         raise CheckpointError(f"{where} does not have the sha256 written in it.")
     key = signing_key() if key_path().exists() else b""  # reading makes none: without a key nothing was made here
-    ours = body["key"] == _key_id(key)
-    if ours and not hmac.compare_digest(signature, _sign(key, digest)):
+    ours = bool(key) and body["key"] == _key_id(key)  # the empty key is everybody's
+    if ours and not hmac.compare_digest(signature.encode(), _sign(key, digest).encode()):
         raise CheckpointError(f"{where} names this machine's key, but its signature is not by it.")
     try:
         model = decode(ModelConfig, body["model"])
     except ConfigError as e:
         raise CheckpointError(f"{where} holds a model this version cannot read: {e}") from e
     return Manifest(folder, body["step"], model, body["job"], body["files"], ours)
+
+
+def _check_types(body: Mapping[str, Any], signature: Any) -> None:
+    """Raise TypeError or KeyError unless all fields are there and what they should be: anyone can write a digest."""
+    kinds = {"step": int, "model": dict, "job": dict, "files": dict, "key": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(body[name], kind)]
+    wrong += [name for name, f in body["files"].items() if not isinstance(f, dict) or {"bytes", "sha256"} - set(f)]
+    if wrong or not isinstance(signature, str):
+        raise TypeError(f"{', '.join(wrong) or 'signature'} of the wrong type")
 
 
 def check_files(manifest: Manifest) -> None:

@@ -102,6 +102,8 @@ def latest(path: Path, *, trust: bool = False) -> Checkpoint | None:
     for folder in manifests.candidates(Path(path)):
         try:
             found = manifests.read(folder)
+            if folder.parent.name == CHECKPOINTS and folder != manifests.step_folder(folder.parent.parent, found.step):
+                raise CheckpointError(f"its manifest is of step {found.step}: the folder was renamed.")
             manifests.check_files(found)
         except CheckpointError as e:
             problems.append(str(e))

@@ -193,6 +193,31 @@ def test_a_pickle_planted_with_fitting_hashes_is_not_run(tmp_path: Path) -> None
     assert not target.exists()
 
 
+def test_the_empty_key_is_nobody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no key was made yet, nothing was made here: least of all what anyone can sign with no key."""
+    folder = save(tmp_path, 2)
+    rewrite(folder, key=manifests._key_id(b""))
+    body = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(body | {"signature": manifests._sign(b"", body["sha256"])}))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "new"))
+    with pytest.raises(CheckpointError, match="not made by this user on this machine"):
+        run_store.latest(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"step": "2"}, {"files": {"a": {}}}, {"key": None}, {"job": []}], ids=str)
+def test_a_manifest_of_other_types_is_damage(changes: dict[str, Any], tmp_path: Path) -> None:
+    rewrite(save(tmp_path, 2), **changes)
+    with pytest.raises(CheckpointError, match="is not a readable manifest: TypeError"):
+        run_store.latest(tmp_path)
+
+
+def test_a_renamed_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
+    save(tmp_path, 2).rename(tmp_path / "checkpoints" / "step-000099")
+    save(tmp_path, 3)
+    found = run_store.latest(tmp_path)
+    assert found is not None and found.step == 3
+
+
 def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = save(tmp_path, 2)
     request.getfixturevalue("other_key")
