@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from earthshine.console import log
 from earthshine.data.config import DataConfig
 from earthshine.data.mixture import Mixture
 from earthshine.data.packing import Epoch, Packing, cut
@@ -130,7 +131,7 @@ class Loader:
             raise ConfigError(f"seed={seed} must be from 0 to 2**64 - 1: it is a key of the shuffles.")
         if not config.sources:
             raise ConfigError("data.sources=[] names no token shards; add a folder written by prepare.")
-        self._document_attention = config.document_attention
+        self._document_attention, self._vocab_size = config.document_attention, vocab_size
         self._seq_len, self._sequences_per_step, self._seed = seq_len, sequences_per_step, seed
         self._sources = [
             _Source(i, TokenShards(s.path, verify=verify, vocab_size=vocab_size), seq_len, seed)
@@ -167,6 +168,20 @@ class Loader:
         self._taken = taken
         self._steps += 1
         return _batch(window_BT, sample_ids, self._sources[0].shards.eod, self._document_attention)
+
+    def check_heldout(self, path: str) -> str:
+        """The fingerprint of shards to evaluate on between steps.
+
+        Raises DataError when they cannot be used or were prepared with another tokenizer; says so when they are what is
+        trained on.
+        """
+        shards = TokenShards(path, vocab_size=self._vocab_size)
+        _samples(shards, self._seq_len)
+        trained = [s.shards for s in self._sources]
+        _require_one_tokenizer([*trained, shards])
+        if shards.fingerprint in [s.fingerprint for s in trained]:
+            log(f"warning: heldout.path={path} is data that is trained on: its loss says nothing about other text.")
+        return shards.fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands, JSON-ready: samples taken of each source; and what the order is made from."""
@@ -247,8 +262,12 @@ def heldout_batches(
         yield _batch(window_BT, [(0, 0, i) for i in range(first, last)], shards.eod, document_attention)
 
 
-def heldout_bytes_per_token(path: str, *, seq_len: int = 0, max_sequences: int = 0) -> float:
-    """UTF-8 bytes of text per token of text (end-of-document tokens not counted), for bits per byte.
+def heldout_bytes_per_token(
+    path: str, *, seq_len: int = 0, max_sequences: int = 0, document_attention: bool = True
+) -> float:
+    """UTF-8 bytes of text per target token, for bits per byte.
+
+    A document has one target fewer than tokens where its first is none, and as many without `document_attention`.
 
     Given the arguments of `heldout_batches`, it is that of the documents which those windows touch: a part of a
     held-out set can be denser than the whole.
@@ -260,4 +279,4 @@ def heldout_bytes_per_token(path: str, *, seq_len: int = 0, max_sequences: int =
         last = int(np.searchsorted(ends_N, max_sequences * seq_len + 1, side="left"))
         documents = min(last + 1, documents)
         tokens, num_bytes = int(ends_N[documents - 1]), shards.document_bytes(documents)
-    return num_bytes / (tokens - documents)
+    return num_bytes / (tokens - documents if document_attention else tokens)

@@ -1,7 +1,8 @@
 """Held-out loss and bits per byte, with standard errors over sequences."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,16 @@ def heldout_loss(
     Returns a JSON-ready dict: `loss` in nats per token and its standard error over sequences (`stderr`, a ratio
     estimator: sequences differ in their number of targets), `bits_per_byte` of UTF-8 text, `tokens`, `bytes`
     (estimated from the shards' bytes per token), and `sequence_losses` (nats per token) with `sequence_tokens`, so
-    that two models can be compared sequence by sequence.
+    that two models can be compared sequence by sequence; `sha256` is the fingerprint of the shards, so that results on
+    other texts are told apart.
 
     Raises DataError when there is no whole window or a token is outside the vocabulary, TrainingDivergedError when the
     loss is not finite.
     """
-    was_training = model.training
-    model.eval()
     sums: list[float] = []
     counts: list[int] = []
-    windows = (TokenShards(path, verify=False).num_tokens - 1) // seq_len
+    shards = TokenShards(path, verify=False)
+    windows = (shards.num_tokens - 1) // seq_len
     batches = heldout_batches(
         str(path),
         seq_len=seq_len,
@@ -50,26 +51,26 @@ def heldout_loss(
         document_attention=document_attention,
         vocab_size=model.config.vocab_size,
     )
-    with progress("held-out loss", min(windows, max_sequences or windows), "sequences") as bar:
+    device = model.embed.weight.device
+    with _evaluating(model), progress("held-out loss", min(windows, max_sequences or windows), "sequences") as bar:
         for rows in batches:
-            device = model.embed.weight.device
-            losses_B = model.sequence_loss_sums(
-                rows.tokens_BS.to(device), rows.targets_BS.to(device), rows.documents_BS.to(device)
-            )
+            documents_BS = rows.documents_BS.to(device) if document_attention else None
+            losses_B = model.sequence_loss_sums(rows.tokens_BS.to(device), rows.targets_BS.to(device), documents_BS)
             targets_B = (rows.targets_BS != IGNORE).sum(1)
             for loss_sum, num_targets in zip(losses_B.tolist(), targets_B.tolist(), strict=True):
                 if num_targets:
                     sums.append(loss_sum)
                     counts.append(num_targets)
             bar.advance(rows.tokens_BS.shape[0])
-    model.train(was_training)
     if not sums:
         raise DataError(f"{path} holds no window of {seq_len} held-out tokens: prepare more text or lower seq_len.")
     tokens = sum(counts)
     loss = math.fsum(sums) / tokens
     if not math.isfinite(loss):
         raise TrainingDivergedError(f"the held-out loss on {path} is {loss}: the weights are damaged or have diverged.")
-    num_bytes = tokens * heldout_bytes_per_token(str(path), seq_len=seq_len, max_sequences=max_sequences)
+    num_bytes = tokens * heldout_bytes_per_token(
+        str(path), seq_len=seq_len, max_sequences=max_sequences, document_attention=document_attention
+    )
     return {
         "kind": "heldout",
         "loss": loss,
@@ -78,9 +79,21 @@ def heldout_loss(
         "tokens": tokens,
         "bytes": round(num_bytes),
         "seq_len": seq_len,
+        "document_attention": document_attention,
+        "sha256": shards.fingerprint,
         "sequence_losses": [s / n for s, n in zip(sums, counts, strict=True)],
         "sequence_tokens": counts,
     }
+
+
+@contextmanager
+def _evaluating(model: Transformer) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def ratio_stderr(sums: Sequence[float], counts: Sequence[int]) -> float:

@@ -191,3 +191,18 @@ class TestHeldout:
         assert heldout_bytes_per_token(path) == 3.0  # as the shards were made
         assert heldout_bytes_per_token(path, seq_len=16, max_sequences=2) == 3.0
         assert heldout_bytes_per_token(path, seq_len=16, max_sequences=1000) == 3.0
+        # Where a document's first token is a target too, there is one target more per document.
+        shards, text = TokenShards(counting_shards), TokenShards(counting_shards).num_bytes
+        assert heldout_bytes_per_token(path, document_attention=False) == text / shards.num_tokens
+
+    def test_beside_what_is_trained_on(
+        self, two_sources: DataConfig, make_shards: ShardMaker, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        other = make_shards("heldout", [[7] * 40])
+        assert loader(two_sources).check_heldout(str(other)) == TokenShards(other).fingerprint
+        assert capsys.readouterr().err == ""
+        loader(two_sources).check_heldout(two_sources.sources[1].path)
+        assert "is data that is trained on" in capsys.readouterr().err
+        foreign = make_shards("foreign", [[7] * 40], tokenizer_sha256="f" * 64)
+        with pytest.raises(DataError, match="prepared with different tokenizers"):
+            loader(two_sources).check_heldout(str(foreign))

@@ -55,6 +55,18 @@ def test_equals_torch_document_by_document(shards: Path) -> None:
     assert again == pytest.approx(result["loss"] * tokens)
 
 
+def test_attention_across_documents_is_the_plain_loss_of_the_stream(shards: Path) -> None:
+    """Every token is a target then, documents' first ones too; the result says which text it is of."""
+    model = Transformer(preset("llama_tiny")).train()
+    initialize(model, seed=0)
+    result = heldout_loss(model, shards, seq_len=20, max_sequences=3, document_attention=False)
+    data = TokenShards(shards)
+    flat = torch.from_numpy(np.concatenate([data.document(i) for i in range(data.num_documents)]).astype("int64"))
+    logits = model(flat[:60].view(3, 20)).flatten(0, 1)
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, flat[1:61]).item(), rel=1e-5)
+    assert result["tokens"] == 60 and result["sha256"] == data.fingerprint and model.training
+
+
 def test_stderr_of_equal_sequences_is_that_of_a_mean() -> None:
     sums, counts = [10.0, 20.0, 30.0, 60.0], [10, 10, 10, 10]
     means = torch.tensor(sums) / 10
