@@ -72,7 +72,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
 def _decode_union(members: Sequence[Any], data: Any, where: str) -> Any:
     by_kind = {m.__dataclass_fields__["kind"].default: m for m in members}
     chosen = data.get("kind") if isinstance(data, dict) else None
-    if chosen not in by_kind:
+    if not isinstance(chosen, str) or chosen not in by_kind:
         raise ConfigError(f"{where}.kind={chosen!r} is not one of {', '.join(sorted(by_kind))}.")
     return _decode_dataclass(by_kind[chosen], data, where)
 
@@ -95,10 +95,19 @@ def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
 def load_json(cls: type[T], path: str | Path) -> T:
     """Decode a JSON file. Raises ConfigError when it is not readable, not JSON, or not a `cls`."""
     try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        data = json.loads(Path(path).read_text(), object_pairs_hook=_distinct)
+    except (OSError, ValueError) as e:
         raise ConfigError(f"{path} is not a readable JSON config: {e}.") from e
     return decode(cls, data)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key that stands there twice, the first of which would be ignored."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key '{twice}' stands twice in one object")
+    return found
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
