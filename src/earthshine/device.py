@@ -171,11 +171,14 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        import resource
+        status = ""
+    for line in status.splitlines():  # some kernels (gVisor's) leave the line out
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
 
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used if platform.system() == "Darwin" else used * 1024
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if platform.system() == "Darwin" else used * 1024
 
 
 def total_memory_bytes(device: torch.device | str = "cpu") -> int:
@@ -214,13 +217,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Where a run happens, JSON-ready (a run folder's env.json): versions, processor, threads, device, precision.
 
-    A package that is not installed has the version None. Nothing is measured, and no package is imported.
+    device: the run's; `pick_device()` when None. A package that is not installed has the version None. Nothing is
+    measured, and no package is imported.
     """
     packages = ("earthshine", "torch", "numpy", "safetensors", "tokenizers", "transformers")
-    device = pick_device()
+    device = device or pick_device()
     cpu, flags = _cpu()
     return {
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},

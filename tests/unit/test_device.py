@@ -94,6 +94,16 @@ def test_memory_is_measured_in_bytes():
     assert held.nbytes < peak < devices.total_memory_bytes()
 
 
+def test_memory_where_the_kernel_does_not_tell_its_peak(monkeypatch):
+    usual = devices.peak_memory_bytes()
+    monkeypatch.setattr(devices.Path, "read_text", lambda _: "VmRSS:  1 kB\n")
+    assert devices.peak_memory_bytes() > usual / 2
+
+
+def test_environment_names_the_device_of_the_run():
+    assert devices.environment(torch.device("meta"))["device"] == "meta"
+
+
 def test_environment_is_json_and_names_every_version():
     env = json.loads(json.dumps(devices.environment()))
     assert env["versions"]["torch"] == torch.__version__
