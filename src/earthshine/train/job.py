@@ -109,8 +109,8 @@ class TrainJob:
             )
         if not (self.clip_grad_norm >= 0 and math.isfinite(self.clip_grad_norm)):
             raise ConfigError(f"clip_grad_norm={self.clip_grad_norm} must be 0 (no clipping) or a positive number.")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed} must not be negative.")
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed={self.seed} must not be negative, and be below 2**64.")
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
             raise ConfigError(f"name={self.name!r} must be usable as a folder name, without slashes.")
         counts = {
@@ -137,7 +137,7 @@ class TrainJob:
 def model_config(job: TrainJob) -> ModelConfig:
     """The architecture that the job trains; for a warm start, from the JSON beside the weights.
 
-    Raises ConfigError when that is not there, or when `seq_len` is beyond the model's positions.
+    Raises ConfigError when that is not there, and as `check_model` does.
     """
     match job.init:
         case Scratch(model=model):
@@ -150,11 +150,27 @@ def model_config(job: TrainJob) -> ModelConfig:
             model = from_hf(hf)
         case FromCheckpoint(path=path):
             model = _checkpoint_model(path)
+    check_model(job, model)
+    return model
+
+
+def check_model(job: TrainJob, model: ModelConfig) -> None:
+    """Raise ConfigError for a model that the job cannot train: positions too few, or routers that would not learn."""
     if job.seq_len > model.max_position_embeddings:
         raise ConfigError(
             f"seq_len={job.seq_len} is more than model.max_position_embeddings={model.max_position_embeddings}."
         )
-    return model
+    routers = [f"blocks.{layer}.moe.router.weight" for layer in model.moe.layers]
+    if model.moe.top_k == 1 and not all(_frozen(job.optimizer, name) for name in routers):
+        raise ConfigError(
+            "model.moe.top_k=1 with gate='topk_softmax' gives the router no gradient: the softmax over one expert is 1 "
+            "whatever its logit, so routing would never be learned. Use top_k >= 2, or freeze the routers "
+            '(optimizer.freeze=["*.router.weight"]).'
+        )
+
+
+def _frozen(optimizer: OptimizerConfig, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in optimizer.freeze)
 
 
 def _checkpoint_model(path: str) -> ModelConfig:
@@ -260,7 +276,8 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
     """Every derived number of a job on `world` processes.
 
     model: the architecture, where it is known; else `model_config(job)`, which for a warm start reads a JSON file.
-    Raises ConfigError when the sequences do not divide over the processes.
+    Raises ConfigError when the sequences do not divide over the processes, for a pattern of `optimizer.freeze` that
+    matches nothing or patterns that match everything, and as `check_model` does.
     """
     per_rank = job.sequences_per_step // world
     if job.sequences_per_step % world or per_rank % job.sequences_per_micro_batch:
@@ -269,8 +286,14 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
             f"sequences_per_micro_batch={job.sequences_per_micro_batch}."
         )
     model, optimizer = model or model_config(job), job.optimizer
-    counts = count_parameters(model)
-    trained = [g for g in _matrices(model) if not any(fnmatchcase(g.name, p) for p in optimizer.freeze)]
+    check_model(job, model)
+    counts, matrices = count_parameters(model), _matrices(model)
+    for pattern in optimizer.freeze:
+        if not any(fnmatchcase(g.name, pattern) for g in matrices):
+            raise ConfigError(f"optimizer.freeze pattern {pattern!r} matches none of the {len(matrices)} parameters.")
+    trained = [g for g in matrices if not _frozen(optimizer, g.name)]
+    if not trained:
+        raise ConfigError(f"optimizer.freeze={list(optimizer.freeze)} leaves no parameter to train.")
     muon = [g for g in trained if g.for_muon and optimizer.algorithm == "muon"]
     trainable, by_muon = sum(g.elements for g in trained), sum(g.elements for g in muon)
     newton_schulz = sum(g.count * _newton_schulz_flops(optimizer, g.rows, g.columns) for g in muon)

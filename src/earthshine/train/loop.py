@@ -19,7 +19,7 @@ from earthshine.config import encode
 from earthshine.console import log
 from earthshine.device import DTYPES, ComputeChoice, choose_compute_dtype, environment, gemm_peak, peak_memory_bytes
 from earthshine.device import pick_device as pick_device_by_name
-from earthshine.errors import ConfigError, InterruptedRunError, TrainingDivergedError
+from earthshine.errors import ConfigError, DataError, InterruptedRunError, TrainingDivergedError
 from earthshine.evaluate.perplexity import heldout_loss
 from earthshine.files import write_json
 from earthshine.model.counts import train_flops_per_token
@@ -135,14 +135,21 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     """Everything before the first step: nothing is written into the folder until all of it has worked."""
     checkpoint = run_store.latest(folder, trust=trust)
     done = checkpoint.step if checkpoint else 0
-    run_folder.check_config(folder, job, done, allow_change=allow_config_change)
+    saved = checkpoint.job if checkpoint else None
+    run_folder.check_config(folder, job, done, allow_change=allow_config_change, saved=saved)
     derived = derive(job, model=checkpoint.model if checkpoint else None)
     compute = _compute(job, device, checkpoint)
     state = build_state(job, device, compute.dtype, checkpoint, trust=trust, allow_config_change=allow_config_change)
+    if job.heldout.path:
+        _check_heldout(job, folder, state, allow_change=allow_config_change or checkpoint is None)
     choices = {"compute_reason": compute.reason, "peak_flops": compute.peak_flops} | state.choices
-    run_folder.describe(folder, job, derived, state.model.config, environment() | choices)
+    run_folder.describe(folder, job, derived, state.model.config, environment(device) | choices)
     metrics = MetricsFile(folder / run_folder.METRICS)
-    metrics.truncate_after(done)
+    if checkpoint:
+        metrics.truncate_after(done)
+    else:  # nothing holds, not even the evaluation before step 1: what it was of may have changed since
+        metrics.path.unlink(missing_ok=True)
+        (folder / run_folder.EVAL / _BEFORE).unlink(missing_ok=True)
     if done < job.num_steps:  # the end of a run that was lengthened since is no end
         (folder / run_folder.EVAL / _AFTER).unlink(missing_ok=True)
     if checkpoint is None:
@@ -157,6 +164,17 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
         log(f"going on from {checkpoint.folder}" if done < job.num_steps else f"all {done} steps are done in {folder}")
     tracker = make_tracker(job.tracker, folder, done + 1)
     return _Run(job, folder, state, metrics, tracker, compute.peak_flops, checkpoint.folder if checkpoint else None)
+
+
+def _check_heldout(job: TrainJob, folder: Path, state: TrainState, *, allow_change: bool) -> None:
+    """Raise DataError for held-out data that cannot be used, or is not what the run was evaluated on before."""
+    fingerprint = state.loader.check_heldout(job.heldout.path)
+    then = _read_result(folder / run_folder.EVAL / _BEFORE).get("sha256", fingerprint)
+    if fingerprint != then and not allow_change:
+        raise DataError(
+            f"{job.heldout.path} holds other data than the run was evaluated on before: the losses could not be "
+            f"compared. Restore it, or insist with --allow-config-change."
+        )
 
 
 def _compute(job: TrainJob, device: torch.device, checkpoint: Checkpoint | None) -> ComputeChoice:
@@ -190,7 +208,7 @@ def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
         step=state.step,
         num_steps=job.num_steps,
         total_tokens=state.total_tokens,
-        loss=run.metrics.last_loss(),
+        loss=run.metrics.loss_at(state.step),
         heldout_before=_read_result(evals / _BEFORE),
         heldout_after=_read_result(evals / _AFTER),
         checkpoint=run.saved,
@@ -285,13 +303,17 @@ def _evaluate_if_due(run: _Run) -> None:
     due = step in (0, job.num_steps) or (every and step % every == 0)
     if not (job.heldout.path and due) or run.metrics.heldout_at(step) is not None:
         return
-    result = heldout_loss(
-        run.state.model,
-        job.heldout.path,
-        seq_len=job.seq_len,
-        max_sequences=job.heldout.max_sequences,
-        batch=job.sequences_per_micro_batch,
-    )
+    try:
+        result = heldout_loss(
+            run.state.model,
+            job.heldout.path,
+            seq_len=job.seq_len,
+            max_sequences=job.heldout.max_sequences,
+            batch=job.sequences_per_micro_batch,
+            document_attention=job.data.document_attention,
+        )
+    except TrainingDivergedError as e:
+        raise _diverged(run, str(e)) from e
     for at, name in ((0, _BEFORE), (job.num_steps, _AFTER)):
         if step == at:
             write_json(run.folder / run_folder.EVAL / name, result)

@@ -25,11 +25,11 @@ class MetricsFile:
         """The records, up to the first line that is not whole."""
         if not self.path.exists():
             return
-        with self.path.open() as file:
+        with self.path.open("rb") as file:
             for line in file:
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:  # not JSON, or not even text
                     log(f"warning: {self.path} has a broken line; it and what follows are left out.")
                     return
 
@@ -47,10 +47,9 @@ class MetricsFile:
         """The held-out record of that step, if it is there."""
         return next((r for r in self.read() if r["kind"] == "heldout" and r["step"] == step), None)
 
-    def last_loss(self) -> float:
-        """The loss of the last step; NaN before the first."""
-        losses = [r["loss"] for r in self.read() if r["kind"] == "step"]
-        return losses[-1] if losses else math.nan
+    def loss_at(self, step: int) -> float:
+        """The loss of that step; NaN when it is not there."""
+        return next((r["loss"] for r in self.read() if r["kind"] == "step" and r["step"] == step), math.nan)
 
     def sync(self) -> None:
         """Put what was appended on the disk, so that a checkpoint never outlives the numbers of its steps."""

@@ -30,19 +30,26 @@ def claim(run_dir: Path) -> Iterator[None]:
     if run_dir.exists() and not run_dir.is_dir():
         raise OutputExistsError(f"run folder {run_dir} is a file: choose another path.")
     new = not run_dir.exists()
-    if not new and not (run_dir / CONFIG).exists() and any(p.name != _LOCK for p in run_dir.iterdir()):
+    if not new and not (run_dir / CONFIG).exists() and not all(map(_left_by_a_kill, run_dir.iterdir())):
         raise OutputExistsError(f"{run_dir} exists and is not a run folder (no {CONFIG}): choose another path.")
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = run_dir / _LOCK
     fd = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
+    locked = False
     try:
         _lock(fd, run_dir)
+        locked = True
         yield
     finally:
-        if new and [p.name for p in run_dir.iterdir()] == [_LOCK]:
+        if locked and new and [p.name for p in run_dir.iterdir()] == [_LOCK]:
             lock.unlink()
             run_dir.rmdir()
         os.close(fd)
+
+
+def _left_by_a_kill(path: Path) -> bool:
+    """Whether that is all a run leaves behind that was killed before its first file, config.json, was whole."""
+    return path.name == _LOCK or (path.name.startswith(f".{CONFIG}.") and path.suffix == ".tmp")
 
 
 def _lock(fd: int, run_dir: Path) -> None:
@@ -57,8 +64,13 @@ def _lock(fd: int, run_dir: Path) -> None:
         log(f"warning: the file system of {run_dir} has no locks; make sure that no other process trains there.")
 
 
-def check_config(run_dir: Path, job: TrainJob, steps_done: int, *, allow_change: bool) -> None:
-    """Raise ConfigError, with the differences, when the folder belongs to a run of another config."""
+def check_config(
+    run_dir: Path, job: TrainJob, steps_done: int, *, allow_change: bool, saved: dict[str, Any] | None = None
+) -> None:
+    """Raise ConfigError, with the differences, when the folder belongs to a run of another config.
+
+    saved: the job in the checkpoint that would be resumed from, which tells when config.json itself was edited.
+    """
     path = run_dir / CONFIG
     if not path.exists():
         return
@@ -67,6 +79,8 @@ def check_config(run_dir: Path, job: TrainJob, steps_done: int, *, allow_change:
     except ValueError as e:
         raise ConfigError(f"{path} is not JSON: {e}. Restore it, or choose another --run.") from e
     changes = changes_on_resume(old, job, steps_done)
+    if saved is not None:
+        changes += [line for line in changes_on_resume(saved, job, steps_done) if line not in changes]
     if not changes:
         return
     listed = "\n".join(f"  {line}" for line in changes)

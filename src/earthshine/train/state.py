@@ -74,10 +74,13 @@ class TrainState:
         self.step, self.total_tokens = saved["step"], saved["total_tokens"]
 
     def check_finite(self) -> None:
-        """Raise TrainingDivergedError when a parameter is not finite, so that no checkpoint ever holds one."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise TrainingDivergedError(f"after step {self.step} the parameter {name} is not finite.")
+        """Raise TrainingDivergedError when a tensor is not finite, so that no checkpoint ever holds one.
+
+        The optimizer's too: a second moment that overflowed would stop its parameter for good, silently.
+        """
+        for name, tensor in self.tensors().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise TrainingDivergedError(f"after step {self.step} the tensor {name} is not finite.")
 
 
 def build_state(

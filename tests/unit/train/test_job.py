@@ -17,7 +17,7 @@ from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig, to_hf
 from earthshine.model.counts import train_flops_per_token
 from earthshine.model.presets import llama_tiny, mixtral_tiny
-from earthshine.model.transformer import Transformer
+from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops.orthogonalize import newton_schulz_flops
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.optim.groups import logical_units
@@ -43,6 +43,7 @@ JobMaker = Callable[..., TrainJob]
         ("sequences_per_micro_batch=3", r"=3 does not divide sequences_per_step=4; use one of 1, 2, 4"),
         ("clip_grad_norm=-1", "clip_grad_norm=-1.0 must be 0"),
         ("seed=-1", "seed=-1 must not be negative"),
+        (f"seed={1 << 64}", r"seed=18446744073709551616 must .* be below 2\*\*64"),
         ("name=a/b", "name='a/b' must be usable as a folder name"),
         ("checkpoint.keep=-1", "checkpoint.keep=-1 must not be negative"),
         ("schedule.warmup_steps=7", "warmup_steps=7 .* more than num_steps=6"),
@@ -68,6 +69,43 @@ def test_a_job_survives_json(init: Any, make_job: JobMaker) -> None:
 def test_a_sequence_longer_than_the_positions_is_refused(make_job: JobMaker) -> None:
     with pytest.raises(ConfigError, match=r"seq_len=65 is more than model.max_position_embeddings=64"):
         model_config(make_job(seq_len=65))
+
+
+def top_1(model: ModelConfig) -> ModelConfig:
+    return replace(model, moe=replace(model.moe, top_k=1))
+
+
+@pytest.mark.parametrize("init", ["scratch", "huggingface", "checkpoint", "resumed"])
+def test_a_router_that_gets_no_gradient_is_refused(init: str, tmp_path: Path, make_job: JobMaker) -> None:
+    """The softmax over the one chosen expert is 1: measured below, the gradient is exactly 0."""
+    model = top_1(mixtral_tiny())
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(model)))
+    run_store.save(tmp_path, step=1, tensors={"model.x": torch.zeros(1)}, state={}, model=model, job={}, keep=0)
+    kinds: dict[str, Any] = {
+        "huggingface": FromHuggingFace(path=str(tmp_path)),
+        "checkpoint": FromCheckpoint(path=str(tmp_path)),
+    }
+    job = make_job(init=kinds.get(init, Scratch(model=model)))
+    with pytest.raises(ConfigError, match=r"top_k=1 .* gives the router no gradient"):
+        derive(job, model=model if init == "resumed" else None)
+    frozen = replace(job, optimizer=OptimizerConfig(freeze=("*.router.weight",)))
+    assert derive(frozen).trainable_parameters > 0
+
+
+def test_the_gradient_of_a_router_that_chooses_one_expert_is_zero(micro_model: Callable[[bool], ModelConfig]) -> None:
+    built = Transformer(top_1(micro_model(True)))
+    initialize(built, seed=0)
+    built.loss_sum(torch.arange(8)[None], torch.arange(1, 9)[None]).backward()
+    gradient = dict(built.named_parameters())["blocks.1.moe.router.weight"].grad
+    assert gradient is not None and not gradient.any()
+
+
+@pytest.mark.parametrize(("pattern", "message"), [("*.atn.*", "matches none of the"), ("*", "leaves no parameter")])
+def test_freezing_nothing_or_everything_is_refused_before_it_runs(
+    pattern: str, message: str, make_job: JobMaker
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        derive(make_job(optimizer=OptimizerConfig(freeze=(pattern,))))
 
 
 def test_the_model_of_a_warm_start_is_read_from_its_json(tmp_path: Path, make_job: JobMaker) -> None:

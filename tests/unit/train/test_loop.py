@@ -15,7 +15,9 @@ import torch
 
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.hf import save_model
+from earthshine.config import encode
 from earthshine.data.config import DataConfig, SourceConfig
+from earthshine.data.shards import TokenShards
 from earthshine.errors import (
     CheckpointError,
     ConfigError,
@@ -106,6 +108,15 @@ def test_another_config_is_refused_and_can_be_insisted_on(make_job: JobMaker, tm
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["weight_decay"] == 0.0
 
 
+def test_a_config_that_was_edited_in_the_run_folder_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
+    """`train RUN/config.json --run RUN` is how a run is continued: the checkpoint knows what it was made with."""
+    fit(make_job(), tmp_path, stop_after=2)
+    other = replace(make_job(), clip_grad_norm=0.0)
+    (tmp_path / "config.json").write_text(json.dumps(encode(other)))
+    with pytest.raises(ConfigError, match=r"clip_grad_norm: 1.0 -> 0.0"):
+        fit(other, tmp_path)
+
+
 def test_another_model_is_refused_even_so(
     make_job: JobMaker, tmp_path: Path, micro_model: Callable[[bool], ModelConfig]
 ) -> None:
@@ -126,6 +137,40 @@ def test_other_data_under_the_same_path_is_refused(
     shutil.copytree(heldout, path)
     with pytest.raises(DataError, match="holds other data"):
         fit(job, tmp_path / "run")
+
+
+def test_other_held_out_data_under_the_same_path_is_refused(
+    make_job: JobMaker, tmp_path: Path, shards: Path, heldout: Path
+) -> None:
+    """Before and after would be of different texts."""
+    path = tmp_path / "heldout"
+    shutil.copytree(heldout, path)
+    job = make_job(heldout=HeldoutConfig(path=str(path), max_sequences=4))
+    fit(job, tmp_path / "run", stop_after=2)
+    shutil.rmtree(path)
+    shutil.copytree(shards, path)
+    with pytest.raises(DataError, match="holds other data than the run was evaluated on before"):
+        fit(job, tmp_path / "run")
+
+
+def test_a_start_over_evaluates_anew(make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before its first checkpoint, a run may start over from other weights."""
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(make_job(seed=1), tmp_path / "run")
+    again = fit(make_job(), tmp_path / "run", allow_config_change=True, stop_after=1)
+    assert again.heldout_before == fit(make_job(), tmp_path / "new", stop_after=1).heldout_before
+
+
+def test_held_out_text_is_attended_to_as_in_training(make_job: JobMaker, tmp_path: Path, heldout: Path) -> None:
+    separate = make_job(num_steps=2)
+    data = replace(separate.data, document_attention=False)
+    apart, across = (fit(replace(separate, data=d), tmp_path / str(d.document_attention), stop_after=1).heldout_before
+                     for d in (separate.data, data))  # fmt: skip
+    assert across["tokens"] == 4 * 16 > apart["tokens"]
+    assert across["loss"] != apart["loss"]
+    assert across["sha256"] == apart["sha256"] == TokenShards(heldout).fingerprint
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(
@@ -157,6 +202,7 @@ def test_a_run_from_elsewhere_needs_trust(make_job: JobMaker, tmp_path: Path, mo
         ({"init": FromHuggingFace(path="nowhere")}, ConfigError),
         ({"init": FromCheckpoint(path="nowhere")}, ConfigError),
         ({"vocab": 32}, DataError),
+        ({"heldout": HeldoutConfig(path="nowhere")}, DataError),
     ],
     ids=lambda p: str(p),
 )
@@ -235,6 +281,35 @@ def test_parameters_that_are_not_finite_are_never_saved(
 
     monkeypatch.setattr(loop, "train_step", overflow)
     with pytest.raises(TrainingDivergedError, match=r"final_norm.weight is not finite.*last good .*step-000002"):
+        fit(make_job(), tmp_path)
+
+
+def test_a_moment_that_is_not_finite_is_never_saved(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's second moment at infinity divides every later update by infinity: the parameter would just stop."""
+
+    def overflow(run: Any) -> None:
+        run.state.optimizer.state[run.state.model.final_norm.weight]["exp_avg_sq"].fill_(float("inf"))
+
+    before_step(monkeypatch, 4, overflow)
+    with pytest.raises(TrainingDivergedError, match=r"final_norm.weight.exp_avg_sq is not .*last good .*step-000002"):
+        fit(make_job(), tmp_path)
+
+
+def test_divergence_found_by_the_evaluation_names_the_last_good_checkpoint(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = loop.heldout_loss
+
+    def poisoned(model: Transformer, *args: Any, **options: Any) -> dict[str, Any]:
+        if (tmp_path / "checkpoints").exists():
+            with torch.no_grad():
+                model.final_norm.weight.fill_(float("nan"))
+        return evaluate(model, *args, **options)
+
+    monkeypatch.setattr(loop, "heldout_loss", poisoned)
+    with pytest.raises(TrainingDivergedError, match=r"held-out loss .* is nan.*The last good .*step-000002"):
         fit(make_job(), tmp_path)
 
 

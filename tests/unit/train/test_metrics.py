@@ -59,7 +59,7 @@ def filled(path: Path) -> MetricsFile:
 
 def test_what_came_after_a_checkpoint_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = filled(tmp_path / "metrics.jsonl")
-    assert metrics.last_loss() == 1 / 3
+    assert metrics.loss_at(3) == 1 / 3
     metrics.truncate_after(2)
     assert [(r["kind"], r["step"]) for r in metrics.read()] == [
         ("heldout", 0),
@@ -67,7 +67,11 @@ def test_what_came_after_a_checkpoint_is_dropped(tmp_path: Path, capsys: pytest.
         ("step", 2),
         ("heldout", 2),
     ]
-    assert metrics.last_loss() == 0.5 and metrics.heldout_at(2) == {"kind": "heldout", "step": 2, "loss": 8.0}
+    assert (
+        metrics.loss_at(2) == 0.5
+        and math.isnan(metrics.loss_at(3))
+        and metrics.heldout_at(2) == {"kind": "heldout", "step": 2, "loss": 8.0}
+    )
     assert metrics.heldout_at(1) is None
     assert capsys.readouterr().err == ""
 
@@ -82,11 +86,17 @@ def test_a_broken_line_and_lost_steps_are_said(tmp_path: Path, capsys: pytest.Ca
     assert "holds 3 of the 5 steps done" in capsys.readouterr().err
 
 
+def test_what_is_not_even_text_is_a_broken_line(tmp_path: Path) -> None:
+    metrics = filled(tmp_path / "metrics.jsonl")
+    metrics.path.write_bytes(metrics.path.read_bytes()[:-30] + b"\xff\x00")
+    assert len(list(metrics.read())) == 4
+
+
 def test_a_missing_file_is_an_empty_one(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.truncate_after(0)
     metrics.sync()
-    assert list(metrics.read()) == [] and math.isnan(metrics.last_loss())
+    assert list(metrics.read()) == [] and math.isnan(metrics.loss_at(0))
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from earthshine.config import encode
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import write_json
+from earthshine.train import run_folder
 from earthshine.train.job import TrainJob, derive, model_config
 from earthshine.train.run_folder import check_config, claim, describe
 
@@ -76,3 +77,22 @@ def test_another_place_is_said_and_the_first_one_kept(
     describe(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"})
     assert "this run began with threads 2, now it is 4" in capsys.readouterr().err
     assert '"threads": 2' in (tmp_path / "env.json").read_text()
+
+
+def test_who_is_kept_out_of_a_new_folder_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes that started together, the second must not remove the first one's folder and lock."""
+
+    def other_was_faster(*_: object) -> None:
+        raise ConfigError("another process is training")
+
+    monkeypatch.setattr(run_folder, "_lock", other_was_faster)
+    with pytest.raises(ConfigError, match="another process"), claim(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_folder_of_a_run_that_was_killed_before_its_config_was_whole_is_used(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.k1ll3d.tmp").write_text("{")
+    with claim(tmp_path):
+        """Ours."""
