@@ -92,10 +92,12 @@ def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> No
         time.sleep(0.0005)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the signal came before the end of the run: on a busy machine the last steps can be faster than we are."""
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    _, err = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), err.decode()
+    return process.returncode != 0
 
 
 def logged(run_dir: Path, step: int) -> Callable[[], bool]:
@@ -132,7 +134,7 @@ def test_killed_at_random_moments_and_in_saves_the_run_is_the_same(
     assert [r["step"] for r in expected["metrics"] if r["kind"] == "step"] == list(range(1, STEPS + 1))
 
     run, rng = tmp_path / "run", random.Random(20261121)
-    interrupted_saves = 0
+    kills = interrupted_saves = 0
     for how, step in (
         ("kill", rng.randint(1, 3)),  # before there is a checkpoint
         ("kill in a save", 0),
@@ -149,10 +151,10 @@ def test_killed_at_random_moments_and_in_saves_the_run_is_the_same(
             _, err = process.communicate(timeout=PATIENCE_SECONDS)
             assert process.returncode == 75 and "Run the same command to go on" in err.decode(), err.decode()
         else:
-            kill(process)
+            kills += kill(process)
         interrupted_saves += any((run / "checkpoints").glob(".step-*.tmp"))
     log = finish(start(job_file, run, earthshine_env))
-    assert "going on from" in log
+    assert kills >= 3 and ("going on from" in log or f"all {STEPS} steps are done" in log)
     assert interrupted_saves >= 1, "no kill hit a save: nothing was shown about saves"
     assert not list((run / "checkpoints").glob(".*"))
     assert outcome(run) == expected
