@@ -4,9 +4,11 @@ Field names are those of Hugging Face. Three families are known: a dense model i
 layers everywhere it is a Mixtral; with them in some layers, or with a shared expert, it is a Qwen2-MoE.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from earthshine.config import decode, encode
 from earthshine.errors import ConfigError, UnsupportedModelError
 
 Family = Literal["llama", "mixtral", "qwen2_moe"]
@@ -85,7 +87,23 @@ class ModelConfig:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ConfigError(f"model.head_dim={self.head_dim} must be even and positive: rotary embedding pairs it.")
+        if self.max_position_embeddings < 1:
+            raise ConfigError(f"model.max_position_embeddings={self.max_position_embeddings} must be at least 1.")
+        self._check_numbers()
         self._check_moe()
+
+    def _check_numbers(self) -> None:
+        scaling = self.rope_scaling
+        numbers = {"rope_theta": self.rope_theta} | {
+            f"rope_scaling.{name}": getattr(scaling, name)
+            for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        }
+        for name, value in numbers.items():
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"model.{name}={value} must be a positive number.")
+        for name in ("rms_norm_eps", "init_std"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be a number that is not negative.")
 
     def _check_moe(self) -> None:
         moe = self.moe
@@ -155,6 +173,9 @@ _REQUIRED_PRESENT: dict[Family, tuple[str, ...]] = {
     "mixtral": (),
     "qwen2_moe": ("norm_topk_prob", "qkv_bias"),
 }
+# What transformers takes where a config says nothing.
+_DEFAULT_EPS: dict[Family, float] = {"llama": 1e-6, "mixtral": 1e-5, "qwen2_moe": 1e-6}
+_DEFAULT_THETA: dict[Family, float] = {"llama": 1e4, "mixtral": 1e6, "qwen2_moe": 1e4}
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -176,17 +197,19 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
             raise UnsupportedModelError(
                 f"config.json {key} is {got}: only {' or '.join(map(repr, allowed))} is implemented for {family}."
             )
+    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
+        raise UnsupportedModelError(
+            f"config.json layer_types is {hf['layer_types']}: only full attention is implemented."
+        )
     try:
-        return _from_hf_fields(family, hf)
+        return _from_hf_fields(family, {key: value for key, value in hf.items() if value is not None})
     except KeyError as e:
         raise ConfigError(f"config.json has no field {e}, which model_type={family!r} needs.") from e
 
 
 def _from_hf_fields(family: Family, hf: dict[str, Any]) -> ModelConfig:
-    theta, scaling = _rope_from_hf(hf)
-    layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
-    eos = hf.get("eos_token_id")
-    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    layers, heads, width = (_whole(hf, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    eos = hf.get("eos_token_id", ())
     moe = MoEConfig()
     if family == "mixtral":
         moe = MoEConfig(
@@ -196,7 +219,9 @@ def _from_hf_fields(family: Family, hf: dict[str, Any]) -> ModelConfig:
             layers=tuple(range(layers)),
         )
     elif family == "qwen2_moe":
-        plain, step = set(hf.get("mlp_only_layers") or ()), hf.get("decoder_sparse_step", 1)
+        plain, step = hf.get("mlp_only_layers", ()), _whole(hf, "decoder_sparse_step", 1)
+        if hf["shared_expert_intermediate_size"] == 0:
+            raise UnsupportedModelError("config.json shared_expert_intermediate_size is 0: a Qwen2-MoE has one.")
         moe = MoEConfig(
             num_experts=hf["num_experts"],
             top_k=hf["num_experts_per_tok"],
@@ -204,46 +229,69 @@ def _from_hf_fields(family: Family, hf: dict[str, Any]) -> ModelConfig:
             layers=tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0),
             shared_intermediate_size=hf["shared_expert_intermediate_size"],
         )
-    defaults = {"llama": (False, 1e-6), "mixtral": (False, 1e-5), "qwen2_moe": (False, 1e-6)}[family]
-    return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        max_position_embeddings=hf.get("max_position_embeddings", 2048),
-        rms_norm_eps=hf.get("rms_norm_eps", defaults[1]),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=hf.get("tie_word_embeddings", defaults[0]),
-        moe=moe,
-        init_std=hf.get("initializer_range", 0.02),
-        bos_token_id=-1 if hf.get("bos_token_id") is None else hf["bos_token_id"],
-        eos_token_ids=eos_ids,
-        pad_token_id=-1 if hf.get("pad_token_id") is None else hf["pad_token_id"],
-    )
+    theta, scaling = _rope_from_hf(family, hf)
+    fields = {
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": width,
+        "intermediate_size": hf["intermediate_size"],
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": hf.get("num_key_value_heads", heads),
+        "head_dim": hf.get("head_dim", width // heads),
+        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
+        "rms_norm_eps": hf.get("rms_norm_eps", _DEFAULT_EPS[family]),
+        "rope_theta": theta,
+        "rope_scaling": encode(scaling),
+        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+        "moe": encode(moe),
+        "init_std": hf.get("initializer_range", 0.02),
+        "bos_token_id": hf.get("bos_token_id", -1),
+        "eos_token_ids": eos if isinstance(eos, list | tuple) else (eos,),
+        "pad_token_id": hf.get("pad_token_id", -1),
+    }
+    return decode(ModelConfig, fields, "config.json")  # which checks every type
 
 
-def _rope_from_hf(hf: dict[str, Any]) -> tuple[float, RopeScaling]:
-    """Theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    new = hf.get("rope_parameters") or {}
-    old = hf.get("rope_scaling") or {}
-    merged = {**old, **new}
-    theta = merged.get("rope_theta", hf.get("rope_theta"))
-    if theta is None:
-        raise ConfigError("config.json has neither rope_theta nor rope_parameters.rope_theta.")
-    kind = merged.get("rope_type", merged.get("type", "default"))
+def _whole(hf: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A count that others are computed from, at least 1. Raises KeyError when it is missing and has no default."""
+    value = hf[key] if default is None else hf.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"config.json {key}={value!r} must be an integer of at least 1.")
+    return value
+
+
+def _rope_from_hf(family: Family, hf: dict[str, Any]) -> tuple[float, RopeScaling]:
+    """Theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before).
+
+    Which place wins depends on who reads the file, so one that contradicts itself is refused.
+    """
+    places = {
+        "config.json": {k: hf[k] for k in ("rope_theta", "original_max_position_embeddings") if k in hf},
+        "rope_scaling": hf.get("rope_scaling", {}),
+        "rope_parameters": hf.get("rope_parameters", {}),
+    }
+    merged: dict[str, Any] = {}
+    for place, values in places.items():
+        if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
+            raise UnsupportedModelError(f"config.json {place} is {values!r}: only one flat object is implemented.")
+        for name, value in values.items():
+            key = "rope_type" if name == "type" else name  # before transformers 4.43
+            if merged.setdefault(key, value) != value:
+                raise ConfigError(f"config.json gives {key} twice: {merged[key]!r}, and {value!r} in {place}.")
+    if merged.get("partial_rotary_factor") not in (None, 1):
+        partial = merged["partial_rotary_factor"]
+        raise UnsupportedModelError(f"config.json partial_rotary_factor is {partial!r}: only 1 is implemented.")
+    theta = merged.get("rope_theta", _DEFAULT_THETA[family])
+    kind = merged.get("rope_type", "default")
     if kind == "default":
-        return float(theta), RopeScaling()
+        return theta, RopeScaling()
     if kind != "llama3":
         raise UnsupportedModelError(f"config.json rope_type={kind!r}: only 'default' and 'llama3' are implemented.")
-    return float(theta), RopeScaling(
+    return theta, RopeScaling(
         kind="llama3",
-        factor=float(merged["factor"]),
-        low_freq_factor=float(merged["low_freq_factor"]),
-        high_freq_factor=float(merged["high_freq_factor"]),
+        factor=merged["factor"],
+        low_freq_factor=merged["low_freq_factor"],
+        high_freq_factor=merged["high_freq_factor"],
         original_max_position_embeddings=merged["original_max_position_embeddings"],
     )
 
