@@ -9,7 +9,7 @@ from earthshine.errors import ConfigError
 class UpcycleConfig:
     """Options of the conversion.
 
-    experts, top_k: experts per converted layer, and how many of them each token passes through.
+    experts, top_k: experts per converted layer, and how many of them each token passes through (at least 2).
     layers: which feed-forward networks become mixtures; empty means all.
     router_std: standard deviation of the router's normally drawn rows. Not zero: equal logits would send every token
         to the first top_k experts.
@@ -34,6 +34,11 @@ class UpcycleConfig:
             raise ConfigError(
                 f"upcycle.top_k={self.top_k} must be between 1 and upcycle.experts={self.experts}: "
                 f"a token cannot choose more experts than there are."
+            )
+        if self.top_k == 1:
+            raise ConfigError(
+                "upcycle.top_k=1 would leave the router without a gradient for ever: the gate is a softmax over the "
+                "chosen experts, and over a single one it is 1 whatever the router says. Take at least 2."
             )
         if len(set(self.layers)) != len(self.layers):
             raise ConfigError(f"upcycle.layers={list(self.layers)} names a layer twice.")

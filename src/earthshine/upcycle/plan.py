@@ -217,6 +217,9 @@ def _target(entry: Entry, sources: dict[str, str], store: Store, options: Upcycl
         return Target(entry, Copy(source), store.info(source).dtype)
     dtype = store.info(sources[f"blocks.{layer}.ffn.gate_proj.weight"]).dtype
     if part == "moe.router.weight":
+        finite = torch.finfo(dtype)
+        if not finite.tiny <= options.router_std <= finite.max / 16:  # no draw is beyond 9 standard deviations
+            raise ConfigError(f"upcycle.router_std={options.router_std} gives zeros or infinities in {dtype}.")
         normal = Normal(entry.shape, dtype, options.router_std, options.seed, int(layer), "router")
         return Target(entry, normal, dtype)
     assert part.startswith("moe.shared"), f"no recipe for {entry.ours}"

@@ -13,6 +13,7 @@ from earthshine.upcycle.config import UpcycleConfig
         ({"experts": 1}, "upcycle.experts=1"),
         ({"experts": 4, "top_k": 5}, "upcycle.top_k=5 must be between 1 and upcycle.experts=4"),
         ({"top_k": 0}, "upcycle.top_k=0"),
+        ({"top_k": 1}, "upcycle.top_k=1 would leave the router without a gradient"),
         ({"layers": (1, 1)}, "twice"),
         ({"router_std": 0.0}, "same experts"),
         ({"router_std": float("nan")}, "router_std"),

@@ -9,7 +9,7 @@ from earthshine.upcycle.convert import upcycle
 
 CASES = [  # options, transformers' class
     (UpcycleConfig(experts=8, top_k=2), "MixtralForCausalLM"),
-    (UpcycleConfig(experts=4, top_k=1, router_std=1.0, seed=3), "MixtralForCausalLM"),
+    (UpcycleConfig(experts=4, top_k=3, router_std=1.0, seed=3), "MixtralForCausalLM"),
     (UpcycleConfig(experts=3, top_k=3, layers=(1,)), "Qwen2MoeForCausalLM"),
     (UpcycleConfig(experts=4, top_k=2, layers=(0, 2), shared_intermediate_size=8), "Qwen2MoeForCausalLM"),
 ]

@@ -102,6 +102,12 @@ def test_a_layer_that_does_not_exist(dense_dir):
         plan_upcycle(source, UpcycleConfig(layers=(-1,)))
 
 
+@pytest.mark.parametrize(("dtype", "std"), [(torch.float32, 1e300), (torch.float16, 1e-6), (torch.float16, 1e4)])
+def test_a_router_that_its_type_cannot_hold(dense_dir, dtype, std):
+    with pytest.raises(ConfigError, match=r"upcycle.router_std=.* gives zeros or infinities in torch.float"):
+        plan_upcycle(dense_dir(dtype=dtype), UpcycleConfig(router_std=std))
+
+
 def test_not_a_dense_llama(dense_dir):
     source = dense_dir()
     hf = json.loads((source / "config.json").read_text())
