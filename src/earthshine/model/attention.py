@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 from earthshine.model.layers import Linear
 from earthshine.model.protocols import KeyValueGather, LocalKeyValueGather
@@ -26,8 +27,13 @@ class KeyValueCache:
         self.length = 0
 
     def append(self, layer: int, k_BGSC: Tensor, v_BGSC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new positions; returns that layer's keys and values so far. `length` moves with the last."""
-        end = self.length + k_BGSC.shape[2]
+        """Store a layer's new positions; returns that layer's keys and values so far. `length` moves with the last.
+
+        Raises ConfigError beyond `max_positions`.
+        """
+        end, room = self.length + k_BGSC.shape[2], self.keys.shape[3]
+        if end > room:  # a single position past the end would be stored nowhere, without an error
+            raise ConfigError(f"the cache has room for {room} positions, not for {end}: make a larger one.")
         self.keys[layer, :, :, self.length : end] = k_BGSC
         self.values[layer, :, :, self.length : end] = v_BGSC
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

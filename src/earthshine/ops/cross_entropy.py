@@ -32,13 +32,14 @@ def cross_entropy_sum(
 
     Args:
         h_TD, w_VD: hidden states and head, of one dtype.
-        targets_T: int64 in [0, V), or -100.
+        targets_T: int64 in [0, V), or -100. Any other has no probability: the result is NaN.
         vocab_start, reduce_max, reduce_sum: for a head that holds rows vocab_start.. of a larger vocabulary; the
             reductions run over the ranks that hold the others. Defaults: the whole vocabulary is here.
 
     Returns:
         A 0-d tensor, float32 (float64 for float64 input).
     """
+    assert targets_T.shape == h_TD.shape[:1], f"{list(targets_T.shape)} targets for {h_TD.shape[0]} tokens"
     needs_grad = torch.is_grad_enabled() and (h_TD.requires_grad or w_VD.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         h_TD, w_VD, targets_T, chunk_tokens, vocab_start, reduce_max, reduce_sum, needs_grad
@@ -72,9 +73,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             column_C1 = local_C.where(here_C, 0).unsqueeze(1)
             logits_CV = (h_CD @ w_VD.T).to(wide)
             logits_CV -= reduce_max(logits_CV.amax(1, keepdim=True))
-            target_logit_C = reduce_sum(logits_CV.gather(1, column_C1).squeeze(1).where(here_C, 0.0))
+            target_logit_C = logits_CV.gather(1, column_C1).squeeze(1).where(here_C, 0.0)
+            target_logit_C, found_C = reduce_sum(torch.stack((target_logit_C, here_C.to(wide)))).unbind()
             sums_C = reduce_sum(logits_CV.exp_().sum(1))
-            total += (sums_C.log() - target_logit_C).where(valid_C, 0.0).sum(dtype=torch.float64)
+            loss_C = (sums_C.log() - target_logit_C).where(found_C > 0, torch.nan)
+            total += loss_C.where(valid_C, 0.0).sum(dtype=torch.float64)
             if grad_h_TD is not None and grad_w_VD is not None:
                 grad_CV = logits_CV.mul_((valid_C / sums_C).unsqueeze(1))
                 grad_CV.scatter_add_(1, column_C1, -here_C.to(wide).unsqueeze(1))

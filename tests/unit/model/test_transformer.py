@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from earthshine.errors import ConfigError
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
 
@@ -24,6 +25,16 @@ def test_packed_documents_give_the_logits_of_each_alone() -> None:
         packed = model(tokens, documents_BS=documents)
         alone = torch.cat([model(tokens[:, :5]), model(tokens[:, 5:])], 1)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_full_cache_is_refused() -> None:
+    """One position past the end would broadcast into nothing, and attention would go on without it."""
+    model = build("llama_tiny")
+    cache = model.new_cache(1, 4)
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.int64), cache=cache)
+        with pytest.raises(ConfigError, match="room for 4 positions, not for 5"):
+            model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
 
 
 def test_expert_counts_add_up_in_training_forwards_only() -> None:

@@ -32,6 +32,12 @@ def test_nothing_to_predict_is_zero_with_zero_gradient() -> None:
     assert loss.item() == 0 and not h.grad.any()
 
 
+@pytest.mark.parametrize("target", [6, -1])
+def test_a_target_outside_the_vocabulary_has_no_plausible_loss(target: int) -> None:
+    loss = cross_entropy_sum(torch.randn(3, 2), torch.randn(6, 2), torch.tensor([0, target, -100]))
+    assert loss.isnan()
+
+
 def test_huge_logits_stay_finite() -> None:
     h = torch.tensor([[1e4]], requires_grad=True)
     loss = cross_entropy_sum(h, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
