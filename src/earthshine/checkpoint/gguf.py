@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,8 +100,8 @@ def _config(path: Path, fields: dict[str, Any], names: set[str]) -> ModelConfig:
 
 
 def _as_written(x: float) -> float:
-    """1e-05 for the float32 9.999999747378752e-06 that GGUF stores."""
-    return float(f"{x:.6g}")
+    """1e-05 for the float32 9.999999747378752e-06 that GGUF stores: the shortest number with the same float32."""
+    return float(str(np.float32(x)))
 
 
 def _tensors(path: Path, reader: Any, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

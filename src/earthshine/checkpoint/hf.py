@@ -1,6 +1,7 @@
 """Hugging Face directories and this package's models: load, save, and the accounting of every tensor."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,20 +137,24 @@ def load_model(
 
     path = Path(path)
     config: ModelConfig
+
+    def build() -> Transformer:
+        with torch.device(device):
+            return Transformer(config, compute_dtype or dtype).to(dtype)
+
     if is_run(path):
         from earthshine.checkpoint.run_store import load_model_state
 
         config, state = load_model_state(path, trust=trust)
-    else:
-        config, state = read_config(path), None
-    with torch.device(device):
-        model = Transformer(config, compute_dtype or dtype).to(dtype)
-    if state is not None:
+        for name, tensor in state.items():
+            check_finite(name, tensor)
+        model = build()
         model.load_state_dict(state)
         return model
-    store = Store(path)
-    wanted, unused = account(store, config)
+    config, store = read_config(path), Store(path)
+    wanted, unused = account(store, config)  # before memory is taken for what the config claims
     check_tied_copies(store, unused)
+    model = build()
     for name, why in unused.items():
         log(f"{path}: {name} is not loaded: it is {why}.")
     parameters = dict(model.named_parameters())
@@ -161,6 +166,8 @@ def load_model(
                 part = store.read(entry.hf, rows)
                 check_finite(entry.hf, part)
                 target[rows].copy_(part)
+                if torch.finfo(dtype).max < torch.finfo(part.dtype).max and not target[rows].isfinite().all():
+                    raise WeightsError(f"{path}: tensor {entry.hf} holds values that {dtype} cannot: take a wider one.")
     return model
 
 
@@ -228,7 +235,7 @@ def write_model(
     by_name = {e.hf: e for e in entries(config)}
     tensors = [TensorInfo(e.hf, dtypes[e.hf], e.shape) for e in by_name.values()]
     records = write_sharded(directory, tensors, lambda tensor: blocks(by_name[tensor.name]), **options)
-    main = max(dtypes.values(), key=list(dtypes.values()).count)
+    ((main, _),) = Counter(dtypes.values()).most_common(1)
     text = json.dumps(to_hf(config, str(main).removeprefix("torch.")), indent=2)
     records["config.json"] = write_recorded(directory / "config.json", text + "\n")
     for name, contents in companion_files(companions).items():

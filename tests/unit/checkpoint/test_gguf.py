@@ -14,7 +14,7 @@ from earthshine.model.transformer import Transformer, initialize
 
 CONFIG = ModelConfig(
     vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rope_theta=1e5, tie_word_embeddings=True,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rope_theta=1234567.0, tie_word_embeddings=True,
     bos_token_id=256, eos_token_ids=(257,),
 )  # fmt: skip
 NAMES = {

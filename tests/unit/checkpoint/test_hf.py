@@ -92,6 +92,21 @@ def test_a_tied_copy_that_differs_is_refused(hf_dir, dense):
         load_model(hf_dir(config, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})))
 
 
+def test_a_config_that_claims_more_than_there_is_is_refused_before_memory_is_taken(dense, hf_dir):
+    source = hf_dir(dense)
+    hf = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(hf | {"vocab_size": 10**12}))
+    with pytest.raises(WeightsError, match="demands .1000000000000, 16."):
+        load_model(source)
+
+
+def test_values_that_a_narrower_type_cannot_hold_are_refused(dense, hf_dir):
+    source = hf_dir(dense, lambda t: poison(t, Q, 1e6), dtype=torch.bfloat16)
+    assert load_model(source).blocks[1].attn.q_proj.weight[-1, -1] == torch.tensor(1e6).bfloat16()
+    with pytest.raises(WeightsError, match=f"{Q} holds values that torch.float16 cannot"):
+        load_model(source, dtype=torch.float16)
+
+
 @pytest.mark.parametrize("text", [None, "{", "[1]"])
 def test_a_config_that_cannot_be_read(tmp_path, text):
     if text is not None:
