@@ -13,7 +13,7 @@ from earthshine.model.transformer import Transformer, initialize
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.convert import upcycle
 from earthshine.verify.huggingface import verify_huggingface
-from earthshine.verify.measure import mean_kl, relative_difference, row
+from earthshine.verify.measure import comparison_tokens, logits_of, mean_kl, relative_difference, row
 from earthshine.verify.upcycled import verify_upcycle
 
 
@@ -38,13 +38,34 @@ def broken_copy(moe: Path, out: Path, name: str, scale: float) -> Path:
 def test_an_upcycled_model_is_the_dense_one_and_a_damaged_one_is_not(dense: Path, layers, tmp_path: Path) -> None:
     upcycle(dense, tmp_path / "moe", UpcycleConfig(experts=4, layers=layers))
     proof = verify_upcycle(dense, tmp_path / "moe", tokens=32, fp64=True, bf16=True)
-    assert proof["ok"] and len(proof["rows"]) == 4, proof
+    assert proof["ok"] and len(proof["rows"]) == 5, proof
     # A random tiny model is also equal in absolute terms (its largest logit is below 1).
     assert proof["rows"][0]["measured"] <= 1e-5
     assert verify_huggingface(tmp_path / "moe", tokens=32)["ok"]
     bad = broken_copy(tmp_path / "moe", tmp_path / "bad", "blocks.1.moe.experts.w_down_EDF", 1.01)
     proof = verify_upcycle(dense, bad, tokens=32)
     assert not proof["ok"] and not any(r["ok"] for r in proof["rows"])
+
+
+def test_an_expert_that_no_token_reaches_is_proved_by_the_manifest(dense: Path, tmp_path: Path) -> None:
+    """Two tokens reach at most four of sixteen experts in a layer: logits alone would let the damage pass."""
+    from safetensors.torch import load_file, save_file
+
+    upcycle(dense, tmp_path / "moe", UpcycleConfig(experts=16))
+    file = tmp_path / "moe" / "model.safetensors"
+    tensors = load_file(file)
+    model, reached = load_model(tmp_path / "moe"), set()
+    model.blocks[2].moe.router.register_forward_hook(
+        lambda module, args, out: reached.update(out[1].flatten().tolist())
+    )
+    proof = verify_upcycle(dense, tmp_path / "moe", tokens=2)
+    logits_of(model, comparison_tokens(dense, model.config, 2)[0])  # the same tokens: they depend on nothing else
+    assert proof["ok"] and proof["rows"][-1]["note"] == "2 files"
+    unreached = min(set(range(16)) - reached)
+    tensors[f"model.layers.2.block_sparse_moe.experts.{unreached}.w1.weight"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    proof = verify_upcycle(dense, tmp_path / "moe", tokens=2)
+    assert [r["ok"] for r in proof["rows"]] == [True, True, False]
 
 
 def test_models_that_do_not_belong_together_are_refused(dense: Path, tmp_path: Path) -> None:
