@@ -1,5 +1,6 @@
 """Sampling text with a cache of keys and values."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,11 +43,13 @@ def generate(
             f"prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's "
             f"{config.max_position_embeddings} positions; lower max_new_tokens."
         )
-    if temperature < 0 or top_k < 0 or max_new_tokens < 1:
+    if not 0 <= temperature < math.inf or top_k < 0 or max_new_tokens < 1:
         raise ConfigError(
             f"temperature={temperature} and top_k={top_k} must not be negative, "
             f"max_new_tokens={max_new_tokens} must be at least 1."
         )
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed} must be between 0 and 2**63 - 1.")
     stop = set(config.eos_token_ids if eos_ids is None else eos_ids)
     device = model.embed.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +73,7 @@ def _choose(logits_V: Tensor, temperature: float, top_k: int, generator: torch.G
     logits_V = logits_V.cpu()
     if temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V / temperature
+    logits_V = (logits_V - logits_V.max()).double() / temperature  # the largest is 0, however cold
     if top_k:
         floor = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
         logits_V = logits_V.where(logits_V >= floor, -torch.inf)

@@ -31,6 +31,10 @@ def test_the_seed_decides_and_top_k_of_one_is_greedy(model: Transformer) -> None
     assert one == generate(model, [1], max_new_tokens=8, eos_ids=())
 
 
+def test_the_coldest_temperature_is_greedy(model: Transformer) -> None:
+    assert generate(model, [1], max_new_tokens=3, temperature=1e-300) == generate(model, [1], max_new_tokens=3)
+
+
 def test_stops_at_an_end_token_without_returning_it(model: Transformer) -> None:
     whole = generate(model, [1], max_new_tokens=5, eos_ids=())
     assert generate(model, [1], max_new_tokens=5, eos_ids=(whole[2],)) == whole[: whole.index(whole[2])]
@@ -43,6 +47,8 @@ def test_stops_at_an_end_token_without_returning_it(model: Transformer) -> None:
         ([2048], {}, "2048 is outside the model's vocabulary of 2048"),
         ([1], {"max_new_tokens": 512}, "exceed the model's 512 positions"),
         ([1], {"temperature": -1.0}, "must not be negative"),
+        ([1], {"temperature": float("nan")}, "temperature=nan"),
+        ([1], {"seed": 2**70}, "seed="),
     ],
 )
 def test_bad_requests_are_refused(model: Transformer, ids: list[int], options: dict, message: str) -> None:
