@@ -30,7 +30,10 @@ class Interrupts:
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         # os.write: what is interrupted may be in the middle of writing to the buffered stderr.
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{self.name}: saving after this step\n".encode())
+        os.write(
+            sys.__stderr__.fileno() if sys.__stderr__ else 2,
+            f"{self.name}: saving and stopping as soon as this step is done\n".encode(),
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

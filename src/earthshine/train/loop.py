@@ -85,11 +85,11 @@ def fit(
     require_tracker(job.tracker)
     folder = Path("runs") / job.name if run_dir is None else Path(run_dir)
     where = pick_device_by_name(device)
-    with run_folder.claim(folder), _reproducible(where, job.seed):
+    # Signals are heeded from here on: hashing data and reading a checkpoint can take minutes, too.
+    with run_folder.claim(folder), _reproducible(where, job.seed), Interrupts() as interrupts:
         run = _open(job, folder, where, trust=trust, allow_config_change=allow_config_change)
         try:
-            with Interrupts() as interrupts:
-                return _loop(run, interrupts, min(stop_after or job.num_steps, job.num_steps))
+            return _loop(run, interrupts, min(stop_after or job.num_steps, job.num_steps))
         finally:
             run.tracker.close()
 
@@ -187,7 +187,8 @@ def _compute(job: TrainJob, device: torch.device, checkpoint: Checkpoint | None)
 
 def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
     job, state = run.job, run.state
-    _evaluate_if_due(run)
+    if not interrupts:
+        _evaluate_if_due(run)
     while state.step < last_step and not interrupts:
         _step(run)
         every = job.checkpoint.every_steps

@@ -349,6 +349,21 @@ def test_a_signal_before_the_first_step_saves_step_zero(
     assert fit(make_job(), tmp_path / "run").finished
 
 
+def test_a_signal_while_the_run_is_opened_is_an_interruption(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(make_job(), tmp_path, stop_after=2)
+    build = loop.build_state
+
+    def slow(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return build(*args, **options)
+
+    monkeypatch.setattr(loop, "build_state", slow)
+    with pytest.raises(InterruptedRunError, match=r"SIGINT after step 2 of 6: saved in .*step-000002"):
+        fit(make_job(), tmp_path)
+
+
 def test_the_first_signal_asks_and_gives_the_second_its_default_back() -> None:
     with Interrupts() as interrupts:
         assert not interrupts
