@@ -123,6 +123,15 @@ def test_eval(run, request, shards, tmp_path, what):
     assert (code, "bits per byte" in out) == (0, True)
 
 
+def test_eval_on_shards_of_another_tokenizer_says_so(run, dense_dir, shards, tmp_path):
+    model = shutil.copytree(dense_dir, tmp_path / "model")
+    command = ["eval", model, "--shards", shards, "--seq-len", 32, "--max-sequences", 2]
+    assert "not made with" not in run(*command)[2]
+    (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text() + " ")
+    code, _, err = run(*command)
+    assert (code, "not made with" in err) == (0, True)
+
+
 def test_generate(run, dense_dir, run_dir, tokenizer_dir):
     command = ["generate", dense_dir, "--prompt", "The Moon", "--max-new-tokens", 3]
     code, out, _ = run(*command, "--temperature", 1, "--seed", 3, "--json")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from earthshine.cli.options import ModelPath, Precision, load, print_json
-from earthshine.console import table
+from earthshine.console import log, table
 
 DESCRIPTION = "Held-out loss of a model on token shards: nats per token with its standard error, and bits per byte."
 EXAMPLES = (
@@ -51,6 +51,7 @@ def run(options: Options) -> None:
     from earthshine.evaluate.perplexity import heldout_loss
     from earthshine.files import write_json
 
+    _compare_tokenizers(options)
     model = load(options.model, options.precision, options.trust)
     result = heldout_loss(
         model, options.shards, seq_len=options.seq_len, max_sequences=options.max_sequences, batch=options.batch
@@ -66,3 +67,16 @@ def run(options: Options) -> None:
         ("tokens", f"{result['tokens']:,}", f"of {options.shards}"),
     ]
     print(table(("what", "value", "note"), rows))
+
+
+def _compare_tokenizers(options: Options) -> None:
+    """Say so when the shards were made with another file than the model's: ids that mean something else have a loss."""
+    from earthshine.data.shards import TokenShards
+    from earthshine.files import sha256_file
+
+    own = options.model / "tokenizer.json"
+    if own.is_file() and sha256_file(own) != TokenShards(options.shards, verify=False).tokenizer_sha256:
+        log(
+            f"warning: {options.shards} was not made with {own}: unless the two files hold the same vocabulary, "
+            f"the loss means nothing."
+        )

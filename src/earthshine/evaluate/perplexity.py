@@ -11,7 +11,7 @@ import torch
 from earthshine.console import progress
 from earthshine.data.loader import heldout_batches, heldout_bytes_per_token
 from earthshine.data.shards import TokenShards
-from earthshine.errors import DataError, TrainingDivergedError
+from earthshine.errors import ConfigError, DataError, TrainingDivergedError
 from earthshine.model.transformer import Transformer
 from earthshine.ops.cross_entropy import IGNORE
 
@@ -36,9 +36,15 @@ def heldout_loss(
     that two models can be compared sequence by sequence; `sha256` is the fingerprint of the shards, so that results on
     other texts are told apart.
 
-    Raises DataError when there is no whole window or a token is outside the vocabulary, TrainingDivergedError when the
-    loss is not finite.
+    Raises ConfigError for a `seq_len` beyond the model's positions, where the loss would be of something that it never
+    learned; DataError when there is no whole window or a token is outside the vocabulary; TrainingDivergedError when
+    the loss is not finite.
     """
+    limit = model.config.max_position_embeddings
+    if not 1 <= seq_len <= limit:
+        raise ConfigError(f"seq_len={seq_len} must be between 1 and the model's {limit} positions.")
+    if max_sequences < 0:
+        raise ConfigError(f"max_sequences={max_sequences} must not be negative; 0 takes all.")
     sums: list[float] = []
     counts: list[int] = []
     shards = TokenShards(path, verify=False)

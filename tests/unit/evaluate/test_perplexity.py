@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from earthshine.data.prepare import prepare
 from earthshine.data.shards import TokenShards
+from earthshine.errors import ConfigError
 from earthshine.evaluate.perplexity import heldout_loss, ratio_stderr
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
@@ -65,6 +66,19 @@ def test_attention_across_documents_is_the_plain_loss_of_the_stream(shards: Path
     logits = model(flat[:60].view(3, 20)).flatten(0, 1)
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, flat[1:61]).item(), rel=1e-5)
     assert result["tokens"] == 60 and result["sha256"] == data.fingerprint and model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 513}, "seq_len=513 must be between 1 and the model's 512 positions"),
+        ({"seq_len": 0}, "seq_len=0 must be"),
+        ({"seq_len": 8, "max_sequences": -1}, "max_sequences=-1"),
+    ],
+)
+def test_windows_that_have_no_meaning(shards: Path, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        heldout_loss(Transformer(preset("llama_tiny")), shards, **options)
 
 
 def test_stderr_of_equal_sequences_is_that_of_a_mean() -> None:
