@@ -78,7 +78,7 @@ def quickstart(
     _say(f"3/6 upcycle {len(MOE_LAYERS)} of its 30 layers, and verify that it is still the same function")
     moe = _upcycled_model(root / "models" / "smollm2-e8t2", dense)
     moe_run, dense_run = root / "smollm2-e8t2", root / "smollm2-dense"
-    upcycle_proof = _verified(root / "verify-upcycle.json", lambda: _verify_upcycle(dense, moe))
+    upcycle_proof = _verified(root / "verify-upcycle.json", moe, lambda: _verify_upcycle(dense, moe))
     _say("4/6 token shards from the Python standard library's source files, held-out files apart")
     _prepare_tokens(root / "tokens", dense, _stdlib_sources() if sources is None else sources)
     _say("5/6 continue both models on the same tokens with Muon")
@@ -89,7 +89,7 @@ def quickstart(
     _say("6/6 samples, export, transformers, report")
     exported = root / "models" / "smollm2-e8t2-trained"
     _export(moe_run, exported, moe)
-    _verified(moe_run / "eval" / "verify-huggingface.json", lambda: _verify_huggingface(exported))
+    _verified(moe_run / "eval" / "verify-huggingface.json", exported, lambda: _verify_huggingface(exported))
     for run, before, after in ((dense_run, dense, dense_run), (moe_run, moe, exported)):
         _sample(run / "eval" / "samples-before.json", f"{run.name} before", before, tokenizer=dense)
         _sample(run / "eval" / "samples-after.json", f"{run.name} after", after, tokenizer=dense)
@@ -187,9 +187,15 @@ def _upcycled_model(out: Path, dense: Path) -> Path:
     return out
 
 
-def _verified(path: Path, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run a proof unless its result is there, print and keep it. Raises CheckFailedError when it does not hold."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else check()
+def _verified(path: Path, model: Path, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a proof, print and keep it; one that held and is younger than the model's folder is not run again.
+
+    Raises CheckFailedError when it does not hold.
+    """
+    known = path.exists() and path.stat().st_mtime > model.stat().st_mtime
+    found: dict[str, Any] = json.loads(path.read_text()) if known else {}
+    if not found.get("ok"):
+        found = check()
     for r in found["rows"]:
         holds = "holds" if r["ok"] else "DOES NOT HOLD"
         log(f"{found['check']}: {r['name']} {r['measured']:.2e}, tolerance {r['tolerance']:.2e}: {holds} ({r['note']})")
@@ -262,7 +268,7 @@ def _sample(path: Path, label: str, model: Path, tokenizer: Path) -> None:
     loaded, words = load_model(model), load_tokenizer(tokenizer)
     samples = []
     for prompt in PROMPTS:
-        text = words.decode(generate(loaded, words.encode(prompt), max_new_tokens=SAMPLE_TOKENS))
+        text = words.decode(generate(loaded, words.encode_prompt(prompt), max_new_tokens=SAMPLE_TOKENS))
         log(f"{label}: {prompt!r} -> {text!r}")
         samples.append({"prompt": prompt, "text": text})
     write_json(path, {"kind": "samples", "label": label, "samples": samples})

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from earthshine.cli.options import ModelPath, Precision, load, print_json
-from earthshine.console import log, table
+from earthshine.console import table
 
 DESCRIPTION = "Held-out loss of a model on token shards: nats per token with its standard error, and bits per byte."
 EXAMPLES = (
@@ -34,6 +34,9 @@ class Options:
     batch: int = 4
     """Sequences per forward pass."""
 
+    across_documents: bool = False
+    """Let attention see the documents before in its window, as a job with data.document_attention=false trains."""
+
     precision: Precision = "float32"
     """Type of the computation."""
 
@@ -48,13 +51,20 @@ class Options:
 
 
 def run(options: Options) -> None:
+    from earthshine.data.shards import TokenShards
+    from earthshine.data.tokenizer import warn_of_other_tokenizer
     from earthshine.evaluate.perplexity import heldout_loss
     from earthshine.files import write_json
 
-    _compare_tokenizers(options)
+    warn_of_other_tokenizer(options.model, options.shards, TokenShards(options.shards, verify=False).tokenizer_sha256)
     model = load(options.model, options.precision, options.trust)
     result = heldout_loss(
-        model, options.shards, seq_len=options.seq_len, max_sequences=options.max_sequences, batch=options.batch
+        model,
+        options.shards,
+        seq_len=options.seq_len,
+        max_sequences=options.max_sequences,
+        batch=options.batch,
+        document_attention=not options.across_documents,
     )
     if options.out:
         write_json(options.out, result)
@@ -67,16 +77,3 @@ def run(options: Options) -> None:
         ("tokens", f"{result['tokens']:,}", f"of {options.shards}"),
     ]
     print(table(("what", "value", "note"), rows))
-
-
-def _compare_tokenizers(options: Options) -> None:
-    """Say so when the shards were made with another file than the model's: ids that mean something else have a loss."""
-    from earthshine.data.shards import TokenShards
-    from earthshine.files import sha256_file
-
-    own = options.model / "tokenizer.json"
-    if own.is_file() and sha256_file(own) != TokenShards(options.shards, verify=False).tokenizer_sha256:
-        log(
-            f"warning: {options.shards} was not made with {own}: unless the two files hold the same vocabulary, "
-            f"the loss means nothing."
-        )

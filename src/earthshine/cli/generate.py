@@ -48,17 +48,19 @@ class Options:
 
 def run(options: Options) -> None:
     from earthshine.data.tokenizer import load_tokenizer
-    from earthshine.evaluate.generate import generate
+    from earthshine.evaluate.generate import generate, stop_ids
 
     tokenizer = load_tokenizer(options.tokenizer or options.model)
-    prompt_ids = tokenizer.encode(options.prompt)
+    prompt_ids = tokenizer.encode_prompt(options.prompt)
+    model = load(options.model, options.precision, options.trust)
     new_ids = generate(
-        load(options.model, options.precision, options.trust),
+        model,
         prompt_ids,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         seed=options.seed,
+        eos_ids=stop_ids(options.model, model.config),
     )
     text = tokenizer.decode(new_ids)
     if options.json:

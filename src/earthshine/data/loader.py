@@ -147,6 +147,7 @@ class Loader:
                 "weight": c.weight,
                 "tokens": s.shards.num_tokens,
                 "documents": s.shards.num_documents,
+                "tokenizer_sha256": s.shards.tokenizer_sha256,
                 "samples_per_epoch": s.samples_per_epoch,
                 "left_out_per_epoch": s.left_out_per_epoch,
             }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from earthshine.config import nearest
+from earthshine.console import log
 from earthshine.errors import ConfigError
 from earthshine.files import sha256_file
 
@@ -57,6 +58,16 @@ class Tokenizer:
         """Token ids of a text; with `special=False` a special token's spelling is text like any other."""
         return self.encode_batch([text], special=special)[0]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the beginning token where the tokenizer puts one and the text does not."""
+        self._backend.encode_special_tokens = False
+        ids = list(self._backend.encode(text, add_special_tokens=True).ids)
+        plain = self.encode(text)
+        # A post-processor may also append (an end token, which would be continued after an end): keep what is before.
+        start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0) if plain else 0
+        beginning = ids[:start] if plain else ids
+        return plain if plain[: len(beginning)] == beginning else beginning + plain
+
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Token ids of each text, as `encode`."""
         self._backend.encode_special_tokens = not special
@@ -95,6 +106,20 @@ class Tokenizer:
             special = [t.content for t in self._backend.get_added_tokens_decoder().values()]
             raise ConfigError(f"{where}={token!r} is not a token of {self.path}.{nearest(token, special[:20])}")
         return int(found)
+
+
+def warn_of_other_tokenizer(model_dir: str | Path, shards: str | Path, tokenizer_sha256: str) -> None:
+    """Say so when token shards were made with another file than the tokenizer.json of a model's directory.
+
+    Ids that mean something else train and evaluate without an error. It is a warning because two files can hold the
+    same vocabulary; a directory without a tokenizer says nothing.
+    """
+    own = Path(model_dir) / "tokenizer.json"
+    if own.is_file() and sha256_file(own) != tokenizer_sha256:
+        log(
+            f"warning: {shards} was not made with {own}: unless the two files hold the same vocabulary, "
+            f"losses and weights mean nothing."
+        )
 
 
 def load_tokenizer(path: str | Path, eod: str | int | None = None) -> Tokenizer:

@@ -1,12 +1,15 @@
 """Sampling text with a cache of keys and values."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from earthshine.errors import ConfigError
+from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer
 
 
@@ -67,6 +70,22 @@ def generate(
         tokens_BS = torch.tensor([[chosen]], device=device)
     model.train(was_training)
     return out
+
+
+def stop_ids(model_dir: str | Path, config: ModelConfig) -> tuple[int, ...]:
+    """The ids that end a text: those of the model's config, and those that its `generation_config.json` adds.
+
+    Chat models end a turn with a token that only the latter names. Raises ConfigError when that file is not JSON.
+    """
+    path = Path(model_dir) / "generation_config.json"
+    if not path.is_file():
+        return config.eos_token_ids
+    try:
+        more = json.loads(path.read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as e:
+        raise ConfigError(f"{path} is not a readable generation config: {e}.") from e
+    more = [more] if isinstance(more, int) else more or []
+    return tuple(dict.fromkeys((*config.eos_token_ids, *more)))
 
 
 def _choose(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:

@@ -155,11 +155,13 @@ def model_config(job: TrainJob) -> ModelConfig:
 
 
 def check_model(job: TrainJob, model: ModelConfig) -> None:
-    """Raise ConfigError for a model that the job cannot train: positions too few, or routers that would not learn."""
+    """Raise ConfigError for a model that the job cannot train: positions too few, routers that would not learn, or an
+    architecture that no Hugging Face class could hold afterwards."""
     if job.seq_len > model.max_position_embeddings:
         raise ConfigError(
             f"seq_len={job.seq_len} is more than model.max_position_embeddings={model.max_position_embeddings}."
         )
+    _ = model.family  # raises for an architecture that could be trained and then not be exported
     routers = [f"blocks.{layer}.moe.router.weight" for layer in model.moe.layers]
     if model.moe.top_k == 1 and not all(_frozen(job.optimizer, name) for name in routers):
         raise ConfigError(

@@ -11,6 +11,7 @@ from earthshine.checkpoint.hf import load_model
 from earthshine.checkpoint.run_store import MODEL_PREFIX, Checkpoint
 from earthshine.config import diff, encode
 from earthshine.data.loader import Loader
+from earthshine.data.tokenizer import warn_of_other_tokenizer
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize
@@ -111,6 +112,9 @@ def build_state(
         seed=job.seed,
         vocab_size=model.config.vocab_size,
     )
+    if isinstance(job.init, FromHuggingFace) and checkpoint is None:
+        first = loader.summary[0]  # all sources have one tokenizer
+        warn_of_other_tokenizer(job.init.path, str(first["path"]), str(first["tokenizer_sha256"]))
     optimizer = build_optimizer(model, replace(job.optimizer, ns_dtype=ns_dtype))
     choices = {"compute_dtype": _dtype_name(compute_dtype), "ns_dtype": ns_dtype}
     state = TrainState(model, optimizer, loader, device, choices)

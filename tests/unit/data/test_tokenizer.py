@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -6,9 +7,9 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models
+from tokenizers import models, pre_tokenizers, processors
 
-from earthshine.data.tokenizer import load_tokenizer
+from earthshine.data.tokenizer import load_tokenizer, warn_of_other_tokenizer
 from earthshine.errors import ConfigError
 from earthshine.files import sha256_file
 
@@ -43,7 +44,7 @@ def test_nothing_is_added_or_cut(tokenizer_dir: Path, tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
+    backend.post_processor = processors.TemplateProcessing(
         single="<|user|> $A <|end|>", special_tokens=[("<|user|>", 1), ("<|end|>", 0)]
     )
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -98,3 +99,28 @@ def test_bad_files(tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json is not readable JSON"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>", "$A"])
+def test_a_prompt_begins_with_the_beginning_token_once_and_never_ends(tmp_path: Path, template: str) -> None:
+    words = {"<bos>": 0, "<eos>": 1, "a": 2, "b": 3}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    special = [("<bos>", 0), ("<eos>", 1)]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    beginning = [0] if template.startswith("<bos>") else []
+    assert tokenizer.encode_prompt("a b") == [*beginning, 2, 3]
+    assert tokenizer.encode_prompt("<bos> a b") == [0, 2, 3]
+    assert tokenizer.encode("a b") == [2, 3]
+
+
+def test_shards_of_another_tokenizer_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    warn_of_other_tokenizer(tmp_path, "shards", hashlib.sha256(b"{}").hexdigest())
+    warn_of_other_tokenizer(tmp_path / "elsewhere", "shards", "other")
+    assert capsys.readouterr().err == ""
+    warn_of_other_tokenizer(tmp_path, "shards", "other")
+    assert "shards was not made with" in capsys.readouterr().err

@@ -1,10 +1,13 @@
 """Sampling: greedy equals uncached argmax, seeds decide, ends stop, and bad prompts are refused."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from earthshine.errors import ConfigError
-from earthshine.evaluate.generate import generate
+from earthshine.evaluate.generate import generate, stop_ids
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
 
@@ -54,3 +57,15 @@ def test_stops_at_an_end_token_without_returning_it(model: Transformer) -> None:
 def test_bad_requests_are_refused(model: Transformer, ids: list[int], options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate(model, ids, **options)
+
+
+def test_the_generation_config_adds_ids_that_end_a_text(tmp_path: Path) -> None:
+    config = replace(preset("llama_tiny"), eos_token_ids=(3,))
+    assert stop_ids(tmp_path, config) == (3,)
+    path = tmp_path / "generation_config.json"
+    for text, ids in (('{"eos_token_id": [3, 7]}', (3, 7)), ('{"eos_token_id": 9}', (3, 9)), ("{}", (3,))):
+        path.write_text(text)
+        assert stop_ids(tmp_path, config) == ids
+    path.write_text("[")
+    with pytest.raises(ConfigError, match="not a readable generation config"):
+        stop_ids(tmp_path, config)

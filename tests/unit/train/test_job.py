@@ -13,7 +13,7 @@ import torch
 
 from earthshine.checkpoint import run_store
 from earthshine.config import decode, encode, override
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import ModelConfig, to_hf
 from earthshine.model.counts import train_flops_per_token
 from earthshine.model.presets import llama_tiny, mixtral_tiny
@@ -90,6 +90,15 @@ def test_a_router_that_gets_no_gradient_is_refused(init: str, tmp_path: Path, ma
         derive(job, model=model if init == "resumed" else None)
     frozen = replace(job, optimizer=OptimizerConfig(freeze=("*.router.weight",)))
     assert derive(frozen).trainable_parameters > 0
+
+
+def test_what_could_not_be_exported_is_not_trained(make_job: JobMaker) -> None:
+    model = mixtral_tiny()
+    some = replace(model, moe=replace(model.moe, layers=(1,)))
+    with pytest.raises(UnsupportedModelError, match="no Hugging Face class has experts in some layers"):
+        derive(make_job(init=Scratch(model=some)))
+    shared = replace(some, moe=replace(some.moe, shared_intermediate_size=16))
+    assert derive(make_job(init=Scratch(model=shared))).parameters > 0
 
 
 def test_the_gradient_of_a_router_that_chooses_one_expert_is_zero(micro_model: Callable[[bool], ModelConfig]) -> None:
