@@ -217,7 +217,11 @@ def start(tmp_path: Path, tokenizer_dir: Path) -> "subprocess.Popen[str]":
     (source / "0.txt").write_text("the moon is lit by the earth\n" * 1000)
     (source / "1.txt").write_text("the moon is lit by the earth\n" * 400_000)  # one long task, too long to wait for
     (source / "2.txt").write_text("the moon is lit by the earth\n" * 400_000)
-    code = "import sys; from earthshine.data.prepare import prepare; prepare(sys.argv[1:2], *sys.argv[2:], workers=2)"
+    # Where the tests themselves run in the background of a shell, SIGINT is ignored, and a child inherits that.
+    code = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from earthshine.data.prepare import prepare
+prepare(sys.argv[1:2], *sys.argv[2:], workers=2)"""
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(source), str(tokenizer_dir), str(tmp_path / "out")],
         stderr=subprocess.PIPE,
