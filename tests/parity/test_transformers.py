@@ -6,7 +6,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earthshine.model.config import ModelConfig, MoEConfig, RopeScaling, to_hf
+from earthshine.model.config import ModelConfig, MoEConfig, RopeScaling
+from earthshine.model.hf_config import to_hf
 from earthshine.model.transformer import Transformer, initialize
 
 # One fp32 rounding is 6e-8; a few hundred of them compound over tiny models. Measured: logits 3e-7, gradients 2e-6.

@@ -25,7 +25,8 @@ from earthshine.checkpoint.staging import staged_directory
 from earthshine.config import encode, nearest
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError, OutputExistsError
-from earthshine.model.config import HF_CLASSES, ModelConfig, to_hf
+from earthshine.model.config import HF_CLASSES, ModelConfig
+from earthshine.model.hf_config import to_hf
 from earthshine.model.counts import count_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

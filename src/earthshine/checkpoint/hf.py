@@ -23,7 +23,8 @@ from earthshine.checkpoint.staging import staged_directory
 from earthshine.config import nearest
 from earthshine.console import log
 from earthshine.errors import ConfigError, WeightsError
-from earthshine.model.config import ModelConfig, from_hf, to_hf
+from earthshine.model.config import ModelConfig
+from earthshine.model.hf_config import from_hf, to_hf
 
 if TYPE_CHECKING:
     from earthshine.model.transformer import Transformer

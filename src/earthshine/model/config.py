@@ -1,34 +1,66 @@
-"""`ModelConfig`: the architecture, without torch; and its translation from and to a Hugging Face `config.json`.
+"""`ModelConfig`: the architecture; `BalanceConfig` and `CapacityConfig`: how its routers are trained. No torch.
 
-Field names are those of Hugging Face. Three families are known: a dense model is a Llama; with mixture-of-experts
-layers everywhere it is a Mixtral; with them in some layers, or with a shared expert, it is a Qwen2-MoE.
+Field names are those of Hugging Face where it has one. `model.hf_config` translates from and to its `config.json`.
 """
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
-from earthshine.config import decode, encode
 from earthshine.errors import ConfigError, UnsupportedModelError
 
-Family = Literal["llama", "mixtral", "qwen2_moe"]
-FAMILIES: tuple[Family, ...] = ("llama", "mixtral", "qwen2_moe")
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
+Gate = Literal["topk_softmax", "softmax_topk", "sigmoid_bias"]
 HF_CLASSES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+FAMILIES: tuple[Family, ...] = tuple(HF_CLASSES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched. "llama3" is Llama 3.1's rule, by wavelength bands."""
+    """How rotary frequencies are stretched beyond `original_max_position_embeddings`.
 
-    kind: Literal["none", "llama3"] = "none"
+    "llama3" is Llama 3.1's rule, by wavelength bands: `low_freq_factor`, `high_freq_factor`. "yarn" (arXiv:2309.00071)
+    blends by number of rotations, between `beta_slow` and `beta_fast`; it scales cos and sin by the ratio of
+    0.1 * m * ln(factor) + 1 at m = `mscale` and at m = `mscale_all_dim` (0 for both: by that at m = 1), and multi-head
+    latent attention scales its logits by the square of that at m = `mscale_all_dim` (0: not at all).
+    """
+
+    kind: Literal["none", "llama3", "yarn"] = "none"
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434); `kv_lora_rank=0` means grouped-query attention.
+
+    kv_lora_rank: width of the latent that keys and values are made of, and that the cache keeps.
+    q_lora_rank: width of the queries' latent; 0 for one full projection.
+    qk_nope_head_dim, qk_rope_head_dim: widths of each head's part without and with rotary positions.
+    rope_interleaved: rotary pairs are neighbours (2i, 2i+1), as DeepSeek stores them, not halves (i, i + width/2).
+    """
+
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    rope_interleaved: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +68,107 @@ class MoEConfig:
     """The mixture-of-experts layers; `num_experts=0` means that there are none.
 
     layers: indices of the decoder layers whose feed-forward network is a mixture.
-    gate: "topk_softmax" takes the k largest logits and then their softmax (Mixtral).
-    shared_intermediate_size: width of an always-active expert behind a sigmoid gate (Qwen2-MoE); 0 for none.
+    gate: "topk_softmax" takes the k largest logits and then their softmax (Mixtral); "softmax_topk" a softmax over all
+        experts and then its k largest values; "sigmoid_bias" chooses by sigmoid plus a bias and weighs by the sigmoid
+        (DeepSeek-V3, Moonlight).
+    renormalize: divide the chosen weights by their sum ("topk_softmax" always does).
+    routed_scaling: the weights are then multiplied by this (Moonlight: 2.446).
+    num_groups, top_k_groups: "sigmoid_bias" first chooses `top_k_groups` of `num_groups` groups of experts
+        (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+    shared_intermediate_size: width of an always-active expert; 0 for none.
+    shared_gated: that expert is behind a sigmoid gate (Qwen2-MoE), or not (DeepSeek-V3).
     """
 
     num_experts: int = 0
     top_k: int = 2
     intermediate_size: int = 0
     layers: tuple[int, ...] = ()
-    gate: Literal["topk_softmax"] = "topk_softmax"
+    gate: Gate = "topk_softmax"
+    renormalize: bool = True
+    routed_scaling: float = 1.0
+    num_groups: int = 1
+    top_k_groups: int = 1
     shared_intermediate_size: int = 0
+    shared_gated: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """What keeps experts evenly loaded while training. `ops.routing` has each formula.
+
+    loss: "sequence" is DeepSeek-V3's loss of every sequence by itself, additive over micro-batches and ranks;
+        "switch" the Switch Transformer's; "none" for neither. Both are 1 per layer at uniform routing.
+    coefficient: of that loss, averaged over the step's sequences and summed over the layers.
+    scope: what the Switch loss takes its expert fractions over: each sequence, each micro-batch (the gradient then
+        depends on the size of the micro-batches), or the whole step (one more routing pass, without gradient). It must be chosen with
+        loss="switch" and is "none" otherwise.
+    z_coefficient: of the router z-loss, averaged over the step's tokens and summed over the layers (ST-MoE,
+        arXiv:2202.08906).
+    bias: how the bias of a "sigmoid_bias" gate moves after each step, by `bias_rate`: "deepseek" by the sign of the
+        load's deficit, "moonlight" by that sign less its mean; "none" not at all.
+    Raises ConfigError where the fields contradict each other.
+    """
+
+    loss: Literal["none", "sequence", "switch"] = "sequence"
+    coefficient: float = 1e-3
+    scope: Literal["none", "sequence", "micro_batch", "step"] = "none"
+    z_coefficient: float = 0.0
+    bias: Literal["none", "moonlight", "deepseek"] = "moonlight"
+    bias_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("coefficient", "z_coefficient", "bias_rate"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"balance.{name}={getattr(self, name)} must be a number that is not negative.")
+        if self.loss == "switch" and self.scope == "none":
+            raise ConfigError(
+                "balance.loss='switch' needs balance.scope: 'sequence', 'micro_batch' or 'step'. The loss is a product "
+                "of two averages, so its gradient depends on what they are taken over."
+            )
+        if self.loss != "switch" and self.scope != "none":
+            raise ConfigError(f"balance.scope={self.scope!r} is for balance.loss='switch', not {self.loss!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """How many tokens of a micro-batch an expert takes while training; evaluation and exported models drop nothing.
+
+    factor: 0 for no limit. Else, for T tokens, E experts and k experts per token, an expert takes at most
+        ceil(T * k / E * factor) ("per_assignment", Megatron's meaning) or ceil(T / E * factor) ("per_token", as printed
+        in arXiv:2412.09952).
+    drop: which tokens stay: those with the largest gate weight ("probability"), or the first ("position").
+    """
+
+    factor: float = 0.0
+    meaning: Literal["per_assignment", "per_token"] = "per_assignment"
+    drop: Literal["probability", "position"] = "probability"
+
+    def __post_init__(self) -> None:
+        if not (self.factor >= 0 and math.isfinite(self.factor)):
+            raise ConfigError(f"capacity.factor={self.factor} must be 0 (dropless) or a positive number.")
+
+    def tokens_per_expert(self, num_tokens: int, num_experts: int, top_k: int) -> int:
+        """The capacity C, at most `num_tokens`, which is what an expert can get; 0 when dropless."""
+        if self.factor == 0:
+            return 0
+        rows = num_tokens * (top_k if self.meaning == "per_assignment" else 1)
+        return min(num_tokens, max(1, math.ceil(rows * self.factor / num_experts)))
+
+    def can_drop(self, num_experts: int, top_k: int) -> bool:
+        """Whether any routing could exceed the capacity (but for rounding up)."""
+        per_token = self.factor * (top_k if self.meaning == "per_assignment" else 1)
+        return 0 < per_token < num_experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Sizes are in elements; token ids of -1 mean "none".
 
+    head_dim: width of a head's queries and keys; with latent attention, that of both parts together.
+    qkv_bias: the projections to queries, keys and values have a bias (Qwen2). qk_norm: each head's queries and keys
+        are RMS-normalised before rotation (Qwen3).
     init_std: standard deviation of normally drawn weights when training from scratch (`model.transformer`).
+    model_type: the Hugging Face family to write, where several hold the architecture; "" for the usual one.
     Raises ConfigError where the fields contradict each other.
     """
 
@@ -68,11 +184,15 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    mla: MLAConfig = field(default_factory=MLAConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     init_std: float = 0.02
     bos_token_id: int = -1
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = -1
+    model_type: Literal["", Family] = ""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
@@ -85,25 +205,57 @@ class ModelConfig:
                 f"model.num_key_value_heads={self.num_key_value_heads} must divide "
                 f"model.num_attention_heads={self.num_attention_heads}."
             )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ConfigError(f"model.head_dim={self.head_dim} must be even and positive: rotary embedding pairs it.")
         if self.max_position_embeddings < 1:
             raise ConfigError(f"model.max_position_embeddings={self.max_position_embeddings} must be at least 1.")
         self._check_numbers()
+        self._check_attention()
         self._check_moe()
+        self._check_gate()
+        if self.model_type and self.model_type not in self._families():
+            raise ConfigError(
+                f"model.model_type={self.model_type!r} does not hold this architecture; "
+                f"it is one of: {', '.join(self._families()) or 'none'}."
+            )
 
     def _check_numbers(self) -> None:
         scaling = self.rope_scaling
-        numbers = {"rope_theta": self.rope_theta} | {
-            f"rope_scaling.{name}": getattr(scaling, name)
-            for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        positive = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        numbers = {"rope_theta": self.rope_theta, "moe.routed_scaling": self.moe.routed_scaling} | {
+            f"rope_scaling.{name}": getattr(scaling, name) for name in (*positive, "beta_fast", "beta_slow")
         }
         for name, value in numbers.items():
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"model.{name}={value} must be a positive number.")
-        for name in ("rms_norm_eps", "init_std"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ConfigError(f"model.{name}={getattr(self, name)} must be a number that is not negative.")
+        numbers = {"rms_norm_eps": self.rms_norm_eps, "init_std": self.init_std}
+        numbers |= {f"rope_scaling.{name}": getattr(scaling, name) for name in ("mscale", "mscale_all_dim")}
+        for name, value in numbers.items():
+            if not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"model.{name}={value} must be a number that is not negative.")
+
+    def _check_attention(self) -> None:
+        mla = self.mla
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            name = "mla.qk_rope_head_dim" if mla.kv_lora_rank else "head_dim"
+            raise ConfigError(f"model.{name}={self.rotary_dim} must be even and positive: rotary embedding pairs it.")
+        if not mla.kv_lora_rank:
+            if mla != MLAConfig():
+                raise ConfigError("model.mla has fields set, but model.mla.kv_lora_rank=0 turns it off.")
+            return
+        if mla.kv_lora_rank < 1 or mla.q_lora_rank < 0 or mla.qk_nope_head_dim < 1 or mla.v_head_dim < 1:
+            raise ConfigError(
+                f"model.mla: kv_lora_rank={mla.kv_lora_rank}, qk_nope_head_dim={mla.qk_nope_head_dim} and "
+                f"v_head_dim={mla.v_head_dim} must be positive, q_lora_rank={mla.q_lora_rank} not negative."
+            )
+        if self.head_dim != mla.qk_nope_head_dim + mla.qk_rope_head_dim:
+            raise ConfigError(
+                f"model.head_dim={self.head_dim} must be model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim = "
+                f"{mla.qk_nope_head_dim + mla.qk_rope_head_dim}."
+            )
+        if self.num_key_value_heads != self.num_attention_heads or self.qkv_bias or self.qk_norm:
+            raise ConfigError(
+                "model.mla has a key and a value for every head: set model.num_key_value_heads to "
+                "model.num_attention_heads; and model.qkv_bias and model.qk_norm to false, which it does not have."
+            )
 
     def _check_moe(self) -> None:
         moe = self.moe
@@ -129,234 +281,99 @@ class ModelConfig:
                 f"model.moe.layers: {outside} do not exist; the model has layers 0 to {self.num_hidden_layers - 1}."
             )
 
+    def _check_gate(self) -> None:
+        moe = self.moe
+        if moe.gate == "topk_softmax" and not moe.renormalize:
+            raise ConfigError("model.moe.renormalize=false is for other gates: the softmax of topk_softmax sums to 1.")
+        if (moe.num_groups, moe.top_k_groups) == (1, 1):
+            return
+        if moe.gate != "sigmoid_bias":
+            raise ConfigError(f"model.moe.num_groups={moe.num_groups} is for gate='sigmoid_bias', not {moe.gate!r}.")
+        if moe.num_groups < 1 or moe.num_experts % moe.num_groups or moe.num_experts < 2 * moe.num_groups:
+            raise ConfigError(
+                f"model.moe.num_groups={moe.num_groups} must divide model.moe.num_experts={moe.num_experts} into "
+                f"groups of at least 2: a group is judged by its two best experts."
+            )
+        if not 1 <= moe.top_k_groups <= moe.num_groups:
+            raise ConfigError(
+                f"model.moe.top_k_groups={moe.top_k_groups} must be between 1 and model.moe.num_groups={moe.num_groups}."
+            )
+        if moe.top_k > moe.top_k_groups * (moe.num_experts // moe.num_groups):
+            raise ConfigError(
+                f"model.moe.top_k={moe.top_k} experts do not fit in model.moe.top_k_groups={moe.top_k_groups} groups of "
+                f"{moe.num_experts // moe.num_groups}."
+            )
+
     @property
     def is_moe(self) -> bool:
         return self.moe.num_experts > 0
 
     @property
+    def rotary_dim(self) -> int:
+        """Width of the part of a head that carries rotary positions."""
+        return self.mla.qk_rope_head_dim if self.mla.kv_lora_rank else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values."""
+        return self.mla.v_head_dim if self.mla.kv_lora_rank else self.head_dim
+
+    @property
     def family(self) -> Family:
         """The Hugging Face family that holds this architecture. Raises UnsupportedModelError when none does."""
+        found = self._families()
+        if not found:
+            raise UnsupportedModelError(f"no Hugging Face class holds this architecture: {self._obstacle()}")
+        return self.model_type or found[0]
+
+    def _families(self) -> tuple[Family, ...]:
+        """All families that hold this architecture, the usual one first."""
+        moe = self.moe
+        if self.mla.kv_lora_rank:
+            first_dense = self.num_hidden_layers - len(moe.layers)
+            as_deepseek = (
+                moe.layers == tuple(range(first_dense, self.num_hidden_layers))
+                and (not self.is_moe or moe.gate == "sigmoid_bias")
+                and (not moe.shared_intermediate_size or not moe.shared_gated)
+                and moe.shared_intermediate_size % max(moe.intermediate_size, 1) == 0
+            )
+            return ("deepseek_v3",) if as_deepseek else ()
         if not self.is_moe:
-            return "llama"
-        everywhere = len(self.moe.layers) == self.num_hidden_layers
-        if everywhere and not self.moe.shared_intermediate_size:
-            return "mixtral"
-        if self.moe.shared_intermediate_size:
-            return "qwen2_moe"
-        raise UnsupportedModelError(
-            "no Hugging Face class has experts in some layers and no shared expert: set "
-            "model.moe.shared_intermediate_size (zeros in it change nothing), or model.moe.layers to all layers."
+            if self.qkv_bias:
+                return () if self.qk_norm else ("qwen2",)
+            return ("qwen3",) if self.qk_norm else ("llama", "mistral")
+        if (
+            moe.gate == "sigmoid_bias"
+            or moe.routed_scaling != 1
+            or (moe.shared_intermediate_size and not moe.shared_gated)
+        ):
+            return ()
+        if self.qk_norm:
+            return () if self.qkv_bias or moe.shared_intermediate_size else ("qwen3_moe",)
+        if moe.shared_intermediate_size:
+            return ("qwen2_moe",)
+        everywhere = len(moe.layers) == self.num_hidden_layers
+        return ("mixtral",) if everywhere and moe.renormalize and not self.qkv_bias else ()
+
+    def _obstacle(self) -> str:
+        """What keeps this architecture out of every family, and what to change."""
+        moe = self.moe
+        if self.mla.kv_lora_rank:
+            return (
+                "latent attention (model.mla) goes with gate='sigmoid_bias', dense layers before all mixtures, and a "
+                "shared expert without a gate whose width is a multiple of model.moe.intermediate_size (DeepSeek-V3)."
+            )
+        if self.qk_norm and self.qkv_bias:
+            return "model.qk_norm (Qwen3) and model.qkv_bias (Qwen2) exclude each other."
+        if moe.gate == "sigmoid_bias" or moe.routed_scaling != 1 or not moe.shared_gated:
+            return "gate='sigmoid_bias', routed_scaling and an ungated shared expert need latent attention (model.mla)."
+        if self.qk_norm:
+            return "with model.qk_norm (Qwen3-MoE) there is no shared expert: set model.moe.shared_intermediate_size=0."
+        return (
+            "experts in some layers, with qkv_bias or without renormalize need a shared expert (Qwen2-MoE): set "
+            "model.moe.shared_intermediate_size (zeros in it change nothing)."
         )
 
     def dense(self) -> "ModelConfig":
         """This model with plain feed-forward networks everywhere."""
-        return replace(self, moe=MoEConfig())
-
-
-# Keys of a Hugging Face config that change the computation and that we hold only at these values.
-_REQUIRED_HF: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "qkv_bias": (False,),
-    "mlp_bias": (False,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-    "pretraining_tp": (1,),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False,),
-    "quantization_config": (None,),
-    "norm_topk_prob": (True,),
-}
-# A missing key means the family's default, which is not one of the values above.
-_REQUIRED_PRESENT: dict[Family, tuple[str, ...]] = {
-    "llama": (),
-    "mixtral": (),
-    "qwen2_moe": ("norm_topk_prob", "qkv_bias"),
-}
-# What transformers takes where a config says nothing.
-_DEFAULT_EPS: dict[Family, float] = {"llama": 1e-6, "mixtral": 1e-5, "qwen2_moe": 1e-6}
-_DEFAULT_THETA: dict[Family, float] = {"llama": 1e4, "mixtral": 1e6, "qwen2_moe": 1e4}
-
-
-def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of a parsed Hugging Face `config.json`.
-
-    Raises UnsupportedModelError for a `model_type` outside llama, mixtral and qwen2_moe, or for a feature that would
-    change the function and that is not implemented; ConfigError for a missing or contradictory field.
-    """
-    family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise UnsupportedModelError(f"model_type={family!r} is not a known family; known: {', '.join(FAMILIES)}.")
-    required = dict(_REQUIRED_HF)
-    if family == "qwen2_moe":  # its sliding_window is only in force with use_sliding_window
-        required.pop("sliding_window")
-    for key, allowed in required.items():
-        absent = key not in hf
-        if (absent and key in _REQUIRED_PRESENT[family]) or (not absent and hf[key] not in allowed):
-            got = "absent (so the family's default)" if absent else repr(hf[key])
-            raise UnsupportedModelError(
-                f"config.json {key} is {got}: only {' or '.join(map(repr, allowed))} is implemented for {family}."
-            )
-    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
-        raise UnsupportedModelError(
-            f"config.json layer_types is {hf['layer_types']}: only full attention is implemented."
-        )
-    try:
-        return _from_hf_fields(family, {key: value for key, value in hf.items() if value is not None})
-    except KeyError as e:
-        raise ConfigError(f"config.json has no field {e}, which model_type={family!r} needs.") from e
-
-
-def _from_hf_fields(family: Family, hf: dict[str, Any]) -> ModelConfig:
-    layers, heads, width = (_whole(hf, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    eos = hf.get("eos_token_id", ())
-    moe = MoEConfig()
-    if family == "mixtral":
-        moe = MoEConfig(
-            num_experts=hf["num_local_experts"],
-            top_k=hf["num_experts_per_tok"],
-            intermediate_size=hf["intermediate_size"],
-            layers=tuple(range(layers)),
-        )
-    elif family == "qwen2_moe":
-        plain, step = hf.get("mlp_only_layers", ()), _whole(hf, "decoder_sparse_step", 1)
-        if hf["shared_expert_intermediate_size"] == 0:
-            raise UnsupportedModelError("config.json shared_expert_intermediate_size is 0: a Qwen2-MoE has one.")
-        moe = MoEConfig(
-            num_experts=hf["num_experts"],
-            top_k=hf["num_experts_per_tok"],
-            intermediate_size=hf["moe_intermediate_size"],
-            layers=tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0),
-            shared_intermediate_size=hf["shared_expert_intermediate_size"],
-        )
-    theta, scaling = _rope_from_hf(family, hf)
-    fields = {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": width,
-        "intermediate_size": hf["intermediate_size"],
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": hf.get("num_key_value_heads", heads),
-        "head_dim": hf.get("head_dim", width // heads),
-        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
-        "rms_norm_eps": hf.get("rms_norm_eps", _DEFAULT_EPS[family]),
-        "rope_theta": theta,
-        "rope_scaling": encode(scaling),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
-        "moe": encode(moe),
-        "init_std": hf.get("initializer_range", 0.02),
-        "bos_token_id": hf.get("bos_token_id", -1),
-        "eos_token_ids": eos if isinstance(eos, list | tuple) else (eos,),
-        "pad_token_id": hf.get("pad_token_id", -1),
-    }
-    return decode(ModelConfig, fields, "config.json")  # which checks every type
-
-
-def _whole(hf: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A count that others are computed from, at least 1. Raises KeyError when it is missing and has no default."""
-    value = hf[key] if default is None else hf.get(key, default)
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"config.json {key}={value!r} must be an integer of at least 1.")
-    return value
-
-
-def _rope_from_hf(family: Family, hf: dict[str, Any]) -> tuple[float, RopeScaling]:
-    """Theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before).
-
-    Which place wins depends on who reads the file, so one that contradicts itself is refused.
-    """
-    places = {
-        "config.json": {k: hf[k] for k in ("rope_theta", "original_max_position_embeddings") if k in hf},
-        "rope_scaling": hf.get("rope_scaling", {}),
-        "rope_parameters": hf.get("rope_parameters", {}),
-    }
-    merged: dict[str, Any] = {}
-    for place, values in places.items():
-        if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
-            raise UnsupportedModelError(f"config.json {place} is {values!r}: only one flat object is implemented.")
-        for name, value in values.items():
-            key = "rope_type" if name == "type" else name  # before transformers 4.43
-            if merged.setdefault(key, value) != value:
-                raise ConfigError(f"config.json gives {key} twice: {merged[key]!r}, and {value!r} in {place}.")
-    if merged.get("partial_rotary_factor") not in (None, 1):
-        partial = merged["partial_rotary_factor"]
-        raise UnsupportedModelError(f"config.json partial_rotary_factor is {partial!r}: only 1 is implemented.")
-    theta = merged.get("rope_theta", _DEFAULT_THETA[family])
-    kind = merged.get("rope_type", "default")
-    if kind == "default":
-        return theta, RopeScaling()
-    if kind != "llama3":
-        raise UnsupportedModelError(f"config.json rope_type={kind!r}: only 'default' and 'llama3' are implemented.")
-    return theta, RopeScaling(
-        kind="llama3",
-        factor=merged["factor"],
-        low_freq_factor=merged["low_freq_factor"],
-        high_freq_factor=merged["high_freq_factor"],
-        original_max_position_embeddings=merged["original_max_position_embeddings"],
-    )
-
-
-def to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The Hugging Face `config.json` of a model; `rope_theta` is written in the old and the new place.
-
-    Raises UnsupportedModelError when no known class holds the architecture.
-    """
-    family, moe = config.family, config.moe
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if config.rope_scaling.kind == "llama3":
-        s = config.rope_scaling
-        rope |= {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_position_embeddings,
-        }
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-    hf: dict[str, Any] = {
-        "architectures": [HF_CLASSES[family]],
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": moe.intermediate_size if family == "mixtral" else config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scaling.kind == "none" else scaling,
-        "rope_parameters": rope,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.init_std,
-        "bos_token_id": None if config.bos_token_id < 0 else config.bos_token_id,
-        "eos_token_id": _eos_to_hf(config.eos_token_ids),
-        "pad_token_id": None if config.pad_token_id < 0 else config.pad_token_id,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-    if family == "llama":
-        hf |= {"attention_bias": False, "mlp_bias": False}
-    elif family == "mixtral":
-        hf |= {"num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k, "sliding_window": None}
-    else:
-        hf |= {
-            "num_experts": moe.num_experts,
-            "num_experts_per_tok": moe.top_k,
-            "moe_intermediate_size": moe.intermediate_size,
-            "shared_expert_intermediate_size": moe.shared_intermediate_size,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [i for i in range(config.num_hidden_layers) if i not in moe.layers],
-            "norm_topk_prob": True,
-            "qkv_bias": False,
-            "use_sliding_window": False,
-        }
-    return hf
-
-
-def _eos_to_hf(ids: tuple[int, ...]) -> int | list[int] | None:
-    return None if not ids else ids[0] if len(ids) == 1 else list(ids)
+        return replace(self, moe=MoEConfig(), model_type="")

@@ -16,7 +16,8 @@ from earthshine.config import diff, encode
 from earthshine.console import human_bytes, human_count, human_seconds, table
 from earthshine.data.config import DataConfig
 from earthshine.errors import CheckpointError, ConfigError
-from earthshine.model.config import ModelConfig, from_hf
+from earthshine.model.config import ModelConfig
+from earthshine.model.hf_config import from_hf
 from earthshine.model.counts import count_parameters, train_flops_per_token
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.optim.schedule import learning_rate

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from earthshine.checkpoint.name_tables import entries
-from earthshine.model.config import ModelConfig, MoEConfig, to_hf
+from earthshine.model.config import ModelConfig, MoEConfig
+from earthshine.model.hf_config import to_hf
 
 DENSE = ModelConfig(
     vocab_size=40,

@@ -6,7 +6,8 @@ import torch
 from safetensors import safe_open
 
 from earthshine.checkpoint.name_tables import entries
-from earthshine.model.config import ModelConfig, to_hf
+from earthshine.model.config import ModelConfig
+from earthshine.model.hf_config import to_hf
 from earthshine.model.counts import count_parameters
 from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer

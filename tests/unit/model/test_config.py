@@ -4,7 +4,8 @@ import pytest
 
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import ModelConfig, from_hf, to_hf
+from earthshine.model.config import ModelConfig
+from earthshine.model.hf_config import from_hf, to_hf
 from earthshine.model.presets import PRESETS, preset
 
 

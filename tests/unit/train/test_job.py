@@ -14,7 +14,8 @@ import torch
 from earthshine.checkpoint import run_store
 from earthshine.config import decode, encode, override
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import ModelConfig, to_hf
+from earthshine.model.config import ModelConfig
+from earthshine.model.hf_config import to_hf
 from earthshine.model.counts import train_flops_per_token
 from earthshine.model.presets import llama_tiny, mixtral_tiny
 from earthshine.model.transformer import Transformer, initialize
