@@ -77,7 +77,7 @@ def test_version(run):
     [
         (["upcicle"], "no command 'upcicle'. Did you mean 'upcycle'?"),
         (["--verison"], "no option '--verison'."),
-        (["show", "lama_tiny"], "recipe or preset 'lama_tiny' is not known. Did you mean 'llama_tiny'?"),
+        (["show", "lama_tiny"], "recipe or preset 'lama_tiny' is not known. Did you mean 'llama3_tiny'?"),
         (["train", "tinny", "--dry-run"], "recipe 'tinny' is not known, nor is it the path of a .json file."),
         (["train", "tinny", "--dry-run"], "Did you mean 'tiny'?"),
         (["train", "tiny", "optimizer.lrr=1", "--dry-run"], "Did you mean 'lr'?"),

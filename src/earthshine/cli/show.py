@@ -37,7 +37,7 @@ def run(options: Options) -> None:
         print_json(encode(make()))
         return
     print(inspect.getsource(make).rstrip())
-    print(f"\n# {_size(make())}")
+    print("\n" + _size(make()))
 
 
 def _find(name: str) -> Callable[[], Any]:
@@ -58,6 +58,7 @@ def _size(value: Any) -> str:
     config = value if isinstance(value, ModelConfig) else model_config(value)
     counts = count_parameters(config)
     return (
-        f"{counts.total:,} parameters ({human_count(counts.total)}), "
-        f"{counts.active:,} active per token ({human_count(counts.active)})"
+        f"# {counts.total:,} parameters ({human_count(counts.total)}), "
+        f"{counts.active:,} active per token ({human_count(counts.active)});\n"
+        f"# without embeddings {counts.total_non_embedding:,}, {counts.active_non_embedding:,} active per token"
     )

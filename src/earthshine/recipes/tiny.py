@@ -11,7 +11,7 @@ def tiny() -> TrainJob:
     """A dense Llama of 0.5 M parameters trained with Muon on 0.25 M tokens."""
     return TrainJob(
         name="tiny",
-        init=Scratch(model=presets.llama_tiny()),
+        init=Scratch(model=presets.llama3_tiny()),
         seq_len=256,
         sequences_per_step=8,
         sequences_per_micro_batch=4,
@@ -24,4 +24,4 @@ def tiny() -> TrainJob:
 
 def tiny_moe() -> TrainJob:
     """`tiny` with 8 experts, top-2, in every layer."""
-    return replace(tiny(), name="tiny_moe", init=Scratch(model=presets.mixtral_tiny()))
+    return replace(tiny(), name="tiny_moe", init=Scratch(model=presets.llama3_tiny_e8t2()))

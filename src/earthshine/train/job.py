@@ -5,7 +5,6 @@ Names: B sequences, S positions; a step is one update of the parameters, made of
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,8 +16,9 @@ from earthshine.console import human_bytes, human_count, human_seconds, table
 from earthshine.data.config import DataConfig
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.model.config import ModelConfig
-from earthshine.model.hf_config import from_hf
 from earthshine.model.counts import count_parameters, train_flops_per_token
+from earthshine.model.hf_config import from_hf
+from earthshine.model.matrices import weights
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.optim.schedule import learning_rate
 
@@ -290,16 +290,16 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         )
     model, optimizer = model or model_config(job), job.optimizer
     check_model(job, model)
-    counts, matrices = count_parameters(model), _matrices(model)
+    counts, found = count_parameters(model), weights(model)
     for pattern in optimizer.freeze:
-        if not any(fnmatchcase(g.name, pattern) for g in matrices):
-            raise ConfigError(f"optimizer.freeze pattern {pattern!r} matches none of the {len(matrices)} parameters.")
-    trained = [g for g in matrices if not _frozen(optimizer, g.name)]
+        if not any(fnmatchcase(w.name, pattern) for w in found):
+            raise ConfigError(f"optimizer.freeze pattern {pattern!r} matches none of the {len(found)} parameters.")
+    trained = [w for w in found if not _frozen(optimizer, w.name)]
     if not trained:
         raise ConfigError(f"optimizer.freeze={list(optimizer.freeze)} leaves no parameter to train.")
-    muon = [g for g in trained if g.for_muon and optimizer.algorithm == "muon"]
-    trainable, by_muon = sum(g.elements for g in trained), sum(g.elements for g in muon)
-    newton_schulz = sum(g.count * _newton_schulz_flops(optimizer, g.rows, g.columns) for g in muon)
+    muon = [w for w in trained if w.for_muon and optimizer.algorithm == "muon"]
+    trainable, by_muon = sum(w.elements for w in trained), sum(w.elements for w in muon)
+    newton_schulz = sum(w.count * _newton_schulz_flops(optimizer, w.rows, w.columns) for w in muon)
     forward_backward = train_flops_per_token(model, job.seq_len) * job.tokens_per_step
     return Derived(
         world=world,
@@ -320,61 +320,6 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         gradient_bytes=4 * trainable,
         optimizer_bytes=4 * by_muon + 8 * (trainable - by_muon),
     )
-
-
-@dataclass(frozen=True)
-class _Matrices:
-    """A parameter as `count` matrices. Norms, embedding and head are not hidden matrices: AdamW trains them."""
-
-    name: str
-    count: int
-    rows: int
-    columns: int
-    is_hidden_matrix: bool = True
-
-    @property
-    def for_muon(self) -> bool:
-        return self.is_hidden_matrix and min(self.rows, self.columns) > 1
-
-    @property
-    def elements(self) -> int:
-        return self.count * self.rows * self.columns
-
-
-def _matrices(c: ModelConfig) -> list[_Matrices]:
-    """The parameters of `c` by name, as `optim.groups` divides them; a test holds this to the built model."""
-    width, heads, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    found = [_Matrices("embed.weight", 1, c.vocab_size, width, False)]
-    for layer in range(c.num_hidden_layers):
-        block = f"blocks.{layer}"
-        found += [_Matrices(f"{block}.{norm}.weight", 1, 1, width, False) for norm in ("attn_norm", "ffn_norm")]
-        for name, rows in (("q", heads), ("k", kv), ("v", kv)):
-            found.append(_Matrices(f"{block}.attn.{name}_proj.weight", 1, rows, width))
-        found.append(_Matrices(f"{block}.attn.o_proj.weight", 1, width, heads))
-        if layer not in c.moe.layers:
-            found += _feed_forward(f"{block}.ffn", width, c.intermediate_size)
-            continue
-        moe, experts = c.moe, f"{block}.moe.experts"
-        found.append(_Matrices(f"{block}.moe.router.weight", 1, moe.num_experts, width))
-        for name in ("w_gate_EFD", "w_up_EFD"):
-            found.append(_Matrices(f"{experts}.{name}", moe.num_experts, moe.intermediate_size, width))
-        found.append(_Matrices(f"{experts}.w_down_EDF", moe.num_experts, width, moe.intermediate_size))
-        if moe.shared_intermediate_size:
-            found += _feed_forward(f"{block}.moe.shared", width, moe.shared_intermediate_size)
-            found.append(_Matrices(f"{block}.moe.shared_gate.weight", 1, 1, width))
-    found.append(_Matrices("final_norm.weight", 1, 1, width, False))
-    if not c.tie_word_embeddings:
-        found.append(_Matrices("head.weight", 1, c.vocab_size, width, False))
-    return found
-
-
-def _feed_forward(where: str, width: int, intermediate: int) -> list[_Matrices]:
-    shapes: Sequence[tuple[str, int, int]] = (
-        ("gate", intermediate, width),
-        ("up", intermediate, width),
-        ("down", width, intermediate),
-    )
-    return [_Matrices(f"{where}.{name}_proj.weight", 1, rows, columns) for name, rows, columns in shapes]
 
 
 def _newton_schulz_flops(optimizer: OptimizerConfig, rows: int, columns: int) -> float:

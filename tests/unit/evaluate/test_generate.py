@@ -14,7 +14,7 @@ from earthshine.model.transformer import Transformer, initialize
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    built = Transformer(preset("mixtral_tiny"))
+    built = Transformer(preset("llama3_tiny_e8t2"))
     initialize(built, seed=0)
     return built
 
@@ -60,7 +60,7 @@ def test_bad_requests_are_refused(model: Transformer, ids: list[int], options: d
 
 
 def test_the_generation_config_adds_ids_that_end_a_text(tmp_path: Path) -> None:
-    config = replace(preset("llama_tiny"), eos_token_ids=(3,))
+    config = replace(preset("llama3_tiny"), eos_token_ids=(3,))
     assert stop_ids(tmp_path, config) == (3,)
     path = tmp_path / "generation_config.json"
     for text, ids in (('{"eos_token_id": [3, 7]}', (3, 7)), ('{"eos_token_id": 9}', (3, 9)), ("{}", (3,))):

@@ -32,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_equals_torch_document_by_document(shards: Path) -> None:
     """With attention inside documents and one window that holds several, each document counts as if it were alone."""
-    model = Transformer(preset("mixtral_tiny"))
+    model = Transformer(preset("llama3_tiny_e8t2"))
     initialize(model, seed=0)
     result = heldout_loss(model, shards, seq_len=20, max_sequences=0, batch=3)
     data = TokenShards(shards)
@@ -58,7 +58,7 @@ def test_equals_torch_document_by_document(shards: Path) -> None:
 
 def test_attention_across_documents_is_the_plain_loss_of_the_stream(shards: Path) -> None:
     """Every token is a target then, documents' first ones too; the result says which text it is of."""
-    model = Transformer(preset("llama_tiny")).train()
+    model = Transformer(preset("llama3_tiny")).train()
     initialize(model, seed=0)
     result = heldout_loss(model, shards, seq_len=20, max_sequences=3, document_attention=False)
     data = TokenShards(shards)
@@ -78,7 +78,7 @@ def test_attention_across_documents_is_the_plain_loss_of_the_stream(shards: Path
 )
 def test_windows_that_have_no_meaning(shards: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        heldout_loss(Transformer(preset("llama_tiny")), shards, **options)
+        heldout_loss(Transformer(preset("llama3_tiny")), shards, **options)
 
 
 def test_stderr_of_equal_sequences_is_that_of_a_mean() -> None:

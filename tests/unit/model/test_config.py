@@ -37,7 +37,7 @@ def test_old_and_new_places_of_rope_are_read() -> None:
 )
 def test_what_would_change_the_function_is_refused(change: dict, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        from_hf({**to_hf(preset("llama_tiny")), **change})
+        from_hf({**to_hf(preset("llama3_tiny")), **change})
 
 
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 16}
@@ -67,10 +67,10 @@ LLAMA3 = {"factor": 4.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_
 def test_what_can_be_read_in_two_ways_or_in_none_is_refused(change: dict, message: str) -> None:
     """transformers 4 and 5, and we, would each take rotary settings from another place."""
     with pytest.raises(ConfigError, match=message):
-        from_hf({**to_hf(preset("llama_tiny")), **change})
+        from_hf({**to_hf(preset("llama3_tiny")), **change})
 
 
-@pytest.mark.parametrize("name", ["llama_tiny", "mixtral_tiny"])
+@pytest.mark.parametrize("name", ["llama3_tiny", "llama3_tiny_e8t2"])
 def test_what_a_config_leaves_out_is_what_transformers_takes(name: str) -> None:
     """Llama 2's own files have no rope_theta."""
     transformers = pytest.importorskip("transformers")
@@ -82,7 +82,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(name: str) -> None:
 
 
 def test_a_missing_field_is_named() -> None:
-    hf = to_hf(preset("llama_tiny"))
+    hf = to_hf(preset("llama3_tiny"))
     del hf["num_hidden_layers"]
     with pytest.raises(ConfigError, match="num_hidden_layers"):
         from_hf(hf)
@@ -100,12 +100,12 @@ def test_a_missing_field_is_named() -> None:
     ],
 )
 def test_contradictions_are_named(change: dict, message: str) -> None:
-    data = encode(preset("mixtral_tiny"))
+    data = encode(preset("llama3_tiny_e8t2"))
     data["moe"] |= change
     with pytest.raises(ConfigError, match=message):
         decode(ModelConfig, data)
 
 
 def test_an_unknown_preset_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'llama_tiny'"):
+    with pytest.raises(ConfigError, match="Did you mean 'llama3_tiny'"):
         preset("lama_tiny")

@@ -9,7 +9,7 @@ from earthshine.model.counts import count_parameters, forward_flops_per_token, t
 from earthshine.model.presets import PRESETS, preset
 from earthshine.model.transformer import Transformer
 
-TINY = ["llama_tiny", "mixtral_tiny"]
+TINY = ["llama3_tiny", "llama3_tiny_e8t2"]
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -10,7 +10,7 @@ from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
 
 
-def build(name: str = "mixtral_tiny", **options: object) -> Transformer:
+def build(name: str = "llama3_tiny_e8t2", **options: object) -> Transformer:
     model = Transformer(preset(name), **options)
     initialize(model, seed=0)
     return model
@@ -29,7 +29,7 @@ def test_packed_documents_give_the_logits_of_each_alone() -> None:
 
 def test_a_full_cache_is_refused() -> None:
     """One position past the end would broadcast into nothing, and attention would go on without it."""
-    model = build("llama_tiny")
+    model = build("llama3_tiny")
     cache = model.new_cache(1, 4)
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.int64), cache=cache)
@@ -53,7 +53,7 @@ def test_expert_counts_add_up_in_training_forwards_only() -> None:
 
 def test_initialisation_follows_the_scheme_and_the_seed() -> None:
     """Standard deviations within 5 %, four standard errors of the smallest matrix."""
-    model, again, other = build(), build(), Transformer(preset("mixtral_tiny"))
+    model, again, other = build(), build(), Transformer(preset("llama3_tiny_e8t2"))
     initialize(other, seed=1)
     for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -81,7 +81,7 @@ def test_sequence_losses_add_up_to_the_loss() -> None:
 
 def test_bfloat16_compute_keeps_float32_parameters_and_comes_near() -> None:
     """8 bits of mantissa: 1e-2 on logits of this size. Gradients arrive in the parameters' float32."""
-    fine, coarse = build("llama_tiny"), build("llama_tiny", compute_dtype=torch.bfloat16)
+    fine, coarse = build("llama3_tiny"), build("llama3_tiny", compute_dtype=torch.bfloat16)
     tokens = torch.randint(0, 2048, (1, 6))
     torch.testing.assert_close(coarse(tokens), fine(tokens), atol=1e-2, rtol=0)
     coarse.loss_sum(tokens, tokens).backward()

@@ -17,7 +17,7 @@ from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import ModelConfig
 from earthshine.model.hf_config import to_hf
 from earthshine.model.counts import train_flops_per_token
-from earthshine.model.presets import llama_tiny, mixtral_tiny
+from earthshine.model.presets import llama3_tiny, llama3_tiny_e8t2
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops.orthogonalize import newton_schulz_flops
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
@@ -59,7 +59,7 @@ def test_what_cannot_be_is_refused(change: str, message: str, make_job: JobMaker
 
 @pytest.mark.parametrize(
     "init",
-    [Scratch(model=llama_tiny()), FromHuggingFace(path="a"), FromCheckpoint(path="b")],
+    [Scratch(model=llama3_tiny()), FromHuggingFace(path="a"), FromCheckpoint(path="b")],
     ids=lambda i: str(i.kind),
 )
 def test_a_job_survives_json(init: Any, make_job: JobMaker) -> None:
@@ -79,7 +79,7 @@ def top_1(model: ModelConfig) -> ModelConfig:
 @pytest.mark.parametrize("init", ["scratch", "huggingface", "checkpoint", "resumed"])
 def test_a_router_that_gets_no_gradient_is_refused(init: str, tmp_path: Path, make_job: JobMaker) -> None:
     """The softmax over the one chosen expert is 1: measured below, the gradient is exactly 0."""
-    model = top_1(mixtral_tiny())
+    model = top_1(llama3_tiny_e8t2())
     (tmp_path / "config.json").write_text(json.dumps(to_hf(model)))
     run_store.save(tmp_path, step=1, tensors={"model.x": torch.zeros(1)}, state={}, model=model, job={}, keep=0)
     kinds: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_a_router_that_gets_no_gradient_is_refused(init: str, tmp_path: Path, ma
 
 
 def test_what_could_not_be_exported_is_not_trained(make_job: JobMaker) -> None:
-    model = mixtral_tiny()
+    model = llama3_tiny_e8t2()
     some = replace(model, moe=replace(model.moe, layers=(1,)))
     with pytest.raises(UnsupportedModelError, match="no Hugging Face class has experts in some layers"):
         derive(make_job(init=Scratch(model=some)))
@@ -119,7 +119,7 @@ def test_freezing_nothing_or_everything_is_refused_before_it_runs(
 
 
 def test_the_model_of_a_warm_start_is_read_from_its_json(tmp_path: Path, make_job: JobMaker) -> None:
-    model = llama_tiny()
+    model = llama3_tiny()
     (tmp_path / "config.json").write_text(json.dumps(to_hf(model)))
     found = model_config(make_job(init=FromHuggingFace(path=str(tmp_path))))
     assert found.hidden_size == model.hidden_size and found.vocab_size == model.vocab_size
@@ -148,7 +148,7 @@ def trained_by(model: ModelConfig, optimizer: OptimizerConfig, algorithm: str) -
 def test_derived_parameters_and_bytes_are_those_of_the_built_optimizer(
     kind: str, algorithm: Any, freeze: tuple[str, ...], make_job: JobMaker, micro_model: Callable[[bool], ModelConfig]
 ) -> None:
-    model = {"dense": llama_tiny(), "moe": mixtral_tiny(), "partial": micro_model(True)}[kind]
+    model = {"dense": llama3_tiny(), "moe": llama3_tiny_e8t2(), "partial": micro_model(True)}[kind]
     optimizer = OptimizerConfig(algorithm=algorithm, freeze=freeze)
     derived = derive(make_job(init=Scratch(model=model), optimizer=optimizer))
     with torch.device("meta"):
@@ -162,7 +162,7 @@ def test_derived_parameters_and_bytes_are_those_of_the_built_optimizer(
 
 @pytest.mark.parametrize("form", ["standard", "gram", "auto"])
 def test_newton_schulz_is_counted_as_the_operator_counts_it(form: Any, make_job: JobMaker) -> None:
-    model, steps = mixtral_tiny(), 5
+    model, steps = llama3_tiny_e8t2(), 5
     optimizer = OptimizerConfig(ns_form=form, ns_steps=steps, ns_dtype="float32")
     with torch.device("meta"):
         built = build_optimizer(Transformer(model), optimizer)

@@ -19,7 +19,7 @@ from earthshine.verify.upcycled import verify_upcycle
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = Transformer(preset("llama_tiny"))
+    model = Transformer(preset("llama3_tiny"))
     initialize(model, seed=0)
     out = tmp_path_factory.mktemp("models") / "dense"
     save_model(model, model.config, out)
@@ -71,7 +71,7 @@ def test_an_expert_that_no_token_reaches_is_proved_by_the_manifest(dense: Path, 
 def test_models_that_do_not_belong_together_are_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a dense model and a mixture"):
         verify_upcycle(dense, dense)
-    other = preset("mixtral_tiny")
+    other = preset("llama3_tiny_e8t2")
     other = ModelConfig(**{**vars(other), "vocab_size": 100})
     model = Transformer(other)
     initialize(model, 0)

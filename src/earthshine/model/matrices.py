@@ -1,0 +1,109 @@
+"""The trained parameters of a `ModelConfig`, by name and shape, without building the model. No torch.
+
+What counts parameters, FLOPs and the optimizer's work reads this list; a test holds it to the built model of every
+family and to what `optim.groups` makes of it. Buffers are not in it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from earthshine.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as `count` matrices of rows x columns; a vector is one row.
+
+    role: "experts" is a stack of which a token passes through the chosen ones; "matrix" any other matrix of the hidden
+        layers; "embedding" the input table, which is the head as well where the two are tied.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    count: int = 1
+    role: Literal["embedding", "head", "vector", "matrix", "experts"] = "matrix"
+
+    @property
+    def elements(self) -> int:
+        return self.count * self.rows * self.columns
+
+    @property
+    def for_muon(self) -> bool:
+        """Muon's division of `optim.groups`: hidden matrices, unless they have a single row or column."""
+        return self.role in ("matrix", "experts") and min(self.rows, self.columns) > 1
+
+
+def weights(c: ModelConfig) -> list[Weight]:
+    """All trained parameters of `c`, named as in the built model."""
+    width = c.hidden_size
+    found = [Weight("embed.weight", c.vocab_size, width, role="embedding")]
+    for layer in range(c.num_hidden_layers):
+        block = f"blocks.{layer}"
+        found += [_vector(f"{block}.{norm}.weight", width) for norm in ("attn_norm", "ffn_norm")]
+        found += (_latent_attention if c.mla.kv_lora_rank else _attention)(f"{block}.attn", c)
+        if layer in c.moe.layers:
+            found += _mixture(f"{block}.moe", c)
+        else:
+            found += _feed_forward(f"{block}.ffn", width, c.intermediate_size)
+    found.append(_vector("final_norm.weight", width))
+    if not c.tie_word_embeddings:
+        found.append(Weight("head.weight", c.vocab_size, width, role="head"))
+    return found
+
+
+def _vector(name: str, size: int) -> Weight:
+    return Weight(name, 1, size, role="vector")
+
+
+def _attention(where: str, c: ModelConfig) -> list[Weight]:
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    into = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    found = [Weight(f"{where}.{name}.weight", rows, c.hidden_size) for name, rows in into.items()]
+    if c.qkv_bias:
+        found += [_vector(f"{where}.{name}.bias", rows) for name, rows in into.items()]
+    if c.qk_norm:
+        found += [_vector(f"{where}.{name}.weight", c.head_dim) for name in ("q_norm", "k_norm")]
+    return [*found, Weight(f"{where}.o_proj.weight", c.hidden_size, queries)]
+
+
+def _latent_attention(where: str, c: ModelConfig) -> list[Weight]:
+    mla, heads, width = c.mla, c.num_attention_heads, c.hidden_size
+    if mla.q_lora_rank:
+        found = [
+            Weight(f"{where}.q_a_proj.weight", mla.q_lora_rank, width),
+            _vector(f"{where}.q_a_norm.weight", mla.q_lora_rank),
+            Weight(f"{where}.q_b_proj.weight", heads * c.head_dim, mla.q_lora_rank),
+        ]
+    else:
+        found = [Weight(f"{where}.q_proj.weight", heads * c.head_dim, width)]
+    return [
+        *found,
+        Weight(f"{where}.kv_a_proj_with_mqa.weight", mla.kv_lora_rank + mla.qk_rope_head_dim, width),
+        _vector(f"{where}.kv_a_norm.weight", mla.kv_lora_rank),
+        Weight(f"{where}.kv_b_proj.weight", heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank),
+        Weight(f"{where}.o_proj.weight", width, heads * mla.v_head_dim),
+    ]
+
+
+def _feed_forward(where: str, width: int, intermediate: int) -> list[Weight]:
+    return [
+        Weight(f"{where}.gate_proj.weight", intermediate, width),
+        Weight(f"{where}.up_proj.weight", intermediate, width),
+        Weight(f"{where}.down_proj.weight", width, intermediate),
+    ]
+
+
+def _mixture(where: str, c: ModelConfig) -> list[Weight]:
+    moe, width = c.moe, c.hidden_size
+    found = [
+        Weight(f"{where}.router.weight", moe.num_experts, width),
+        Weight(f"{where}.experts.w_gate_EFD", moe.intermediate_size, width, moe.num_experts, "experts"),
+        Weight(f"{where}.experts.w_up_EFD", moe.intermediate_size, width, moe.num_experts, "experts"),
+        Weight(f"{where}.experts.w_down_EDF", width, moe.intermediate_size, moe.num_experts, "experts"),
+    ]
+    if moe.shared_intermediate_size:
+        found += _feed_forward(f"{where}.shared", width, moe.shared_intermediate_size)
+        if moe.shared_gated:
+            found.append(Weight(f"{where}.shared_gate.weight", 1, width))
+    return found
