@@ -124,6 +124,7 @@ def load_model(
     compute_dtype: torch.dtype | None = None,
     *,
     trust: bool = False,
+    **training: Any,
 ) -> "Transformer":
     """A Hugging Face directory or a run's latest checkpoint as a model; `model(tokens_BS) -> logits_BSV`.
 
@@ -131,6 +132,7 @@ def load_model(
         dtype: of the parameters.
         compute_dtype: of activations and products; `dtype` when None.
         trust: read a run's checkpoint that was not made on this machine.
+        training: what `Transformer` takes besides, for a model that will be trained: balance, capacity, recompute.
     Raises ConfigError or UnsupportedModelError for the config, WeightsError for any tensor that is missing, extra,
     misshapen or not finite, CheckpointError for a damaged checkpoint.
     """
@@ -141,7 +143,7 @@ def load_model(
 
     def build() -> Transformer:
         with torch.device(device):
-            return Transformer(config, compute_dtype or dtype).to(dtype)
+            return Transformer(config, compute_dtype or dtype, **training).to(dtype)
 
     if is_run(path):
         from earthshine.checkpoint.run_store import load_model_state
