@@ -1,47 +1,72 @@
-"""The decoder: a Llama when dense, a Mixtral or a Qwen2-MoE when sparse.
+"""The decoder: attention and feed-forward blocks of every family in `model.config`.
 
 Shapes: B batch, S positions, T = B*S tokens, D model width, V vocabulary, E experts.
 """
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from earthshine.model.attention import Attention, KeyValueCache, rope_table
-from earthshine.model.config import ModelConfig
+from earthshine.model.attention import Cache, make_attention, make_cache, rope_table
+from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.layers import Embedding, Linear, RMSNorm, SwiGLU, at_least_float32, to_compute
 from earthshine.model.moe import MoE
 from earthshine.model.protocols import LocalLossReduce, LossReduce
 from earthshine.ops.cross_entropy import cross_entropy_sum
 from earthshine.ops.grouped_experts import Backend
+from earthshine.ops.routing import RoutingStats, bias_update
+
+
+class Losses(NamedTuple):
+    """What one forward pass adds to a step's objective; 0-d sums, so that micro-batches and ranks add up.
+
+    nll: negative log likelihood in nats, over targets. balance: the experts' balance loss, 1 at uniform routing, over
+    sequences and layers. z: the squared log-sum-exp of router logits, over tokens and layers.
+    """
+
+    nll: Tensor
+    balance: Tensor
+    z: Tensor
 
 
 class Block(nn.Module):
     """Pre-norm attention, then a pre-norm feed-forward network (`ffn`) or mixture (`moe`), each added to its input."""
 
-    def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, backend: Backend, balance: BalanceConfig, capacity: CapacityConfig
+    ) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config, layer)
+        self.attn = make_attention(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn: SwiGLU | None = None
         self.moe: MoE | None = None
         if layer in config.moe.layers:
-            self.moe = MoE(config, backend)
+            self.moe = MoE(config, backend, balance, capacity)
         else:
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
+        self,
+        x_BSD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        documents_BS: Tensor | None,
+        cache: Cache | None,
+        step_counts_E: Tensor | None,
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """The block's output, and what its routing adds to the losses. No side effects: it may be recomputed."""
         x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, documents_BS, cache)
-        feed_forward = self.moe if self.moe is not None else self.ffn
-        assert feed_forward is not None
-        out: Tensor = x_BSD + feed_forward(self.ffn_norm(x_BSD))
-        return out
+        if self.moe is not None:
+            y_BSD, stats = self.moe(self.ffn_norm(x_BSD), step_counts_E)
+            return x_BSD + y_BSD, stats
+        assert self.ffn is not None
+        return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
 
 
 class Transformer(nn.Module):
@@ -51,17 +76,31 @@ class Transformer(nn.Module):
         config: the architecture.
         compute_dtype: dtype of activations and products; parameters stay float32 (use `.double()` together with
             torch.float64 for a float64 model).
-        experts_backend: see `ops.grouped_experts.grouped_linear`.
+        experts_backend: see `ops.grouped_experts.swiglu_experts`.
+        balance, capacity: how the routers are trained; without effect in evaluation.
+        recompute: in training, keep only each block's input and compute the block again in the backward pass.
     """
 
     def __init__(
-        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, experts_backend: Backend = "auto"
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        experts_backend: Backend = "auto",
+        *,
+        balance: BalanceConfig | None = None,
+        capacity: CapacityConfig | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.balance = balance or BalanceConfig()
+        self.recompute = recompute
         self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, i, experts_backend) for i in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, i, experts_backend, self.balance, capacity or CapacityConfig())
+            for i in range(config.num_hidden_layers)
+        )
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.loss_reduce: LossReduce = LocalLossReduce()
@@ -70,26 +109,44 @@ class Transformer(nn.Module):
     def head_weight_VD(self) -> Tensor:
         return self.embed.weight if self.head is None else self.head.weight
 
-    def hidden(
-        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def hidden(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final normalised hidden states (B, S, D) in the compute dtype. Positions go on from the cache's length.
 
         They do not start anew in a document: rotary attention sees differences of positions only.
         """
+        return self._hidden(tokens_BS, documents_BS, cache)[0]
+
+    def _hidden(
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        cache: Cache | None = None,
+        step_counts: Mapping[int, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[int, RoutingStats]]:
+        """Hidden states, and in training each mixture layer's statistics, which are also added to its counts."""
         start = 0 if cache is None else cache.length
         rope = rope_table(self.config, torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device))
         x_BSD = self.embed(tokens_BS).to(self.compute_dtype)
-        for block in self.blocks:
-            x_BSD = block(x_BSD, rope, documents_BS, cache)
+        found: dict[int, RoutingStats] = {}
+        counting = self.training and torch.is_grad_enabled()
+        for layer, block in enumerate(self.blocks):
+            inputs = (x_BSD, rope, documents_BS, cache, (step_counts or {}).get(layer))
+            if self.recompute and counting:
+                # The forward pass draws no random numbers, so there is no random state to keep.
+                x_BSD, stats = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BSD, stats = block(*inputs)
+            if stats is not None:
+                found[layer] = stats
         if cache is not None:
             cache.length += tokens_BS.shape[1]
-        out: Tensor = self.final_norm(x_BSD)
-        return out
+        if counting:
+            for layer, moe in self._moe_layers().items():
+                moe.counts_E += found[layer].counts_E
+                moe.dropped += found[layer].dropped
+        return self.final_norm(x_BSD), found
 
-    def forward(
-        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Logits (B, S, V) in at least float32.
 
         Args:
@@ -100,7 +157,7 @@ class Transformer(nn.Module):
         h_BSD = self.hidden(tokens_BS, documents_BS, cache)
         return at_least_float32(F.linear(h_BSD, to_compute(self.head_weight_VD, h_BSD)))
 
-    def next_token_logits(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
+    def next_token_logits(self, tokens_BS: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) after the last of these positions only, extending the cache."""
         h_BD = self.hidden(tokens_BS, cache=cache)[:, -1]
         return at_least_float32(F.linear(h_BD, to_compute(self.head_weight_VD, h_BD)))
@@ -112,6 +169,29 @@ class Transformer(nn.Module):
         """
         h_BSD = self.hidden(tokens_BS, documents_BS)
         return self._loss(h_BSD.flatten(0, 1), targets_BS.flatten())
+
+    def losses(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        step_counts: Mapping[int, Tensor] | None = None,
+    ) -> Losses:
+        """`loss_sum`, and the sums of the losses that keep experts balanced: 0 in evaluation and for dense models.
+
+        step_counts: `routing_counts` of the whole step, for the Switch loss with scope="step".
+        """
+        h_BSD, stats = self._hidden(tokens_BS, documents_BS, step_counts=step_counts)
+        nll = self._loss(h_BSD.flatten(0, 1), targets_BS.flatten())
+        nothing = nll.new_zeros(())
+        balance, z = (sum((getattr(s, name) for s in stats.values()), nothing) for name in ("balance", "z"))
+        return Losses(nll, balance, z)
+
+    @torch.no_grad()
+    def routing_counts(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> dict[int, Tensor]:
+        """For each MoE layer, int64 (E,): how many choices fall on each expert in a training forward, not counted."""
+        stats = self._hidden(tokens_BS, documents_BS)[1]
+        return {layer: s.counts_E for layer, s in stats.items()}
 
     def sequence_loss_sums(self, tokens_BS: Tensor, targets_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         """`loss_sum` of each sequence by itself: (B,)."""
@@ -128,8 +208,8 @@ class Transformer(nn.Module):
             reduce_sum=self.loss_reduce.sum,
         )
 
-    def new_cache(self, batch: int, max_positions: int) -> KeyValueCache:
-        return KeyValueCache(self.config, batch, max_positions, self.compute_dtype, self.embed.weight.device)
+    def new_cache(self, batch: int, max_positions: int) -> Cache:
+        return make_cache(self.config, batch, max_positions, self.compute_dtype, self.embed.weight.device)
 
     def _moe_layers(self) -> dict[int, MoE]:
         found = {i: block.moe for i, block in enumerate(self.blocks)}
@@ -139,22 +219,40 @@ class Transformer(nn.Module):
         """For each MoE layer, int64 (E,): rows routed to each expert in training forwards since the last reset."""
         return {i: moe.counts_E.clone() for i, moe in self._moe_layers().items()}
 
+    def dropped_counts(self) -> dict[int, int]:
+        """For each MoE layer, how many of those choices were dropped for want of capacity."""
+        return {i: int(moe.dropped) for i, moe in self._moe_layers().items()}
+
     def reset_expert_counts(self) -> None:
         for moe in self._moe_layers().values():
             moe.counts_E.zero_()
+            moe.dropped.zero_()
+
+    @torch.no_grad()
+    def update_router_bias(self) -> None:
+        """Move the choice biases by the counts since the last reset, once per step (`ops.routing.bias_update`)."""
+        for moe in self._moe_layers().values():
+            if self.balance.bias != "none" and moe.router.bias_E is not None:
+                updated = bias_update(moe.router.bias_E, moe.counts_E, self.balance.bias_rate, self.balance.bias)
+                moe.router.bias_E.copy_(updated)
+
+    def compile_blocks(self) -> None:
+        """Compile each block by itself: alike layers share their code, and routing of any load is one graph each."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
 
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
-    """Initialise for training from scratch: weights N(0, init_std), norms 1, and the projections that write to the
-    residual stream scaled by 1/sqrt(2 * layers) (GPT-2: Radford et al. 2019, section 2.3).
+    """Initialise for training from scratch: weights N(0, init_std), norms 1, biases 0, and the projections that write
+    to the residual stream scaled by 1/sqrt(2 * layers) (GPT-2: Radford et al. 2019, section 2.3).
 
     Each parameter's numbers are a function of (seed, name) alone.
     """
     residual_scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1.0)
+        if "norm" in name or name.endswith(".bias"):
+            parameter.fill_(1.0 if "norm" in name else 0.0)
             continue
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -162,3 +260,6 @@ def initialize(model: Transformer, seed: int) -> None:
         if name.endswith(("o_proj.weight", "down_proj.weight", "w_down_EDF")):
             drawn *= residual_scale
         parameter.copy_(drawn)
+    for moe in model._moe_layers().values():
+        if moe.router.bias_E is not None:
+            moe.router.bias_E.zero_()

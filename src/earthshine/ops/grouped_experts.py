@@ -1,7 +1,10 @@
 """Rows sorted by expert, a matrix product per group of rows, and the way back.
 
-Shapes: T tokens, K experts per token, R = T*K routed rows, D model width, F expert width, E experts; O, I the output
-and input width of one product.
+Shapes: T tokens, K experts per token, R = T*K routed rows, D model width, F expert width, E experts, C rows of each
+expert in the padded layout.
+
+A dropped choice has the expert E: its row is sorted to the end and counted nowhere. Rows beyond sum(counts_E) come out
+as zeros and take no part in any gradient.
 """
 
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["auto", "grouped", "loop"]
+Backend = Literal["auto", "grouped", "padded", "loop"]
 _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,12 +29,13 @@ class Routed:
 
 
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Routed:
-    """Group the T*K choices by expert; within one expert they keep the order of the tokens."""
+    """Group the T*K choices by expert, dropped ones last; within one expert they keep the order of the tokens."""
     flat_R = expert_TK.flatten()
     order_R = flat_R.argsort(stable=True)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    return Routed(order_R, inverse_R, torch.bincount(flat_R, minlength=num_experts), expert_TK.shape[1])
+    counts_E = torch.bincount(flat_R, minlength=num_experts + 1)[:num_experts]
+    return Routed(order_R, inverse_R, counts_E, expert_TK.shape[1])
 
 
 class _Permute(torch.autograd.Function):
@@ -77,31 +81,82 @@ def unpermute(y_RD: Tensor, routed: Routed, weights_TK: Tensor) -> Tensor:
     return torch.bmm(weights_TK.unsqueeze(1), y_TKD.to(weights_TK.dtype)).squeeze(1).to(y_RD.dtype)
 
 
-def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor, backend: Backend = "auto") -> Tensor:
-    """y[r] = w[expert of r] @ x[r] for rows sorted by expert; experts without rows are allowed.
+def swiglu_experts(
+    x_RD: Tensor,
+    w_gate_EFD: Tensor,
+    w_up_EFD: Tensor,
+    w_down_EDF: Tensor,
+    counts_E: Tensor,
+    backend: Backend = "auto",
+    capacity: int = 0,
+) -> Tensor:
+    """down(silu(gate x) * up x) with each row's own expert (arXiv:2002.05202): shape (R, D).
 
-    Backends: "loop" is one product per expert, the oracle, any dtype; "grouped" is torch's grouped matrix product
-    (float32 and half types, widths in multiples of 16 bytes); "auto" takes "grouped" where it can run.
+    Backends: "loop" is one expert after the other, the oracle, any dtype; "grouped" is torch's grouped matrix product
+    (float32 and half types, widths in multiples of 16 bytes); "padded" is a batched product over `capacity` rows of
+    every expert (of the fullest one where 0), whose shapes do not depend on the routing; "auto" is `choose_backend`.
+
+    Args:
+        x_RD: rows sorted by expert; experts without rows are allowed.
+        capacity: the most rows an expert has; 0 when that is not known.
     """
     if backend == "auto":
-        backend = "grouped" if can_group(x_RI, w_EOI) else "loop"
-    if backend == "loop":
-        parts = x_RI.split(counts_E.tolist())
-        return torch.cat([F.linear(x, w) for x, w in zip(parts, w_EOI.unbind(0), strict=True)])
-    ends_E = counts_E.cumsum(0).to(torch.int32)
-    return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=ends_E)
+        backend = choose_backend(x_RD, w_gate_EFD, capacity)
+    if backend == "padded":
+        return _padded(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E, capacity)
+    if backend == "grouped":
+        return _grouped(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E)
+    return _loop(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E)
 
 
-def can_group(x_RI: Tensor, w_EOI: Tensor) -> bool:
+def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> Backend:
+    """ "padded" with a capacity, else "grouped" where it can run, else "loop"."""
+    if capacity:
+        return "padded"
+    return "grouped" if can_group(x_RD, w_EFD) else "loop"
+
+
+def can_group(x_RD: Tensor, w_EFD: Tensor) -> bool:
     """Whether torch's grouped product takes these: its kernels want 16-byte rows and at most float32."""
-    aligned = all(n * x_RI.element_size() % 16 == 0 for n in w_EOI.shape[1:])
-    return aligned and x_RI.dtype in _GROUPED_MM_DTYPES
+    aligned = all(n * x_RD.element_size() % 16 == 0 for n in w_EFD.shape[1:])
+    return aligned and x_RD.dtype in _GROUPED_MM_DTYPES
 
 
-def swiglu_experts(
-    x_RD: Tensor, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, counts_E: Tensor, backend: Backend = "auto"
+def _loop(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    *parts, rest = x_RD.split([*(counts := counts_E.tolist()), x_RD.shape[0] - sum(counts)])
+    experts = zip(parts, gate_EFD.unbind(), up_EFD.unbind(), down_EDF.unbind(), strict=True)
+    outputs = [F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down) for x, gate, up, down in experts]
+    return torch.cat([*outputs, torch.zeros_like(rest)])
+
+
+def _grouped(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    # The grouped product leaves rows beyond the last group unset, and their gradients: neither may be seen.
+    used_R1 = (torch.arange(x_RD.shape[0], device=x_RD.device) < ends_E[-1]).unsqueeze(1)
+    x_RD = x_RD.where(used_R1, 0)
+    gate_RF = F.grouped_mm(x_RD, gate_EFD.transpose(1, 2), offs=ends_E)
+    up_RF = F.grouped_mm(x_RD, up_EFD.transpose(1, 2), offs=ends_E)
+    hidden_RF = (F.silu(gate_RF) * up_RF).where(used_R1, 0)
+    return F.grouped_mm(hidden_RF, down_EDF.transpose(1, 2), offs=ends_E).where(used_R1, 0)
+
+
+def _padded(
+    x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor, capacity: int
 ) -> Tensor:
-    """down(silu(gate x) * up x) with each row's own expert (arXiv:2002.05202): shape (R, D)."""
-    gate_RF = grouped_linear(x_RD, w_gate_EFD, counts_E, backend)
-    up_RF = grouped_linear(x_RD, w_up_EFD, counts_E, backend)
-    return grouped_linear(F.silu(gate_RF) * up_RF, w_down_EDF, counts_E, backend)
+    num_rows, num_experts = x_RD.shape[0], gate_EFD.shape[0]
+    if num_rows == 0:  # gradients of zero, not none
+        return x_RD + 0 * (gate_EFD.sum() + up_EFD.sum() + down_EDF.sum())
+    width = capacity or max(1, int(counts_E.max()))
+    ends_E = counts_E.cumsum(0)
+    row_R = torch.arange(num_rows, device=x_RD.device)
+    expert_R = torch.searchsorted(ends_E, row_R, right=True)
+    used_R1 = (expert_R < num_experts).unsqueeze(1)
+    expert_R = expert_R.clamp(max=num_experts - 1)
+    slot_R = expert_R * width + row_R - (ends_E - counts_E)[expert_R]
+    # One slot more than there are takes every unused row.
+    slot_R = slot_R.where(used_R1.squeeze(1), num_experts * width)
+    x_ECD = x_RD.new_zeros(num_experts * width + 1, x_RD.shape[1]).index_copy(0, slot_R, x_RD)[:-1]
+    x_ECD = x_ECD.unflatten(0, (num_experts, width))
+    hidden_ECF = F.silu(x_ECD @ gate_EFD.transpose(1, 2)) * (x_ECD @ up_EFD.transpose(1, 2))
+    y_SD = (hidden_ECF @ down_EDF.transpose(1, 2)).flatten(0, 1)
+    return y_SD.index_select(0, slot_R.clamp(max=num_experts * width - 1)).where(used_R1, 0)

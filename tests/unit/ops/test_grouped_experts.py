@@ -18,22 +18,36 @@ LOADS = {
 }
 
 
-def run(backend: str, loads: list[int]) -> list[torch.Tensor]:
+def run(backend: str, loads: list[int], capacity: int = 0, unused: int = 0) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(loads), D, generator=g).requires_grad_()
+    x = torch.randn(sum(loads) + unused, D, generator=g).requires_grad_()
     weights = [torch.randn(E, *s, generator=g).requires_grad_() for s in ((F, D), (F, D), (D, F))]
-    y = swiglu_experts(x, *weights, torch.tensor(loads), backend)
+    y = swiglu_experts(x, *weights, torch.tensor(loads), backend, capacity)
     y.backward(torch.randn(y.shape, generator=g))
     return [y.detach(), x.grad, *(w.grad for w in weights)]
 
 
+@pytest.mark.parametrize("unused", [0, 3])
 @pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS.keys())
-def test_grouped_equals_the_loop(loads: list[int]) -> None:
-    """1e-6 relative: the same fp32 products, perhaps summed in another order."""
-    for got, want in zip(run("grouped", loads), run("loop", loads), strict=True):
-        torch.testing.assert_close(
-            got, want, rtol=1e-6, atol=1e-6 * max(1.0, float(want.abs().max()) if want.numel() else 1.0)
-        )
+@pytest.mark.parametrize("backend, capacity", [("grouped", 0), ("padded", 0), ("padded", 20), ("auto", 0)])
+def test_backends_equal_the_loop(backend: str, capacity: int, loads: list[int], unused: int) -> None:
+    """1e-6 of the largest value: the same fp32 products, perhaps summed in another order."""
+    for got, want in zip(run(backend, loads, capacity, unused), run("loop", loads, 0, unused), strict=True):
+        largest = max(1.0, float(want.abs().max()) if want.numel() else 1.0)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "padded", "loop", "auto"])
+def test_unused_rows_are_zeros_and_take_no_gradient(backend: str) -> None:
+    y, grad_x, *_ = run(backend, [2, 0, 3, 0, 0], unused=4)
+    assert not y[5:].any() and not grad_x[5:].any() and y[:5].any()
+
+
+def test_dropped_choices_are_sorted_to_the_end_and_not_counted() -> None:
+    expert_TK = torch.tensor([[1, E], [E, 0], [1, 2]])
+    routed = sort_by_expert(expert_TK, E)
+    assert routed.counts_E.tolist() == [1, 2, 1, 0, 0]
+    assert expert_TK.flatten()[routed.order_R].tolist() == [0, 1, 1, 2, E, E]
 
 
 def test_auto_takes_the_loop_where_the_grouped_product_cannot_run() -> None:
