@@ -1,6 +1,8 @@
-"""Grouped-query attention with rotary positions, and the cache of keys and values for generation.
+"""Attention with rotary positions, grouped-query and latent, in Hugging Face's weight layout; and the cache of both.
 
-Shapes: B batch, S positions, D model width, H query heads, G key-value heads, C head width.
+Shapes: B batch, S new positions, P all positions so far, D model width, H query heads, G key-value heads, C width of a
+head's queries and keys, V of its values, R rotated pairs. Of latent attention: L width of the latent of keys and
+values, N width of a head's part without rotation (C = N + 2R).
 """
 
 import math
@@ -10,75 +12,233 @@ from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
-from earthshine.model.layers import Linear
+from earthshine.model.layers import Linear, RMSNorm, at_least_float32, to_compute
 from earthshine.model.protocols import KeyValueGather, LocalKeyValueGather
-from earthshine.ops.attention import causal_attention, rotate
+from earthshine.ops.attention import causal_attention
+from earthshine.ops.rotary import rotate
+
+# Whatever `rms_norm_eps` says: DeepSeek's code, and so transformers', gives the norms of the latents this default.
+_LATENT_NORM_EPS = 1e-6
 
 
-class KeyValueCache:
-    """Keys and values of all layers for up to `max_positions` positions; `length` of them are filled."""
+class Cache:
+    """What attention keeps of up to `max_positions` positions, in all layers; `length` of them are filled.
 
-    def __init__(
-        self, config: ModelConfig, batch: int, max_positions: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_positions, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    One row of numbers per layer, sequence, head and position: see `make_cache`.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows  # (layers, B, G, max_positions, width)
         self.length = 0
 
-    def append(self, layer: int, k_BGSC: Tensor, v_BGSC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new positions; returns that layer's keys and values so far. `length` moves with the last.
+    def append(self, layer: int, *parts_BGS: Tensor) -> Tensor:
+        """Store a layer's new positions, the parts side by side; returns that layer's rows so far, (B, G, P, width).
 
-        Raises ConfigError beyond `max_positions`.
+        `length` is moved by the model, after its last layer. Raises ConfigError beyond `max_positions`.
         """
-        end, room = self.length + k_BGSC.shape[2], self.keys.shape[3]
+        end, room = self.length + parts_BGS[0].shape[2], self.rows.shape[3]
         if end > room:  # a single position past the end would be stored nowhere, without an error
             raise ConfigError(f"the cache has room for {room} positions, not for {end}: make a larger one.")
-        self.keys[layer, :, :, self.length : end] = k_BGSC
-        self.values[layer, :, :, self.length : end] = v_BGSC
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        column = 0
+        for part in parts_BGS:
+            width = part.shape[-1]
+            self.rows[layer, :, :, self.length : end, column : column + width] = part
+            column += width
+        return self.rows[layer, :, :, :end]
+
+
+def make_cache(
+    config: ModelConfig, batch: int, max_positions: int, dtype: torch.dtype, device: torch.device | str
+) -> Cache:
+    """An empty cache. A position is a key and a value for each key-value head, or, with latent attention, the
+    normalised latent and the rotated key that all heads share: `kv_lora_rank + qk_rope_head_dim` numbers.
+    """
+    mla = config.mla
+    heads, width = config.num_key_value_heads, 2 * config.head_dim
+    if mla.kv_lora_rank:
+        heads, width = 1, mla.kv_lora_rank + mla.qk_rope_head_dim
+    shape = (config.num_hidden_layers, batch, heads, max_positions, width)
+    return Cache(torch.empty(shape, dtype=dtype, device=device))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) in Hugging Face's weight layout."""
+    """Grouped-query attention (arXiv:2305.13245), with biases (Qwen2) or normalised queries and keys (Qwen3)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, key_width, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, key_width, config.qkv_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.key_value_gather: KeyValueGather = LocalKeyValueGather()
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: KeyValueCache | None
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        q, k, v = (
-            proj(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        q_BSHC, k_BSGC, v_BSGC = (
+            proj(x_BSD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
+        q_BHSC, k_BGSC = rotate(q_BSHC.transpose(1, 2), *rope), rotate(k_BSGC.transpose(1, 2), *rope)
+        v_BGSC = v_BSGC.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        k, v = self.key_value_gather.gather(k, v)
-        out_BHSC = causal_attention(q, k, v, documents_BS)
+            k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC).chunk(2, -1)
+        k_BGSC, v_BGSC = self.key_value_gather.gather(k_BGSC, v_BGSC)
+        out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS)
         result: Tensor = self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
         return result
 
 
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse wavelengths, float32, shape (C/2,), with Llama 3.1's scaling where asked for.
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), as DeepSeek-V3 and Moonlight have it.
 
-    That scaling divides long wavelengths by `factor`, keeps short ones, and blends between (Llama 3.1's reference
-    code, `apply_scaling`).
+    Keys and values of all heads are linear in one normalised latent per position; beside it, all heads share one key
+    with rotary positions. Weights are as DeepSeek stores them: rows of `q_proj` (or `q_b_proj`) are, head by head, N
+    without and 2R with rotation; those of `kv_a_proj_with_mqa` the latent and the shared key; those of `kv_b_proj`,
+    head by head, keys and values.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        mla, heads = config.mla, config.num_attention_heads
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.latent_widths = (mla.kv_lora_rank, mla.qk_rope_head_dim)
+        self.key_value_widths = (mla.qk_nope_head_dim, mla.v_head_dim)
+        self.interleaved = mla.rope_interleaved
+        self.scale = _latent_scale(config)
+        self.q_proj: Linear | None = None
+        self.q_a_proj: Linear | None = None
+        self.q_a_norm: RMSNorm | None = None
+        self.q_b_proj: Linear | None = None
+        if mla.q_lora_rank:
+            self.q_a_proj = Linear(config.hidden_size, mla.q_lora_rank)
+            self.q_a_norm = RMSNorm(mla.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = Linear(mla.q_lora_rank, heads * config.head_dim)
+        else:
+            self.q_proj = Linear(config.hidden_size, heads * config.head_dim)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, sum(self.latent_widths))
+        self.kv_a_norm = RMSNorm(mla.kv_lora_rank, _LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(mla.kv_lora_rank, heads * sum(self.key_value_widths))
+        self.o_proj = Linear(heads * mla.v_head_dim, config.hidden_size)
+        self.key_value_gather: KeyValueGather = LocalKeyValueGather()
+
+    def forward(
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        q_BSHC = self._queries(x_BSD).unflatten(-1, (-1, self.head_dim))
+        q_BHSC = rotate(q_BSHC.transpose(1, 2), *rope, interleaved=self.interleaved)
+        # A single split of each projection's output: autograd then writes its gradient once, where two slices would
+        # each fill a whole tensor with zeros, and add them.
+        latent_BSL, shared_key = self.kv_a_proj_with_mqa(x_BSD).split(self.latent_widths, -1)
+        latent_B1SL = self.kv_a_norm(latent_BSL).unsqueeze(1)
+        shared_key_B1S = rotate(shared_key.unsqueeze(1), *rope, interleaved=self.interleaved)
+        if cache is not None:
+            rows_B1P = cache.append(self.layer, latent_B1SL, shared_key_B1S)
+            if self._absorbing_is_cheaper(q_BHSC.shape[2], rows_B1P.shape[2]):
+                return self._output(self._attend_to_latents(q_BHSC, rows_B1P.squeeze(1)))
+            latent_B1SL, shared_key_B1S = rows_B1P.split(self.latent_widths, -1)
+        # The latent and the shared key are what travels between ranks, as they are what a cache keeps.
+        shared_key_B1S, latent_B1SL = self.key_value_gather.gather(shared_key_B1S, latent_B1SL)
+        k_BHPC, v_BHPV = self._expand(latent_B1SL.squeeze(1), shared_key_B1S)
+        return self._output(causal_attention(q_BHSC, k_BHPC, v_BHPV, documents_BS, scale=self.scale))
+
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        """Of all heads, side by side; unrotated."""
+        last, x = self.q_proj, x_BSD
+        if self.q_a_proj is not None and self.q_a_norm is not None:
+            last, x = self.q_b_proj, self.q_a_norm(self.q_a_proj(x_BSD))
+        assert last is not None
+        result: Tensor = last(x)
+        return result
+
+    def _expand(self, latent_BPL: Tensor, shared_key_B1P: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head.
+
+        The concatenation is the only place where the shared key is repeated for each head: kernels want a head's key in
+        one row, and one product over C costs less than two over N and 2R whose scores are then added. It also brings
+        the keys into the order (B, H, P, C); values stay a view of the projection's output.
+        """
+        kv_BHP = self.kv_b_proj(latent_BPL).unflatten(-1, (-1, sum(self.key_value_widths))).transpose(1, 2)
+        k_BHPN, v_BHPV = kv_BHP.split(self.key_value_widths, -1)
+        return torch.cat((k_BHPN, shared_key_B1P.expand(-1, k_BHPN.shape[1], -1, -1)), -1), v_BHPV
+
+    def _absorbing_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
+        """Multiplications per head of `_attend_to_latents` against those of expanding all P latents first.
+
+        With S queries: S (N+V) L + S P (2L+2R)  <  P (N+V) L + S P (C+V). For Moonlight's widths, fewer than about 170.
+        """
+        rank, expanded = self.latent_widths[0], sum(self.key_value_widths)
+        return num_queries * (expanded * rank + num_keys * (2 * rank - expanded)) < num_keys * expanded * rank
+
+    def _attend_to_latents(self, q_BHSC: Tensor, rows_BP: Tensor) -> Tensor:
+        """Attention for decoding: the cache's rows are the keys, their latents the values, of all heads; (B, H, S, V).
+
+        A head's part of `kv_b_proj` moves to the query's and to the output's side, (W k) q = k (W^T q), so that nothing
+        is computed for each cached position and head but its score (arXiv:2405.04434, section 2.1.2). Queries of all
+        heads are rows of one product; `causal_attention` would not do that with its mask, and would repeat the rows.
+        """
+        (_, heads, num_queries, _), num_keys = q_BHSC.shape, rows_BP.shape[1]
+        weight_HEL = to_compute(self.kv_b_proj.weight, q_BHSC).unflatten(0, (heads, -1))
+        to_key_HNL, to_value_HVL = weight_HEL.split(self.key_value_widths, 1)
+        q_BHSN, q_rotated = q_BHSC.split((self.key_value_widths[0], self.latent_widths[1]), -1)
+        q_BHS = torch.cat((q_BHSN @ to_key_HNL, q_rotated), -1)
+        scores_BHSP = (q_BHS.flatten(1, 2) @ rows_BP.mT).unflatten(1, (heads, num_queries))
+        scores_BHSP = at_least_float32(scores_BHSP) * self.scale
+        if num_queries > 1:
+            position_P = torch.arange(num_keys, device=q_BHSC.device)
+            scores_BHSP.masked_fill_(position_P > position_P[-num_queries:].unsqueeze(1), -math.inf)
+        weights_BHSP = scores_BHSP.softmax(-1).to(q_BHSC.dtype)
+        latent_BPL = rows_BP[..., : self.latent_widths[0]]
+        out_BHSL = (weights_BHSP.flatten(1, 2) @ latent_BPL).unflatten(1, (heads, num_queries))
+        return out_BHSL @ to_value_HVL.mT
+
+    def _output(self, out_BHSV: Tensor) -> Tensor:
+        result: Tensor = self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
+        return result
+
+
+def make_attention(config: ModelConfig, layer: int) -> Attention | LatentAttention:
+    """The attention of decoder layer `layer`."""
+    return LatentAttention(config, layer) if config.mla.kv_lora_rank else Attention(config, layer)
+
+
+def _latent_scale(config: ModelConfig) -> float:
+    """1/sqrt(C), times the square of yarn's m(`mscale_all_dim`) where a config asks for that (DeepSeek-V3 does)."""
     scaling = config.rope_scaling
-    if scaling.kind == "none":
-        return frequencies
+    stretch = 1.0
+    if scaling.kind == "yarn" and scaling.mscale_all_dim:
+        stretch = _yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return stretch * stretch / math.sqrt(config.head_dim)
+
+
+def rope_table(config: ModelConfig, positions_S: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of each pair's angles, float32, (S, R) each, for positions (S,); yarn's also scale."""
+    angles_SR = positions_S.float().unsqueeze(-1) * rope_frequencies(config).to(positions_S.device)
+    scale = _rope_scale(config)
+    return angles_SR.cos() * scale, angles_SR.sin() * scale
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse wavelengths, float32, shape (R,), stretched as `rope_scaling` says."""
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device="cpu").float() / config.rotary_dim
+    wavelengths = config.rope_theta**exponents
+    kind = config.rope_scaling.kind
+    if kind == "yarn":
+        return _yarn_frequencies(config, wavelengths)
+    frequencies = 1.0 / wavelengths
+    return _llama3_frequencies(config, frequencies) if kind == "llama3" else frequencies
+
+
+def _llama3_frequencies(config: ModelConfig, frequencies: Tensor) -> Tensor:
+    """Long wavelengths divided by `factor`, short ones kept, a blend between (Llama 3.1's code, `apply_scaling`)."""
+    scaling = config.rope_scaling
     wavelength = 2 * math.pi / frequencies
     longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
     shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor
@@ -90,8 +250,36 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     return torch.where(wavelength < shortest, frequencies, scaled)
 
 
-def rope_table(config: ModelConfig, positions_S: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles, float32, (S, C), for positions (S,)."""
-    angles = positions_S.float().unsqueeze(-1) * rope_frequencies(config).to(positions_S.device)
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos(), angles.sin()
+def _yarn_frequencies(config: ModelConfig, wavelengths: Tensor) -> Tensor:
+    """Pairs of more than `beta_fast` rotations within the original length kept, of fewer than `beta_slow` divided by
+    `factor`, a ramp over the pairs between (arXiv:2309.00071, section 3.2; pair indices as rounded in its code).
+    """
+    scaling = config.rope_scaling
+
+    def pair_that_rotates(times: float) -> float:
+        ratio = scaling.original_max_position_embeddings / (times * 2 * math.pi)
+        return config.rotary_dim * math.log(ratio) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_rotates(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_rotates(scaling.beta_slow)), config.rotary_dim - 1)
+    width = high - low or 0.001  # a step, not 0/0
+    ramp = ((torch.arange(len(wavelengths), dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+
+
+def _rope_scale(config: ModelConfig) -> float:
+    """What cos and sin are multiplied by; see `RopeScaling`."""
+    scaling = config.rope_scaling
+    if scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return _yarn_mscale(scaling.factor, scaling.mscale) / _yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return _yarn_mscale(scaling.factor, 1.0)
+
+
+def _yarn_mscale(factor: float, multiple: float) -> float:
+    """0.1 * multiple * ln(factor) + 1: how much sharper attention is made for a context `factor` times as long."""
+    return 1.0 if factor <= 1 else 0.1 * multiple * math.log(factor) + 1.0

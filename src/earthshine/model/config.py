@@ -29,9 +29,10 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond `original_max_position_embeddings`.
 
     "llama3" is Llama 3.1's rule, by wavelength bands: `low_freq_factor`, `high_freq_factor`. "yarn" (arXiv:2309.00071)
-    blends by number of rotations, between `beta_slow` and `beta_fast`; it scales cos and sin by the ratio of
-    0.1 * m * ln(factor) + 1 at m = `mscale` and at m = `mscale_all_dim` (0 for both: by that at m = 1), and multi-head
-    latent attention scales its logits by the square of that at m = `mscale_all_dim` (0: not at all).
+    blends by number of rotations, between `beta_slow` and `beta_fast`; it scales cos and sin by `attention_factor`, or,
+    when that is 0, by the ratio of 0.1 * m * ln(factor) + 1 at m = `mscale` and at m = `mscale_all_dim` (if either is 0:
+    by that at m = 1); and multi-head latent attention scales its logits by the square of that at m = `mscale_all_dim`
+    (0: not at all).
     """
 
     kind: Literal["none", "llama3", "yarn"] = "none"
@@ -43,6 +44,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
+    attention_factor: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +229,8 @@ class ModelConfig:
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"model.{name}={value} must be a positive number.")
         numbers = {"rms_norm_eps": self.rms_norm_eps, "init_std": self.init_std}
-        numbers |= {f"rope_scaling.{name}": getattr(scaling, name) for name in ("mscale", "mscale_all_dim")}
+        scales = ("mscale", "mscale_all_dim", "attention_factor")
+        numbers |= {f"rope_scaling.{name}": getattr(scaling, name) for name in scales}
         for name, value in numbers.items():
             if not (value >= 0 and math.isfinite(value)):
                 raise ConfigError(f"model.{name}={value} must be a number that is not negative.")

@@ -20,16 +20,16 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear map without bias, in Hugging Face's layout (out, in)."""
+    """A linear map, in Hugging Face's layout (out, in); only queries, keys and values of some families have a bias."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
         """Left to `transformer.initialize` or a checkpoint: drawing here would be thrown away."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, to_compute(self.weight, x))
+        return F.linear(x, to_compute(self.weight, x), None if self.bias is None else to_compute(self.bias, x))
 
 
 class Embedding(nn.Embedding):

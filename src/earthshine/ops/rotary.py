@@ -1,0 +1,65 @@
+"""Rotary positions (RoPE, arXiv:2104.09864).
+
+Shapes: B batch, H heads, S positions, C head width, R rotated pairs of a head (2R <= C).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rotate(x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool = False) -> Tensor:
+    """The last 2R numbers of each head turned, pair by pair, by their position's angles; computed in at least float32.
+
+    The result is contiguous in (B, H, S, C) whatever the layout of x, so that attention need not copy it again.
+
+    Args:
+        x_BHSC: queries or keys; any leading dimensions.
+        cos_SR, sin_SR: the tables of `model.attention.rope_table`.
+        interleaved: pairs are neighbours (2i, 2i+1), as DeepSeek stores them, not (i, i + R), as Hugging Face's Llama.
+            Numbers stay in their places: products of queries and keys do not depend on the order that both share.
+    """
+    out: Tensor = _Rotate.apply(x_BHSC, cos_SR, sin_SR, interleaved)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """One function, because autograd would keep and add up a tensor for each of the five products.
+
+    The gradient is the rotation by the opposite angles, which needs nothing of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos_SR, sin_SR)
+        ctx.interleaved = interleaved
+        return _rotated(x_BHSC, cos_SR, sin_SR, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHSC: Tensor) -> tuple[Tensor, None, None, None]:
+        cos_SR, sin_SR = ctx.saved_tensors
+        return _rotated(grad_BHSC, cos_SR, -sin_SR, ctx.interleaved), None, None, None
+
+
+def _rotated(x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool) -> Tensor:
+    out_BHSC = x_BHSC.new_empty(x_BHSC.shape)
+    kept = x_BHSC.shape[-1] - 2 * cos_SR.shape[-1]
+    if kept:
+        out_BHSC[..., :kept] = x_BHSC[..., :kept]
+    wide = torch.promote_types(x_BHSC.dtype, cos_SR.dtype)
+    a, b = _pairs(x_BHSC[..., kept:].to(wide), interleaved)
+    out_a, out_b = _pairs(out_BHSC[..., kept:], interleaved)
+    out_a.copy_((a * cos_SR).addcmul_(b, sin_SR, value=-1))
+    out_b.copy_((b * cos_SR).addcmul_(a, sin_SR))
+    return out_BHSC
+
+
+def _pairs(x_BHSC: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and of the second numbers of all pairs, each (B, H, S, R)."""
+    if interleaved:
+        return x_BHSC[..., 0::2], x_BHSC[..., 1::2]
+    half = x_BHSC.shape[-1] // 2
+    return x_BHSC[..., :half], x_BHSC[..., half:]
