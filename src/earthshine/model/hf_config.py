@@ -1,171 +1,302 @@
-"""A model's architecture from and to a Hugging Face `config.json`. No torch."""
+"""A model's architecture from and to a Hugging Face `config.json`. No torch.
 
+What a file leaves out is what transformers takes; only the sizes below must be there. What would change the function
+and is not implemented is refused.
+"""
+
+from dataclasses import replace
 from typing import Any
 
-from earthshine.config import decode, encode
+from earthshine.config import decode
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import FAMILIES, HF_CLASSES, Family, ModelConfig, MoEConfig, RopeScaling
+from earthshine.model.config import FAMILIES, HF_CLASSES, Family, ModelConfig
 
-# Keys of a Hugging Face config that change the computation and that we hold only at these values.
-_REQUIRED_HF: dict[str, tuple[Any, ...]] = {
+# Keys that change the computation and that we hold only at these values; all of them are transformers' defaults.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "qkv_bias": (False,),
     "mlp_bias": (False,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
     "pretraining_tp": (1,),
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False,),
     "quantization_config": (None,),
-    "norm_topk_prob": (True,),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
 }
-# A missing key means the family's default, which is not one of the values above.
-_REQUIRED_PRESENT: dict[Family, tuple[str, ...]] = {
-    "llama": (),
-    "mixtral": (),
-    "qwen2_moe": ("norm_topk_prob", "qkv_bias"),
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What transformers takes where a config says nothing. None: computed from other fields, or turned off.
+_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
-# What transformers takes where a config says nothing.
-_DEFAULT_EPS: dict[Family, float] = {"llama": 1e-6, "mixtral": 1e-5, "qwen2_moe": 1e-6}
-_DEFAULT_THETA: dict[Family, float] = {"llama": 1e4, "mixtral": 1e6, "qwen2_moe": 1e4}
+_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "bos_token_id": 1, "eos_token_id": 2}
+_QWEN = {"max_position_embeddings": 32768, "sliding_window": 4096}
+_QWEN_MOE = _QWEN | {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None}
+_FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": _MISTRAL | {"sliding_window": 4096},
+    "qwen2": _QWEN | {"num_key_value_heads": 32},
+    "qwen3": _QWEN | {"num_key_value_heads": 32, "head_dim": 128},
+    "mixtral": _MISTRAL | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2, "num_local_experts": 8},
+    "qwen2_moe": _QWEN_MOE
+    | {
+        "num_key_value_heads": 16,
+        "qkv_bias": True,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "qwen3_moe": _QWEN_MOE
+    | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "deepseek_v3": {
+        "max_position_embeddings": 4096,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_interleave": True,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+    },
+}
+_ALIASES: dict[Family, tuple[str, str]] = {  # transformers takes either; version 5 writes the second for a Qwen3-MoE
+    "mixtral": ("num_local_experts", "num_experts"),
+    "qwen3_moe": ("num_experts", "num_local_experts"),
+    "deepseek_v3": ("n_routed_experts", "num_local_experts"),
+}
+# Numbers of each kind of rotary scaling: those that must be there, and those with a default (in `RopeScaling`).
+_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (("factor",), ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")),
+}
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a parsed Hugging Face `config.json`.
 
-    Raises UnsupportedModelError for a `model_type` outside llama, mixtral and qwen2_moe, or for a feature that would
-    change the function and that is not implemented; ConfigError for a missing or contradictory field.
+    A renormalised softmax over all experts is the softmax over the chosen ones, so `norm_topk_prob` is read as the gate
+    "topk_softmax". `num_nextn_predict_layers` (multi-token prediction) is not read: those layers stand beside the model
+    and do not change its logits; transformers leaves them out as well. Their tensors: see `checkpoint.hf.account`.
+
+    Raises UnsupportedModelError for a `model_type` that is not in `FAMILIES`, or for a feature that would change the
+    function and that is not implemented; ConfigError for a missing or contradictory field.
     """
     family = hf.get("model_type")
     if family not in FAMILIES:
         raise UnsupportedModelError(f"model_type={family!r} is not a known family; known: {', '.join(FAMILIES)}.")
-    required = dict(_REQUIRED_HF)
-    if family == "qwen2_moe":  # its sliding_window is only in force with use_sliding_window
-        required.pop("sliding_window")
+    values = _DEFAULTS | _FAMILY_DEFAULTS[family] | hf
+    name, alias = _ALIASES.get(family, ("", ""))
+    if alias in hf:
+        values[name] = hf[alias]
+        if hf.get(name, hf[alias]) != hf[alias]:
+            raise ConfigError(f"config.json gives the number of experts twice: {name}={hf[name]}, {alias}={hf[alias]}.")
+    for key in _SIZES:
+        if hf.get(key) is None:
+            raise ConfigError(f"config.json has no field '{key}', which model_type={family!r} needs.")
+    _refuse(family, hf)
+    _refuse_window(family, hf, values)
+    config = decode(ModelConfig, _fields(family, hf, values), "config.json")  # which checks every type
+    usual = config.family
+    degenerate = family in ("qwen2_moe", "qwen3_moe") and not config.is_moe  # its layers are all plain ones
+    return config if usual == family or degenerate else replace(config, model_type=family)
+
+
+def _refuse(family: Family, hf: dict[str, Any]) -> None:
+    required = dict(_REQUIRED)
+    if family == "qwen2_moe":
+        required.pop("qkv_bias")  # a field of ours
     for key, allowed in required.items():
-        absent = key not in hf
-        if (absent and key in _REQUIRED_PRESENT[family]) or (not absent and hf[key] not in allowed):
-            got = "absent (so the family's default)" if absent else repr(hf[key])
+        if key in hf and hf[key] not in allowed:
             raise UnsupportedModelError(
-                f"config.json {key} is {got}: only {' or '.join(map(repr, allowed))} is implemented for {family}."
+                f"config.json {key} is {hf[key]!r}: only {' or '.join(map(repr, allowed))} is implemented for {family}."
             )
-    if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
+
+
+def _refuse_window(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> None:
+    """A window no shorter than the longest sequence hides nothing; a Qwen's holds only with `use_sliding_window`."""
+    window = values["sliding_window"]
+    if family.startswith("qwen") and not values["use_sliding_window"]:
+        window = None
+    longest = _whole(values, "max_position_embeddings")
+    if window is not None and (type(window) is not int or window < longest):
+        said = "" if "sliding_window" in hf else ", the default of a config that does not say otherwise"
+        raise UnsupportedModelError(
+            f"config.json sliding_window is {window}{said}: windows shorter than max_position_embeddings="
+            f"{longest} are not implemented. Where no sequence will be longer than the window, lower "
+            f"max_position_embeddings to it."
+        )
+    kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
+    if kinds - {"sliding_attention"} or (kinds and window is None):
         raise UnsupportedModelError(
             f"config.json layer_types is {hf['layer_types']}: only full attention is implemented."
         )
-    try:
-        return _from_hf_fields(family, {key: value for key, value in hf.items() if value is not None})
-    except KeyError as e:
-        raise ConfigError(f"config.json has no field {e}, which model_type={family!r} needs.") from e
 
 
-def _from_hf_fields(family: Family, hf: dict[str, Any]) -> ModelConfig:
+def _fields(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `ModelConfig`, not yet checked. `hf` is as it was written, `values` has the defaults too."""
     layers, heads, width = (_whole(hf, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    eos = hf.get("eos_token_id", ())
-    moe = MoEConfig()
-    if family == "mixtral":
-        moe = MoEConfig(
-            num_experts=hf["num_local_experts"],
-            top_k=hf["num_experts_per_tok"],
-            intermediate_size=hf["intermediate_size"],
-            layers=tuple(range(layers)),
-        )
-    elif family == "qwen2_moe":
-        plain, step = hf.get("mlp_only_layers", ()), _whole(hf, "decoder_sparse_step", 1)
-        if hf["shared_expert_intermediate_size"] == 0:
-            raise UnsupportedModelError("config.json shared_expert_intermediate_size is 0: a Qwen2-MoE has one.")
-        moe = MoEConfig(
-            num_experts=hf["num_experts"],
-            top_k=hf["num_experts_per_tok"],
-            intermediate_size=hf["moe_intermediate_size"],
-            layers=tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0),
-            shared_intermediate_size=hf["shared_expert_intermediate_size"],
-        )
-    theta, scaling = _rope_from_hf(family, hf)
-    fields = {
+    eos = values["eos_token_id"]
+    mla = _mla(values) if family == "deepseek_v3" else {}
+    head_dim = values["head_dim"]
+    if mla:
+        head_dim = _whole(values, "qk_nope_head_dim") + _whole(values, "qk_rope_head_dim")
+    theta, scaling = _rope_from_hf(values, hf)
+    return {
         "vocab_size": hf["vocab_size"],
         "hidden_size": width,
         "intermediate_size": hf["intermediate_size"],
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": hf.get("num_key_value_heads", heads),
-        "head_dim": hf.get("head_dim", width // heads),
-        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
-        "rms_norm_eps": hf.get("rms_norm_eps", _DEFAULT_EPS[family]),
+        "num_key_value_heads": heads if values["num_key_value_heads"] is None else values["num_key_value_heads"],
+        "head_dim": width // heads if head_dim is None else head_dim,
+        "max_position_embeddings": values["max_position_embeddings"],
+        "rms_norm_eps": values["rms_norm_eps"],
         "rope_theta": theta,
-        "rope_scaling": encode(scaling),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
-        "moe": encode(moe),
-        "init_std": hf.get("initializer_range", 0.02),
-        "bos_token_id": hf.get("bos_token_id", -1),
-        "eos_token_ids": eos if isinstance(eos, list | tuple) else (eos,),
-        "pad_token_id": hf.get("pad_token_id", -1),
+        "rope_scaling": scaling,
+        "tie_word_embeddings": values["tie_word_embeddings"],
+        "qkv_bias": values["qkv_bias"] if family == "qwen2_moe" else family == "qwen2",
+        "qk_norm": family in ("qwen3", "qwen3_moe"),
+        "mla": mla,
+        "moe": _moe(family, values, layers),
+        "init_std": values["initializer_range"],
+        "bos_token_id": -1 if values["bos_token_id"] is None else values["bos_token_id"],
+        "eos_token_ids": () if eos is None else eos if isinstance(eos, list | tuple) else (eos,),
+        "pad_token_id": -1 if values["pad_token_id"] is None else values["pad_token_id"],
     }
-    return decode(ModelConfig, fields, "config.json")  # which checks every type
 
 
-def _whole(hf: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A count that others are computed from, at least 1. Raises KeyError when it is missing and has no default."""
-    value = hf[key] if default is None else hf.get(key, default)
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"config.json {key}={value!r} must be an integer of at least 1.")
+def _mla(values: dict[str, Any]) -> dict[str, Any]:
+    names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    sizes = {name: _whole(values, name) for name in names}
+    q_lora_rank = 0 if values["q_lora_rank"] is None else values["q_lora_rank"]
+    return {**sizes, "q_lora_rank": q_lora_rank, "rope_interleaved": values["rope_interleave"]}
+
+
+def _moe(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
+    if family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        return _softmax_moe(family, values, layers)
+    if family != "deepseek_v3":
+        return {}
+    sparse = tuple(range(_whole(values, "first_k_dense_replace", least=0), layers))
+    if not sparse:
+        return {}
+    width = _whole(values, "moe_intermediate_size")
+    shared = 0 if values["n_shared_experts"] is None else _whole(values, "n_shared_experts", least=0)
+    return {
+        "num_experts": _whole(values, "n_routed_experts"),
+        "top_k": values["num_experts_per_tok"],
+        "intermediate_size": width,
+        "layers": sparse,
+        "gate": "sigmoid_bias",
+        "renormalize": values["norm_topk_prob"],
+        "routed_scaling": values["routed_scaling_factor"],
+        "num_groups": values["n_group"],
+        "top_k_groups": values["topk_group"],
+        "shared_intermediate_size": shared * width,
+        "shared_gated": not shared,
+    }
+
+
+def _softmax_moe(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
+    if family == "mixtral":
+        sparse, experts = tuple(range(layers)), _whole(values, "num_local_experts")
+        width, renormalize = values["intermediate_size"], True
+    else:
+        plain, step = list(values["mlp_only_layers"] or ()), _whole(values, "decoder_sparse_step")
+        experts = _whole(values, "num_experts", least=0)
+        sparse = tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0) if experts else ()
+        width, renormalize = values["moe_intermediate_size"], values["norm_topk_prob"]
+    if not sparse:
+        return {}
+    if family == "qwen2_moe" and values["shared_expert_intermediate_size"] == 0:
+        raise UnsupportedModelError("config.json shared_expert_intermediate_size is 0: a Qwen2-MoE has one.")
+    return {
+        "num_experts": experts,
+        "top_k": values["num_experts_per_tok"],
+        "intermediate_size": width,
+        "layers": sparse,
+        "gate": "topk_softmax" if renormalize else "softmax_topk",
+        "renormalize": renormalize,
+        "shared_intermediate_size": values["shared_expert_intermediate_size"] if family == "qwen2_moe" else 0,
+    }
+
+
+def _whole(values: dict[str, Any], key: str, least: int = 1) -> int:
+    """A number that others are computed from. Raises ConfigError unless it is an integer of at least `least`."""
+    value = values[key]
+    if type(value) is not int or value < least:
+        raise ConfigError(f"config.json {key}={value!r} must be an integer of at least {least}.")
     return value
 
 
-def _rope_from_hf(family: Family, hf: dict[str, Any]) -> tuple[float, RopeScaling]:
+def _rope_from_hf(values: dict[str, Any], hf: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     """Theta and scaling from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before).
 
     Which place wins depends on who reads the file, so one that contradicts itself is refused.
     """
     places = {
         "config.json": {k: hf[k] for k in ("rope_theta", "original_max_position_embeddings") if k in hf},
-        "rope_scaling": hf.get("rope_scaling", {}),
-        "rope_parameters": hf.get("rope_parameters", {}),
+        "rope_scaling": hf.get("rope_scaling") or {},
+        "rope_parameters": hf.get("rope_parameters") or {},
     }
     merged: dict[str, Any] = {}
-    for place, values in places.items():
-        if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
-            raise UnsupportedModelError(f"config.json {place} is {values!r}: only one flat object is implemented.")
-        for name, value in values.items():
+    for place, found in places.items():
+        if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
+            raise UnsupportedModelError(f"config.json {place} is {found!r}: only one flat object is implemented.")
+        for name, value in found.items():
             key = "rope_type" if name == "type" else name  # before transformers 4.43
-            if merged.setdefault(key, value) != value:
+            if value is not None and merged.setdefault(key, value) != value:
                 raise ConfigError(f"config.json gives {key} twice: {merged[key]!r}, and {value!r} in {place}.")
-    if merged.get("partial_rotary_factor") not in (None, 1):
-        partial = merged["partial_rotary_factor"]
-        raise UnsupportedModelError(f"config.json partial_rotary_factor is {partial!r}: only 1 is implemented.")
-    theta = merged.get("rope_theta", _DEFAULT_THETA[family])
-    kind = merged.get("rope_type", "default")
+    theta, kind = merged.pop("rope_theta", values["rope_theta"]), merged.pop("rope_type", "default")
+    if kind not in tuple(_SCALINGS):
+        raise UnsupportedModelError(f"config.json rope_type={kind!r}: only {', '.join(_SCALINGS)} are implemented.")
+    original = merged.pop("original_max_position_embeddings", values["max_position_embeddings"])
+    for key, only in (("partial_rotary_factor", 1), ("truncate", True)):
+        if merged.pop(key, only) != only:
+            raise UnsupportedModelError(f"config.json {key} of its rotary positions must be {only}, or absent.")
+    required, optional = _SCALINGS[kind]
+    for key in merged:
+        if key not in (*required, *optional):
+            raise UnsupportedModelError(f"config.json {key}={merged[key]!r} is not implemented for rope_type={kind!r}.")
+    for key in required:
+        if key not in merged:
+            raise ConfigError(f"config.json has no field '{key}', which rope_type={kind!r} needs.")
     if kind == "default":
-        return theta, RopeScaling()
-    if kind != "llama3":
-        raise UnsupportedModelError(f"config.json rope_type={kind!r}: only 'default' and 'llama3' are implemented.")
-    return theta, RopeScaling(
-        kind="llama3",
-        factor=merged["factor"],
-        low_freq_factor=merged["low_freq_factor"],
-        high_freq_factor=merged["high_freq_factor"],
-        original_max_position_embeddings=merged["original_max_position_embeddings"],
-    )
+        return theta, {}
+    numbers = {key: value for key, value in merged.items() if value or key in required}  # 0 is for the default
+    return theta, {"kind": kind, "original_max_position_embeddings": original, **numbers}
 
 
 def to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The Hugging Face `config.json` of a model; `rope_theta` is written in the old and the new place.
+    """The Hugging Face `config.json` of a model; rotary settings are written in the old and the new place.
 
     Raises UnsupportedModelError when no known class holds the architecture.
     """
     family, moe = config.family, config.moe
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if config.rope_scaling.kind == "llama3":
-        s = config.rope_scaling
-        rope |= {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_position_embeddings,
-        }
-    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    rope = _rope_to_hf(config)
     hf: dict[str, Any] = {
         "architectures": [HF_CLASSES[family]],
         "model_type": family,
@@ -175,12 +306,11 @@ def to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scaling.kind == "none" else scaling,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if len(rope) > 2 else None,
         "rope_parameters": rope,
         "tie_word_embeddings": config.tie_word_embeddings,
         "initializer_range": config.init_std,
@@ -192,23 +322,80 @@ def to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    return hf | (_deepseek_to_hf(config) if family == "deepseek_v3" else _grouped_query_to_hf(config, family))
+
+
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    if scaling.kind == "none":
+        return {"rope_theta": config.rope_theta, "rope_type": "default"}
+    required, optional = _SCALINGS[scaling.kind]
+    numbers = {name: getattr(scaling, name) for name in (*required, *optional)}
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_type": scaling.kind,
+        **{name: value for name, value in numbers.items() if value},  # a 0 would not mean the default to everyone
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
+
+
+def _grouped_query_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The keys of one family beyond those of all, but for DeepSeek-V3."""
+    moe = config.moe
+    hf: dict[str, Any] = {"head_dim": config.head_dim}
+    if family in ("llama", "qwen3", "qwen3_moe"):
+        hf |= {"attention_bias": False}
     if family == "llama":
-        hf |= {"attention_bias": False, "mlp_bias": False}
-    elif family == "mixtral":
-        hf |= {"num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k, "sliding_window": None}
+        hf |= {"mlp_bias": False}
     else:
+        hf |= {"sliding_window": None}
+    if family.startswith("qwen"):
+        hf |= {"use_sliding_window": False}
+    if family == "mixtral":
+        hf |= {"num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
+    if family in ("qwen2_moe", "qwen3_moe"):
         hf |= {
             "num_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
             "moe_intermediate_size": moe.intermediate_size,
-            "shared_expert_intermediate_size": moe.shared_intermediate_size,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [i for i in range(config.num_hidden_layers) if i not in moe.layers],
-            "norm_topk_prob": True,
-            "qkv_bias": False,
-            "use_sliding_window": False,
+            "norm_topk_prob": moe.renormalize,
         }
+    if family == "qwen2_moe":
+        hf |= {"shared_expert_intermediate_size": moe.shared_intermediate_size, "qkv_bias": config.qkv_bias}
     return hf
+
+
+def _deepseek_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """No `head_dim`: transformers means the rotary part by it."""
+    moe, mla = config.moe, config.mla
+    hf: dict[str, Any] = {
+        "attention_bias": False,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "q_lora_rank": mla.q_lora_rank or None,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rope_interleave": mla.rope_interleaved,
+        "first_k_dense_replace": config.num_hidden_layers - len(moe.layers),
+        "num_nextn_predict_layers": 0,
+    }
+    if not config.is_moe:
+        return hf
+    return hf | {
+        "moe_layer_freq": 1,
+        "n_routed_experts": moe.num_experts,
+        "n_shared_experts": moe.shared_intermediate_size // moe.intermediate_size,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.intermediate_size,
+        "n_group": moe.num_groups,
+        "topk_group": moe.top_k_groups,
+        "norm_topk_prob": moe.renormalize,
+        "routed_scaling_factor": moe.routed_scaling,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
 
 
 def _eos_to_hf(ids: tuple[int, ...]) -> int | list[int] | None:
