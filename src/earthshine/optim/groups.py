@@ -11,6 +11,11 @@ specification says how a parameter divides into them:
     ("rows", (n1, n2))    blocks of rows of [n1 + n2, cols], each its own matrix (fused projections)
     ("flatten", groups)   a convolution kernel [out, in/groups, ...]: per group one matrix [out/groups, in/groups * ...]
 A module that holds fused or stacked matrices says so by `logical_matrices() -> {parameter name: specification}`.
+
+A linear layer is one matrix as it is stored: also where it makes several things at once, as latent attention's q_proj
+(each head's part without and with rotary positions), kv_a_proj_with_mqa (latent and rotary key) and kv_b_proj (each
+head's keys and values) do. Moonlight's released weights are stored so; its paper does not say whether training split
+them, and its spectra take the parts one by one. `matrices={"*.kv_a_proj_with_mqa.weight": ("rows", (512, 64))}` would.
 """
 
 import fnmatch
