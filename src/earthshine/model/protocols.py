@@ -38,6 +38,12 @@ class LossReduce(Protocol):
     def sum(self, x: Tensor) -> Tensor: ...
 
 
+class CountReduce(Protocol):
+    """Sums the choices of one micro-batch over the ranks that hold parts of it."""
+
+    def sum(self, counts_E: Tensor) -> Tensor: ...
+
+
 class LocalDispatcher:
     """All experts are here."""
 
@@ -65,3 +71,10 @@ class LocalLossReduce:
 
     def sum(self, x: Tensor) -> Tensor:
         return x
+
+
+class LocalCountReduce:
+    """The whole micro-batch is here."""
+
+    def sum(self, counts_E: Tensor) -> Tensor:
+        return counts_E
