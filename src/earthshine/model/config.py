@@ -30,9 +30,9 @@ class RopeScaling:
 
     "llama3" is Llama 3.1's rule, by wavelength bands: `low_freq_factor`, `high_freq_factor`. "yarn" (arXiv:2309.00071)
     blends by number of rotations, between `beta_slow` and `beta_fast`; it scales cos and sin by `attention_factor`, or,
-    when that is 0, by the ratio of 0.1 * m * ln(factor) + 1 at m = `mscale` and at m = `mscale_all_dim` (if either is 0:
-    by that at m = 1); and multi-head latent attention scales its logits by the square of that at m = `mscale_all_dim`
-    (0: not at all).
+    when that is 0, by the ratio of 0.1 * m * ln(factor) + 1 at m = `mscale` and at m = `mscale_all_dim` (by that at
+    m = 1 if either is 0); and multi-head latent attention scales its logits by the square of that at
+    m = `mscale_all_dim` (0: not at all).
     """
 
     kind: Literal["none", "llama3", "yarn"] = "none"

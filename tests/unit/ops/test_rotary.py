@@ -37,7 +37,19 @@ def test_the_result_is_contiguous_though_the_input_is_a_projections_view() -> No
 
 
 def test_bfloat16_is_rounded_once() -> None:
-    """Angles in bf16 would be off by degrees at position 1000; so the products are in float32, and rounded at the end."""
+    """Angles in bf16 would be off by degrees at position 1000; so products are in float32, and rounded at the end."""
     x = torch.randn(B, H, S, C, generator=torch.Generator().manual_seed(2)).bfloat16()
     cos, sin = tables(torch.float32)
     assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, about its tracer
+def test_compiles_into_one_graph() -> None:
+    """The trace alone ("aot_eager"): a break in a block's graph would cost speed silently; here it is an error."""
+    x, direction = torch.randn(2, B, H, S, C, generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for function in (rotate, torch.compile(rotate, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        (function(leaf, *tables(torch.float32)) * direction).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
