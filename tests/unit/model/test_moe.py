@@ -314,7 +314,7 @@ def test_dropped_choices_add_nothing_and_take_no_gradient(drop: str, backend: st
     for e in range(E):
         at = [(t, k) for t, k in (expert_TK == e).nonzero().tolist()]
         if drop == "probability":
-            at.sort(key=lambda tk: -float(weights_TK[tk]))
+            at.sort(key=lambda tk: -float(weights_TK.detach()[tk]))
         for tk in at[:limit]:
             keep_TK[tk] = 1
     want = torch.zeros(B * S, D)
