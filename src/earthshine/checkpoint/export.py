@@ -15,19 +15,21 @@ from earthshine.checkpoint.hf import (
     check_tied_copies,
     companion_files,
     is_run,
+    log_unused,
+    read_blocks,
     read_config,
     state_blocks,
     write_model,
 )
 from earthshine.checkpoint.name_tables import Entry, entries
-from earthshine.checkpoint.safetensors_store import Store, check_finite, row_blocks
+from earthshine.checkpoint.safetensors_store import Store, check_finite
 from earthshine.checkpoint.staging import staged_directory
 from earthshine.config import encode, nearest
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError, OutputExistsError
 from earthshine.model.config import HF_CLASSES, ModelConfig
-from earthshine.model.hf_config import to_hf
 from earthshine.model.counts import count_parameters
+from earthshine.model.hf_config import to_hf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "README.md"
@@ -47,7 +49,7 @@ def export(
     Args:
         tokenizer_dir: folder with the tokenizer and generation config; else those of `source`, or of the model that
             the run started from.
-        dtype: of the stored weights, "float32" or "bfloat16".
+        dtype: of the stored weights, "float32" or "bfloat16"; a router's bias stays float32.
         trust: read a checkpoint that was not made on this machine.
     Raises ConfigError, OutputExistsError, WeightsError, CheckpointError, DiskFullError.
     """
@@ -67,7 +69,7 @@ def export(
         write_model(
             staging,
             config,
-            {e.hf: DTYPES[dtype] for e in entries(config)},
+            {e.hf: e.dtype(DTYPES[dtype]) for e in entries(config)},
             blocks,
             companions,
             _texts(config, companions, _common_facts(config, out_dir, dtype) | facts),
@@ -77,14 +79,13 @@ def export(
 def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfig, Blocks, Path, dict[str, Any]]:
     """Config, weights, where the tokenizer is, and facts for the card. A directory's safetensors need no trust."""
     config, store = read_config(source), Store(source)
-    _, unused = account(store, config)
-    check_tied_copies(store, unused)
+    accounts = account(store, config)
+    check_tied_copies(store, accounts.unused)
+    log_unused(source, accounts.unused)
 
     def blocks(entry: Entry) -> Iterator[Tensor]:
-        for rows in row_blocks(entry.shape, store.info(entry.hf).dtype.itemsize):
-            part = store.read(entry.hf, rows)
-            check_finite(entry.hf, part)
-            yield part.to(dtype)
+        for _, part in read_blocks(store, entry, accounts.places[entry.hf]):
+            yield part.to(entry.dtype(dtype))
 
     upcycling = _json(source / "earthshine.json")
     facts = {"upcycling": upcycling} if upcycling else {}

@@ -1,15 +1,16 @@
 """Hugging Face directories and this package's models: load, save, and the accounting of every tensor."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from earthshine.checkpoint.name_tables import IGNORED, TIED_COPY, Entry, entries
+from earthshine.checkpoint.name_tables import IGNORED, LAYER, TIED_COPY, Entry, Place, entries
 from earthshine.checkpoint.safetensors_store import (
     FileRecord,
     Store,
@@ -60,42 +61,87 @@ def read_config(directory: str | Path) -> ModelConfig:
     return from_hf(read_hf_config(directory))
 
 
-def account(store: Store, config: ModelConfig) -> tuple[list[Entry], dict[str, str]]:
-    """Match a store's tensors with those that `config` demands.
+class Accounts(NamedTuple):
+    """The tensors that a config demands, where in a store each stands, and what of it stays unused, with the reason."""
 
-    Returns the demanded entries, and the tensors that are left unused with the reason for each (buffers computed from
-    the config, the copy of a tied matrix). Raises WeightsError for a tensor that is missing, that nothing consumes, of
-    another shape, or not of a floating-point type of at least 16 bits.
+    wanted: list[Entry]
+    places: dict[str, Place]
+    unused: dict[str, str]
+
+
+def account(store: Store, config: ModelConfig) -> Accounts:
+    """Match a store's tensors with those that `config` demands, per expert or stacked as transformers 5 holds them.
+
+    Unused may stay: buffers computed from the config, the copy of a tied matrix, tensors without elements, and a
+    DeepSeek's multi-token prediction layers, which predict further tokens beside the model (arXiv:2412.19437, section
+    2.2). They are known by their `eh_proj`: any other layer beyond the config's number is refused.
+
+    Raises WeightsError for a tensor that is missing, that nothing consumes, of another shape, or not of a
+    floating-point type of at least 16 bits.
     """
     wanted = entries(config)
-    names = {e.hf for e in wanted}
+    places = {e.hf: place for e in wanted for place in reversed(e.places) if place.name in store}
+    missing = [e.hf for e in wanted if e.hf not in places]
+    consumed: Counter[str] = Counter()
+    for entry in wanted:
+        if entry.hf in places:
+            consumed[places[entry.hf].name] += math.prod(entry.shape)
     unused = {}
     for name in store.names():
-        if name in names:
+        if name in consumed:
             continue
-        if IGNORED.fullmatch(name):
-            unused[name] = "a buffer computed from the config"
-        elif name in TIED_COPY and config.tie_word_embeddings:
-            unused[name] = f"a copy of the tied {TIED_COPY[name]}"
-        else:
+        why = _why_unused(store, config, name)
+        if why is None:
             raise WeightsError(
                 f"{store.directory} holds the tensor {name}, which nothing in a {config.family} of its config.json "
-                f"consumes.{nearest(name, names - set(store.names())) if names - set(store.names()) else ''}"
+                f"consumes.{nearest(name, missing) if missing else ''}"
             )
-    for entry in wanted:
-        if entry.hf not in store:
-            raise WeightsError(f"{store.directory} has no tensor {entry.hf}, which its config.json demands.")
-        info = store.info(entry.hf)
-        if info.shape != entry.shape:
+        unused[name] = why
+    if missing:
+        raise WeightsError(f"{store.directory} has no tensor {missing[0]}, which its config.json demands.")
+    for place in places.values():
+        info = store.info(place.name)
+        if info.shape != place.shape:
             raise WeightsError(
-                f"{store.directory}: tensor {entry.hf} has shape {list(info.shape)}, "
-                f"but its config.json demands {list(entry.shape)}."
+                f"{store.directory}: tensor {place.name} has shape {list(info.shape)}, "
+                f"but its config.json demands {list(place.shape)}."
             )
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
             raise WeightsError(
-                f"{store.directory}: tensor {entry.hf} is {info.dtype}: weights must be float16 to float64."
+                f"{store.directory}: tensor {place.name} is {info.dtype}: weights must be float16 to float64."
             )
-    return wanted, unused
+        if consumed[place.name] != math.prod(info.shape):
+            raise WeightsError(f"{store.directory} has parts of tensor {place.name} a second time, per expert.")
+    return Accounts(wanted, places, unused)
+
+
+def _why_unused(store: Store, config: ModelConfig, name: str) -> str | None:
+    if IGNORED.fullmatch(name):
+        return "computed from the config"
+    if name in TIED_COPY and config.tie_word_embeddings:
+        return f"a copy of the tied {TIED_COPY[name]}"
+    if 0 in store.info(name).shape:
+        return "it has no elements"
+    beyond = LAYER.match(name)
+    if beyond and int(beyond[1]) >= config.num_hidden_layers and f"{beyond[0]}eh_proj.weight" in store:
+        return "of a layer for multi-token prediction, beside the model"
+    return None
+
+
+def log_unused(path: Path, unused: Mapping[str, str]) -> None:
+    """Say what is left out of a directory, one line for each reason."""
+    for why in dict.fromkeys(unused.values()):
+        names = [name for name, reason in unused.items() if reason == why]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        log(f"{path}: {', '.join(names[:3])}{more} left out: {why}.")
+
+
+def read_blocks(store: Store, entry: Entry, place: Place) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """A tensor's rows in order, as stored, with their slices. Raises WeightsError for a NaN or an infinity."""
+    for rows in row_blocks(entry.shape, store.info(place.name).dtype.itemsize):
+        part = store.read(place.name, place.within(rows))
+        check_finite(place.name, part)
+        yield rows, part if place.expert < 0 else part.squeeze(0)
 
 
 def check_tied_copies(store: Store, unused: Mapping[str, str]) -> None:
@@ -129,7 +175,7 @@ def load_model(
     """A Hugging Face directory or a run's latest checkpoint as a model; `model(tokens_BS) -> logits_BSV`.
 
     Args:
-        dtype: of the parameters.
+        dtype: of the parameters; a router's bias is float32 in any model.
         compute_dtype: of activations and products; `dtype` when None.
         trust: read a run's checkpoint that was not made on this machine.
         training: what `Transformer` takes besides, for a model that will be trained: balance, capacity, recompute.
@@ -155,22 +201,21 @@ def load_model(
         model.load_state_dict(state)
         return model
     config, store = read_config(path), Store(path)
-    wanted, unused = account(store, config)  # before memory is taken for what the config claims
-    check_tied_copies(store, unused)
+    accounts = account(store, config)  # before memory is taken for what the config claims
+    check_tied_copies(store, accounts.unused)
     model = build()
-    for name, why in unused.items():
-        log(f"{path}: {name} is not loaded: it is {why}.")
-    parameters = dict(model.named_parameters())
-    assert set(parameters) == {e.ours for e in wanted}, "the name tables do not cover the model"
-    with torch.no_grad():
-        for entry in wanted:
-            target = parameters[entry.ours] if entry.expert < 0 else parameters[entry.ours][entry.expert]
-            for rows in row_blocks(entry.shape, store.info(entry.hf).dtype.itemsize):
-                part = store.read(entry.hf, rows)
-                check_finite(entry.hf, part)
-                target[rows].copy_(part)
-                if torch.finfo(dtype).max < torch.finfo(part.dtype).max and not target[rows].isfinite().all():
-                    raise WeightsError(f"{path}: tensor {entry.hf} holds values that {dtype} cannot: take a wider one.")
+    log_unused(path, accounts.unused)
+    state = model.state_dict()  # shares the memory of parameters and buffers
+    assert set(state) == {e.ours for e in accounts.wanted}, "the name tables do not cover the model"
+    for entry in accounts.wanted:
+        target = state[entry.ours] if entry.expert < 0 else state[entry.ours][entry.expert]
+        for rows, part in read_blocks(store, entry, accounts.places[entry.hf]):
+            target[rows].copy_(part)
+            narrower = torch.finfo(target.dtype).max < torch.finfo(part.dtype).max
+            if narrower and not target[rows].isfinite().all():
+                raise WeightsError(
+                    f"{path}: tensor {entry.hf} holds values that {target.dtype} cannot: take a wider one."
+                )
     return model
 
 
@@ -184,6 +229,8 @@ def save_model(
 ) -> None:
     """Write a model, or a state dict with our names, as a Hugging Face directory; experts under their own names.
 
+    A router's bias is written in float32 whatever `dtype` says.
+
     Args:
         companions: a directory whose tokenizer, generation config and licence files are copied.
         extra: further text files, name -> contents.
@@ -192,7 +239,7 @@ def save_model(
     state = model if isinstance(model, Mapping) else model.state_dict()
     blocks = state_blocks(state, config, dtype)
     with staged_directory(Path(out_dir)) as staging:
-        write_model(staging, config, {e.hf: dtype for e in entries(config)}, blocks, companions, extra)
+        write_model(staging, config, {e.hf: e.dtype(dtype) for e in entries(config)}, blocks, companions, extra)
 
 
 def state_blocks(
@@ -215,8 +262,9 @@ def state_blocks(
 
     def blocks(entry: Entry) -> Iterator[Tensor]:
         tensor = state[entry.ours] if entry.expert < 0 else state[entry.ours][entry.expert]
-        for rows in row_blocks(entry.shape, dtype.itemsize):
-            yield tensor[rows].detach().to("cpu", dtype)
+        stored = entry.dtype(dtype)
+        for rows in row_blocks(entry.shape, stored.itemsize):
+            yield tensor[rows].detach().to("cpu", stored)
 
     return blocks
 

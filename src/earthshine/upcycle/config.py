@@ -14,8 +14,8 @@ class UpcycleConfig:
     router_std: standard deviation of the router's normally drawn rows. Not zero: equal logits would send every token
         to the first top_k experts.
     seed: of everything drawn.
-    shared_intermediate_size: width of the shared expert that the output class for a subset of layers (Qwen2-MoE)
-        demands. It is written as zeros: it adds nothing, and its gradient is zero.
+    shared_intermediate_size: width of the shared expert, where the output class demands one: Qwen2-MoE, of a Qwen2, or
+        of some layers of a Llama or Mistral. It is written as zeros: it adds nothing, and its gradient is zero.
     max_shard_gib: size of the output's files, in GiB; also the unit in which a killed conversion resumes.
     """
 

@@ -170,8 +170,8 @@ class UpcyclePlan:
 def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) -> UpcyclePlan:
     """Decide the conversion of a dense Hugging Face directory; reads its config and its weights' headers only.
 
-    Raises ConfigError (a layer that does not exist), UnsupportedModelError (not a dense Llama), WeightsError (a
-    tensor that is missing, left over or misshapen, a damaged file).
+    Raises ConfigError (a layer that does not exist), UnsupportedModelError (a source that cannot be upcycled),
+    WeightsError (a tensor that is missing, left over or misshapen, a damaged file).
     """
     options = options or UpcycleConfig()
     source_config = read_config(dense_dir)
@@ -179,16 +179,27 @@ def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) ->
         raise UnsupportedModelError(f"{dense_dir} is a mixture of experts already ({source_config.family}).")
     target_config = upcycled_config(source_config, options)
     store = Store(dense_dir)
-    wanted, unused = account(store, source_config)
-    sources = {e.ours: e.hf for e in wanted}
+    accounts = account(store, source_config)
+    sources = {e.ours: accounts.places[e.hf].name for e in accounts.wanted}
     targets = tuple(_target(entry, sources, store, options) for entry in entries(target_config))
-    plan = UpcyclePlan(store, options, source_config, target_config, targets, unused)
+    plan = UpcyclePlan(store, options, source_config, target_config, targets, accounts.unused)
     plan.check()
     return plan
 
 
 def upcycled_config(dense: ModelConfig, options: UpcycleConfig) -> ModelConfig:
-    """The architecture after the conversion: a Mixtral with all layers converted, a Qwen2-MoE with some."""
+    """The architecture after the conversion, in the family that holds the dense model's attention.
+
+    A Llama or Mistral becomes a Mixtral when all layers are converted, else a Qwen2-MoE; a Qwen2 a Qwen2-MoE; a Qwen3 a
+    Qwen3-MoE. A Qwen2-MoE has a shared expert in each converted layer: here of zeros.
+
+    Raises ConfigError for a layer that does not exist, UnsupportedModelError for a source that no family fits.
+    """
+    if dense.mla.kv_lora_rank:
+        raise UnsupportedModelError(
+            f"a {dense.family} cannot be upcycled: the classes with latent attention only have the gate "
+            "'sigmoid_bias', whose weights do not sum to one. Take a dense Llama, Mistral, Qwen2 or Qwen3."
+        )
     layers = tuple(sorted(options.layers)) or tuple(range(dense.num_hidden_layers))
     outside = [layer for layer in layers if not 0 <= layer < dense.num_hidden_layers]
     if outside:
@@ -196,14 +207,15 @@ def upcycled_config(dense: ModelConfig, options: UpcycleConfig) -> ModelConfig:
             f"upcycle.layers: {outside} do not exist; the model has layers 0 to {dense.num_hidden_layers - 1}."
         )
     everywhere = len(layers) == dense.num_hidden_layers
+    shared = not dense.qk_norm and (dense.qkv_bias or not everywhere)
     moe = MoEConfig(
         num_experts=options.experts,
         top_k=options.top_k,
         intermediate_size=dense.intermediate_size,
         layers=layers,
-        shared_intermediate_size=0 if everywhere else options.shared_intermediate_size,
+        shared_intermediate_size=options.shared_intermediate_size if shared else 0,
     )
-    return replace(dense, moe=moe)
+    return replace(dense, moe=moe, model_type="")
 
 
 def _target(entry: Entry, sources: dict[str, str], store: Store, options: UpcycleConfig) -> Target:

@@ -67,7 +67,9 @@ def test_a_directory_in_half_the_size(config: ModelConfig, hf_dir, tmp_path):
     export(source, out, dtype="bfloat16")
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     assert set(before) == set(after)
-    assert all(torch.equal(after[n], before[n].bfloat16()) for n in before)
+    for name in before:
+        kept = name.endswith("e_score_correction_bias")
+        assert torch.equal(after[name], before[name] if kept else before[name].bfloat16()), name
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from earthshine.checkpoint.export import export
 from earthshine.checkpoint.hf import load_model, read_config, save_model
 from earthshine.checkpoint.name_tables import entries
+from earthshine.checkpoint.safetensors_store import Store
 from earthshine.errors import ConfigError, OutputExistsError, UnsupportedModelError, WeightsError
 from earthshine.model.config import ModelConfig
 
@@ -38,6 +40,114 @@ def test_experts_land_in_their_place(config: ModelConfig, hf_dir):
     for e in entries(config):
         ours = state[e.ours] if e.expert < 0 else state[e.ours][e.expert]
         assert torch.equal(ours, tensors[e.hf]), e.hf
+
+
+def stacked(config: ModelConfig, tensors: dict[str, torch.Tensor], layers: tuple[int, ...]) -> None:
+    """The experts of some layers as transformers 5 holds them: [E, 2F, D], gate before up, and [E, D, F]."""
+    for layer in layers:
+        at, mixtral = f"model.layers.{layer}.mlp.", config.family == "mixtral"
+        old = f"model.layers.{layer}.block_sparse_moe." if mixtral else at
+        gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+        stack = [
+            [tensors.pop(f"{old}experts.{e}.{matrix}.weight") for e in range(config.moe.num_experts)]
+            for matrix in (gate, up, down)
+        ]
+        tensors[f"{at}gate.weight"] = tensors.pop(f"{old}gate.weight")
+        tensors[f"{at}experts.gate_up_proj"] = torch.cat([torch.stack(stack[0]), torch.stack(stack[1])], 1)
+        tensors[f"{at}experts.down_proj"] = torch.stack(stack[2])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("all_layers", [True, False])
+def test_stacked_experts_are_read_expert_by_expert(models, hf_dir, family, all_layers, tmp_path, monkeypatch):
+    """Also where only some layers are stacked; what is read at a time is at most one expert's matrix."""
+    config = models[family]
+    layers = config.moe.layers if all_layers else config.moe.layers[:1]
+    one_by_one = load_model(hf_dir(config, name="a")).state_dict()
+    source, read, sizes = hf_dir(config, lambda t: stacked(config, t, layers), name="b"), Store.read, []
+
+    def watched(self, name, slices=None):
+        part = read(self, name, slices)
+        if name.endswith(("gate_up_proj", "down_proj")):
+            sizes.append(part.numel())
+        return part
+
+    monkeypatch.setattr(Store, "read", watched)
+    state = load_model(source).state_dict()
+    assert set(state) == set(one_by_one)
+    assert all(torch.equal(state[n], t) for n, t in one_by_one.items())
+    assert len(sizes) == 3 * len(layers) * config.moe.num_experts
+    assert max(sizes) == config.hidden_size * config.moe.intermediate_size
+    export(source, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(written) == {e.hf for e in entries(config)}, "only the per-expert layout is written"
+    for name, tensor in load_file(tmp_path / "a" / "model.safetensors").items():
+        assert torch.equal(written[name], tensor), name
+
+
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({GATE_UP: t[GATE_UP][:, 1:].contiguous()}), f"{GATE_UP} has shape .*demands .4, 40, 16."),
+        (lambda t: t.pop(GATE_UP), r"no tensor model.layers.1.mlp.experts.0.gate_proj.weight"),
+        (lambda t: t.update({GATE_UP: t[GATE_UP] * float("inf")}), f"{GATE_UP} holds"),
+        (lambda t: t.update({GATE_UP: t[GATE_UP].to(torch.int16)}), f"{GATE_UP} is torch.int16"),
+        (
+            lambda t: t.update(
+                {f"model.layers.1.mlp.experts.{e}.up_proj.weight": torch.ones(20, 16) for e in range(4)}
+            ),
+            f"has parts of tensor {GATE_UP} a second time",
+        ),
+    ],
+)
+def test_stacks_that_do_not_fit_are_named(models, hf_dir, change, message):
+    config = models["qwen3_moe"]
+
+    def damaged(tensors):
+        stacked(config, tensors, config.moe.layers)
+        change(tensors)
+
+    with pytest.raises(WeightsError, match=message):
+        load_model(hf_dir(config, damaged))
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_routers_bias_stays_float32(hf_dir, deepseek, tmp_path, stored):
+    source = hf_dir(deepseek, lambda t: t.update({BIAS: t[BIAS].to(stored)}), dtype=torch.bfloat16)
+    expected = load_file(source / "model.safetensors")[BIAS].float()
+    for dtype in (torch.bfloat16, torch.float64):
+        model = load_model(source, dtype=dtype)
+        bias_E = model.blocks[1].moe.router.bias_E
+        assert bias_E.dtype == torch.float32 and torch.equal(bias_E, expected)
+    save_model(model, deepseek, tmp_path / "saved", torch.bfloat16)
+    export(source, tmp_path / "exported", dtype="bfloat16")
+    for out in ("saved", "exported"):
+        written = load_file(tmp_path / out / "model.safetensors")
+        assert written[BIAS].dtype == torch.float32 and torch.equal(written[BIAS], expected)
+        assert written[BIAS.replace("e_score_correction_bias", "weight")].dtype == torch.bfloat16
+
+
+def test_layers_for_multi_token_prediction_are_left_out_and_said(hf_dir, deepseek, capsys):
+    """As in DeepSeek-V3, whose layer 61 is one; transformers leaves it out as well."""
+
+    def with_mtp(tensors):
+        for name in [n for n in tensors if n.startswith("model.layers.2.")]:
+            tensors[name.replace("layers.2.", "layers.3.")] = tensors[name] + 1
+        tensors["model.layers.3.eh_proj.weight"] = torch.ones(16, 32)
+        tensors["model.layers.3.shared_head.head.weight"] = torch.ones(40, 16)
+
+    source = hf_dir(deepseek, with_mtp)
+    assert load_model(source).config == deepseek
+    said = capsys.readouterr().err
+    assert "more left out: of a layer for multi-token prediction" in said and said.count("\n") == 1
+    with pytest.raises(WeightsError, match=r"holds the tensor model.layers.3.input_layernorm.weight, which nothing"):
+        load_model(hf_dir(deepseek, lambda t: (with_mtp(t), t.pop("model.layers.3.eh_proj.weight")), name="b"))
 
 
 def test_parameters_in_float64(dense, hf_dir):
@@ -82,8 +192,8 @@ def test_old_buffers_and_a_tied_copy_are_left_out_and_said(hf_dir, dense, capsys
     model = load_model(hf_dir(replace(dense, tie_word_embeddings=True), change))
     assert model.head is None
     said = capsys.readouterr().err
-    assert "inv_freq" in said
-    assert "lm_head.weight is not loaded" in said
+    assert "inv_freq left out: computed" in said
+    assert "lm_head.weight left out: a copy of the tied" in said
 
 
 def test_a_tied_copy_that_differs_is_refused(hf_dir, dense):

@@ -7,8 +7,8 @@ from safetensors import safe_open
 
 from earthshine.checkpoint.name_tables import entries
 from earthshine.model.config import ModelConfig
-from earthshine.model.hf_config import to_hf
 from earthshine.model.counts import count_parameters
+from earthshine.model.hf_config import to_hf
 from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer
 
@@ -29,7 +29,7 @@ def test_names_are_unique_and_cover_our_model(config: ModelConfig):
         shapes[e.ours] = e.shape if e.expert < 0 else (stack, *e.shape)
     with torch.device("meta"):
         model = Transformer(config)
-    assert shapes == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert shapes == {n: tuple(t.shape) for n, t in model.state_dict().items()}
 
 
 def test_the_same_matrix_of_all_experts_stands_together(config: ModelConfig):
