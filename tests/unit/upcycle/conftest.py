@@ -17,13 +17,16 @@ from earthshine.model.hf_config import to_hf
 
 @pytest.fixture
 def dense_dir(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a directory of random weights of about unit gain; `change` edits its tensors before they are saved."""
+    """Writes a directory of random weights of about unit gain.
+
+    `change` edits its tensors before they are saved; `fields` are further ones of its config: a Llama's without any.
+    """
 
     def write(
         change: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
         *,
         dtype: torch.dtype = torch.float32,
-        tied: bool = False,
+        **fields: object,
     ) -> Path:
         config = replace(
             ModelConfig(
@@ -37,7 +40,7 @@ def dense_dir(tmp_path: Path) -> Callable[..., Path]:
                 max_position_embeddings=64,
                 eos_token_ids=(2,),
             ),
-            tie_word_embeddings=tied,
+            **fields,
         )
         generator = torch.Generator().manual_seed(1)
         tensors = {}

@@ -53,7 +53,7 @@ def test_every_tensor_is_its_source_bit_for_bit(dense_dir, tmp_path, layers, dty
 
 
 def test_what_else_is_written(dense_dir, tmp_path):
-    source, out = dense_dir(tied=True), tmp_path / "out"
+    source, out = dense_dir(tie_word_embeddings=True), tmp_path / "out"
     plan = upcycle(source, out)
     assert left_in(out) == [
         "config.json",
@@ -182,7 +182,9 @@ def test_a_source_that_shrinks_under_way_leaves_nothing(dense_dir, tmp_path):
 
 
 def test_an_untied_copy_of_a_tied_matrix_leaves_nothing(dense_dir, tmp_path):
-    source = dense_dir(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2}), tied=True)
+    source = dense_dir(
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2}), tie_word_embeddings=True
+    )
     with pytest.raises(WeightsError, match=r"lm_head.weight differs"):
         upcycle(source, tmp_path / "out")
     assert left_in(tmp_path) == ["dense"]

@@ -25,7 +25,7 @@ def test_logits_are_the_dense_models(dense_dir, tmp_path, options, cls, tied):
     """<= 1e-5 absolute on tiny random models (the design's bar); seen: a few 1e-7. Both libraries, both models."""
     from transformers import AutoModelForCausalLM
 
-    source, out = dense_dir(tied=tied), tmp_path / "out"
+    source, out = dense_dir(tie_word_embeddings=tied), tmp_path / "out"
     upcycle(source, out, options)
     theirs_dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     theirs, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
@@ -34,6 +34,30 @@ def test_logits_are_the_dense_models(dense_dir, tmp_path, options, cls, tied):
     with torch.no_grad():
         expected = theirs_dense(tokens_BS()).logits
         assert expected.std() > 0.1, "logits too small for an absolute bar to mean anything"
+        assert (theirs(tokens_BS()).logits - expected).abs().max() <= 1e-5
+        assert (load_model(out)(tokens_BS()) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers", "cls"),
+    [
+        ({"model_type": "mistral"}, (), "MixtralForCausalLM"),
+        ({"qkv_bias": True}, (), "Qwen2MoeForCausalLM"),
+        ({"qkv_bias": True}, (1,), "Qwen2MoeForCausalLM"),
+        ({"qk_norm": True}, (), "Qwen3MoeForCausalLM"),
+        ({"qk_norm": True, "tie_word_embeddings": True}, (0, 2), "Qwen3MoeForCausalLM"),
+    ],
+)
+def test_every_dense_family_keeps_its_function(dense_dir, tmp_path, fields, layers, cls):
+    """The same bar, through both libraries."""
+    from transformers import AutoModelForCausalLM
+
+    source, out = dense_dir(**fields), tmp_path / "out"
+    upcycle(source, out, UpcycleConfig(experts=4, layers=layers))
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(theirs).__name__ == cls
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(tokens_BS()).logits
         assert (theirs(tokens_BS()).logits - expected).abs().max() <= 1e-5
         assert (load_model(out)(tokens_BS()) - expected).abs().max() <= 1e-5
 

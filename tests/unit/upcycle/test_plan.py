@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from earthshine.checkpoint.name_tables import entries
 from earthshine.errors import ConfigError, UnsupportedModelError, WeightsError
+from earthshine.model.config import MLAConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.presets import smollm2_135m, smollm2_135m_e8t2
 from earthshine.upcycle.config import UpcycleConfig
@@ -56,6 +57,43 @@ def test_some_layers_give_a_qwen2_moe_with_a_zero_shared_expert(dense_dir):
     assert recipes["model.layers.0.mlp.shared_expert_gate.weight"] == Zeros((1, 32), torch.float32)
 
 
+SHARED = "model.layers.1.mlp.shared_expert.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers", "family", "shared"),
+    [
+        ({"model_type": "mistral"}, (), "mixtral", False),
+        ({"model_type": "mistral"}, (1,), "qwen2_moe", True),
+        ({"qkv_bias": True}, (), "qwen2_moe", True),
+        ({"qkv_bias": True}, (1,), "qwen2_moe", True),
+        ({"qk_norm": True}, (), "qwen3_moe", False),
+        ({"qk_norm": True}, (1,), "qwen3_moe", False),
+    ],
+)
+def test_each_dense_family_has_its_target(dense_dir, fields, layers, family, shared):
+    """The attention is copied with its biases or norms; a shared expert only where the class demands one."""
+    plan = plan_upcycle(dense_dir(**fields), UpcycleConfig(experts=4, layers=layers))
+    target = plan.target_config
+    assert (target.family, target.moe.gate, target.moe.layers) == (family, "topk_softmax", layers or (0, 1, 2))
+    assert target.dense() == replace(plan.source_config, model_type="")
+    recipes = {t.entry.hf: t.recipe for t in plan.targets}
+    for name in plan.store.names():
+        if "self_attn" in name:
+            assert recipes[name] == Copy(name)
+    assert isinstance(recipes.get(SHARED), Zeros) == shared
+    assert f"{target.moe.num_experts} experts, top-2" in plan.table()
+
+
+MLA = MLAConfig(kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5)
+
+
+def test_a_dense_deepseek_is_refused(dense_dir):
+    source = dense_dir(mla=MLA, head_dim=10, num_key_value_heads=4)
+    with pytest.raises(UnsupportedModelError, match="a deepseek_v3 cannot be upcycled.*Take a dense Llama, Mistral"):
+        plan_upcycle(source)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.integers(0, 2)), st.integers(2, 9))
 def test_ledger_conserves_tensors(dense_dir, tmp_path, layers, experts):
@@ -87,7 +125,7 @@ def test_tied_embeddings_stay_tied(dense_dir):
     def with_copy(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
-    plan = plan_upcycle(dense_dir(with_copy, tied=True))
+    plan = plan_upcycle(dense_dir(with_copy, tie_word_embeddings=True))
     assert plan.target_config.tie_word_embeddings
     assert "lm_head.weight" not in plan.by_name
     unused = [row for row in plan.ledger() if not row["targets"]]

@@ -1,5 +1,6 @@
 """The proofs hold for what is right, and fail for what was broken on purpose."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from earthshine.checkpoint.hf import load_model, save_model
 from earthshine.errors import ConfigError
-from earthshine.model.config import ModelConfig
+from earthshine.model.config import HF_CLASSES, MLAConfig, ModelConfig, MoEConfig
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.upcycle.config import UpcycleConfig
@@ -45,6 +46,42 @@ def test_an_upcycled_model_is_the_dense_one_and_a_damaged_one_is_not(dense: Path
     bad = broken_copy(tmp_path / "moe", tmp_path / "bad", "blocks.1.moe.experts.w_down_EDF", 1.01)
     proof = verify_upcycle(dense, bad, tokens=32)
     assert not proof["ok"] and not any(r["ok"] for r in proof["rows"])
+
+
+MLA = MLAConfig(kv_lora_rank=24, q_lora_rank=20, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+MOE = MoEConfig(num_experts=4, top_k=2, intermediate_size=32, layers=(1, 2))
+FAMILIES = {
+    "mistral": {"model_type": "mistral"},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "mixtral": {"moe": replace(MOE, layers=(0, 1, 2))},
+    "qwen2_moe": {"qkv_bias": True, "moe": replace(MOE, shared_intermediate_size=16)},
+    "qwen3_moe": {"qk_norm": True, "moe": replace(MOE, gate="softmax_topk", renormalize=False)},
+    "deepseek_v3": {
+        "mla": MLA,
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "moe": replace(MOE, gate="sigmoid_bias", shared_intermediate_size=64, shared_gated=False),
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_means_the_same_to_transformers(family: str, tmp_path: Path) -> None:
+    model = Transformer(replace(preset("llama3_tiny"), **FAMILIES[family]))  # type: ignore[arg-type]
+    initialize(model, seed=0)
+    assert model.config.family == family
+    with torch.no_grad():  # what `initialize` leaves at zero could be lost unseen
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("bias", "bias_E")):
+                tensor.normal_(0, 0.1)
+    save_model(model, model.config, tmp_path / "model")
+    proof = verify_huggingface(tmp_path / "model", tokens=32)
+    assert proof["ok"] and proof["subject"]["class"] == HF_CLASSES[model.config.family], proof
+    if not model.config.is_moe:
+        upcycle(tmp_path / "model", tmp_path / "moe", UpcycleConfig(experts=4))
+        proof = verify_upcycle(tmp_path / "model", tmp_path / "moe", tokens=32)
+        assert proof["ok"], proof
 
 
 def test_an_expert_that_no_token_reaches_is_proved_by_the_manifest(dense: Path, tmp_path: Path) -> None:
