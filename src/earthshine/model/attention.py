@@ -85,7 +85,7 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
-        q_BHSC, k_BGSC = rotate(q_BSHC.transpose(1, 2), *rope), rotate(k_BSGC.transpose(1, 2), *rope)
+        q_BHSC, k_BGSC = rotate(q_BSHC, *rope), rotate(k_BSGC, *rope)
         v_BGSC = v_BSGC.transpose(1, 2)
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC).chunk(2, -1)
@@ -133,12 +133,12 @@ class LatentAttention(nn.Module):
         self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: Cache | None
     ) -> Tensor:
         q_BSHC = self._queries(x_BSD).unflatten(-1, (-1, self.head_dim))
-        q_BHSC = rotate(q_BSHC.transpose(1, 2), *rope, interleaved=self.interleaved)
+        q_BHSC = rotate(q_BSHC, *rope, interleaved=self.interleaved)
         # A single split of each projection's output: autograd then writes its gradient once, where two slices would
         # each fill a whole tensor with zeros, and add them.
-        latent_BSL, shared_key = self.kv_a_proj_with_mqa(x_BSD).split(self.latent_widths, -1)
+        latent_BSL, shared_key_BS = self.kv_a_proj_with_mqa(x_BSD).split(self.latent_widths, -1)
         latent_B1SL = self.kv_a_norm(latent_BSL).unsqueeze(1)
-        shared_key_B1S = rotate(shared_key.unsqueeze(1), *rope, interleaved=self.interleaved)
+        shared_key_B1S = rotate(shared_key_BS.unsqueeze(2), *rope, interleaved=self.interleaved)
         if cache is not None:
             rows_B1P = cache.append(self.layer, latent_B1SL, shared_key_B1S)
             if self._absorbing_is_cheaper(q_BHSC.shape[2], rows_B1P.shape[2]):

@@ -10,42 +10,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rotate(x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool = False) -> Tensor:
-    """The last 2R numbers of each head turned, pair by pair, by their position's angles; computed in at least float32.
+def rotate(x_BSHC: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool = False) -> Tensor:
+    """The last 2R numbers of each head turned, pair by pair, by their position's angles; (B, H, S, C), contiguous.
 
-    The result is contiguous in (B, H, S, C) whatever the layout of x, so that attention need not copy it again.
+    A projection's output goes in and what attention reads comes out, and the gradient goes the same way back, so that
+    the transposition costs no pass of its own. Computed in at least float32.
 
     Args:
-        x_BHSC: queries or keys; any leading dimensions.
+        x_BSHC: queries or keys.
         cos_SR, sin_SR: the tables of `model.attention.rope_table`.
         interleaved: pairs are neighbours (2i, 2i+1), as DeepSeek stores them, not (i, i + R), as Hugging Face's Llama.
             Numbers stay in their places: products of queries and keys do not depend on the order that both share.
     """
-    out: Tensor = _Rotate.apply(x_BHSC, cos_SR, sin_SR, interleaved)  # type: ignore[no-untyped-call]
+    out: Tensor = _Rotate.apply(x_BSHC, cos_SR, sin_SR, interleaved)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Rotate(torch.autograd.Function):
-    """One function, because autograd would keep and add up a tensor for each of the five products.
+    """One function, because autograd would keep and add up a tensor for each of the four products.
 
     The gradient is the rotation by the opposite angles, which needs nothing of x.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool) -> Tensor:
+    def forward(ctx: Any, x_BSHC: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos_SR, sin_SR)
         ctx.interleaved = interleaved
-        return _rotated(x_BHSC, cos_SR, sin_SR, interleaved)
+        x_BHSC = x_BSHC.transpose(1, 2)
+        out_BHSC = x_BSHC.new_empty(x_BHSC.shape)
+        _rotate_into(out_BHSC, x_BHSC, cos_SR, sin_SR, interleaved)
+        return out_BHSC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHSC: Tensor) -> tuple[Tensor, None, None, None]:
         cos_SR, sin_SR = ctx.saved_tensors
-        return _rotated(grad_BHSC, cos_SR, -sin_SR, ctx.interleaved), None, None, None
+        out_BSHC = grad_BHSC.new_empty(grad_BHSC.transpose(1, 2).shape)
+        _rotate_into(out_BSHC.transpose(1, 2), grad_BHSC, cos_SR, -sin_SR, ctx.interleaved)
+        return out_BSHC, None, None, None
 
 
-def _rotated(x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool) -> Tensor:
-    out_BHSC = x_BHSC.new_empty(x_BHSC.shape)
+def _rotate_into(out_BHSC: Tensor, x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool) -> None:
     kept = x_BHSC.shape[-1] - 2 * cos_SR.shape[-1]
     if kept:
         out_BHSC[..., :kept] = x_BHSC[..., :kept]
@@ -54,7 +59,6 @@ def _rotated(x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool) 
     out_a, out_b = _pairs(out_BHSC[..., kept:], interleaved)
     out_a.copy_((a * cos_SR).addcmul_(b, sin_SR, value=-1))
     out_b.copy_((b * cos_SR).addcmul_(a, sin_SR))
-    return out_BHSC
 
 
 def _pairs(x_BHSC: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

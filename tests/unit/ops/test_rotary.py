@@ -17,8 +17,8 @@ def tables(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_pairs_turn_as_complex_numbers_and_the_rest_stays(interleaved: bool) -> None:
     cos, sin = tables()
-    x = torch.randn(B, H, S, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    kept, turned = x[..., : C - 2 * R], x[..., C - 2 * R :]
+    x = torch.randn(B, S, H, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept, turned = x.transpose(1, 2).split((C - 2 * R, 2 * R), -1)
     pairs = turned.unflatten(-1, (R, 2)) if interleaved else turned.unflatten(-1, (2, R)).transpose(-1, -2)
     product = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
     expected = product.flatten(-2) if interleaved else product.transpose(-1, -2).flatten(-2)
@@ -27,18 +27,22 @@ def test_pairs_turn_as_complex_numbers_and_the_rest_stays(interleaved: bool) -> 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_gradient_is_that_of_finite_differences(interleaved: bool) -> None:
-    x = torch.randn(1, 2, S, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.randn(1, S, 2, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: rotate(t, *tables(), interleaved=interleaved), x)
 
 
-def test_the_result_is_contiguous_though_the_input_is_a_projections_view() -> None:
-    x_BSHC = torch.randn(B, S, H, C)
-    assert rotate(x_BSHC.transpose(1, 2), *tables(torch.float32)).is_contiguous()
+def test_result_and_gradient_are_laid_out_as_their_readers_want_them() -> None:
+    x = torch.randn(B, S, H, C, requires_grad=True)
+    y = rotate(x, *tables(torch.float32))
+    assert y.shape == (B, H, S, C)
+    assert y.is_contiguous()
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert gradient.is_contiguous()
 
 
 def test_bfloat16_is_rounded_once() -> None:
     """Angles in bf16 would be off by degrees at position 1000; so products are in float32, and rounded at the end."""
-    x = torch.randn(B, H, S, C, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x = torch.randn(B, S, H, C, generator=torch.Generator().manual_seed(2)).bfloat16()
     cos, sin = tables(torch.float32)
     assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).bfloat16())
 
@@ -46,7 +50,8 @@ def test_bfloat16_is_rounded_once() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, about its tracer
 def test_compiles_into_one_graph() -> None:
     """The trace alone ("aot_eager"): a break in a block's graph would cost speed silently; here it is an error."""
-    x, direction = torch.randn(2, B, H, S, C, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(B, S, H, C, generator=torch.Generator().manual_seed(3))
+    direction = torch.randn(B, H, S, C, generator=torch.Generator().manual_seed(4))
     gradients = []
     for function in (rotate, torch.compile(rotate, backend="aot_eager", fullgraph=True)):
         leaf = x.clone().requires_grad_()
