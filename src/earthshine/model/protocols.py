@@ -21,9 +21,12 @@ class Dispatcher(Protocol):
 
 
 class KeyValueGather(Protocol):
-    """Brings the keys and values of earlier positions that other ranks of the context axis hold."""
+    """Brings the keys and values of earlier positions that other ranks of the context axis hold.
 
-    def gather(self, k_BGSC: Tensor, v_BGSC: Tensor) -> tuple[Tensor, Tensor]:
+    Latent attention gathers what its keys and values are made of: the shared key, and as value the latent, with G = 1.
+    """
+
+    def gather(self, k_BGSC: Tensor, v_BGSV: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's keys and values -> those of all positions up to this rank's last."""
         ...
 
@@ -57,8 +60,8 @@ class LocalDispatcher:
 class LocalKeyValueGather:
     """All positions are here."""
 
-    def gather(self, k_BGSC: Tensor, v_BGSC: Tensor) -> tuple[Tensor, Tensor]:
-        return k_BGSC, v_BGSC
+    def gather(self, k_BGSC: Tensor, v_BGSV: Tensor) -> tuple[Tensor, Tensor]:
+        return k_BGSC, v_BGSV
 
 
 class LocalLossReduce:

@@ -139,10 +139,3 @@ class _RowBlocks(torch.autograd.Function):
             None,
             None,
         )
-
-
-def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Rotary positions on the halves of each head (arXiv:2104.09864, Hugging Face's layout), in at least float32."""
-    wide = x_BHSC.to(torch.promote_types(x_BHSC.dtype, cos_SC.dtype))
-    first, second = wide.chunk(2, -1)
-    return (wide * cos_SC + torch.cat((-second, first), -1) * sin_SC).to(x_BHSC.dtype)

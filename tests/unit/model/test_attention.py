@@ -115,11 +115,11 @@ class EarlierPositions:
     def __init__(self) -> None:
         self.held: tuple[Tensor, Tensor] | None = None
 
-    def gather(self, k_BGSC: Tensor, v_BGSC: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, k_BGSC: Tensor, v_BGSV: Tensor) -> tuple[Tensor, Tensor]:
         if self.held is None:
-            self.held = k_BGSC, v_BGSC
+            self.held = k_BGSC, v_BGSV
             return self.held
-        return torch.cat((self.held[0], k_BGSC), 2), torch.cat((self.held[1], v_BGSC), 2)
+        return torch.cat((self.held[0], k_BGSC), 2), torch.cat((self.held[1], v_BGSV), 2)
 
 
 @every_attention
