@@ -11,6 +11,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from earthshine.cli.options import print_json
 from earthshine.config import encode, load_json, nearest, override
+from earthshine.console import log
 from earthshine.errors import ConfigError
 
 DESCRIPTION = """Run a job, or resume it: the same command does both.
@@ -93,6 +94,8 @@ def _describe(job: Any, options: Options) -> None:
 
     plan = derive(job)
     compute = choose_compute_dtype(job.compute_dtype, pick_device(options.device))
+    for warning in plan.warnings:
+        log(f"warning: {warning}")
     if options.json:
         print_json({"job": encode(job), "derived": asdict(plan), "gemm_peak_flops": compute.peak_flops})
         return

@@ -7,7 +7,9 @@ from earthshine.errors import ConfigError
 from earthshine.recipes import tiny
 from earthshine.train.job import TrainJob
 
-RECIPES: dict[str, Callable[[], TrainJob]] = {f.__name__: f for f in (tiny.tiny, tiny.tiny_moe)}
+RECIPES: dict[str, Callable[[], TrainJob]] = {
+    f.__name__: f for f in (tiny.tiny, tiny.tiny_moe, tiny.tiny_switch, tiny.tiny_moonlight)
+}
 
 
 def recipe(name: str) -> TrainJob:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from earthshine.model import presets
+from earthshine.model.config import BalanceConfig, CapacityConfig
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.train.job import CheckpointConfig, Scratch, TrainJob
 
@@ -25,3 +26,16 @@ def tiny() -> TrainJob:
 def tiny_moe() -> TrainJob:
     """`tiny` with 8 experts, top-2, in every layer."""
     return replace(tiny(), name="tiny_moe", init=Scratch(model=presets.llama3_tiny_e8t2()))
+
+
+def tiny_switch() -> TrainJob:
+    """`tiny_moe` balanced by the Switch loss over the whole step, with capacity factor 1."""
+    balance = BalanceConfig(loss="switch", scope="step", coefficient=1e-2)
+    return replace(tiny_moe(), name="tiny_switch", balance=balance, capacity=CapacityConfig(factor=1.0))
+
+
+def tiny_moonlight() -> TrainJob:
+    """Moonlight's architecture and balance, at 3 M parameters, trained with Muon on 0.25 M tokens."""
+    # Moonlight's bias_rate of 1e-3 needs more steps than these: a sigmoid moves by up to 0.12 in 120 of them.
+    balance = BalanceConfig(bias_rate=1e-2)
+    return replace(tiny(), name="tiny_moonlight", init=Scratch(model=presets.moonlight_tiny()), balance=balance)

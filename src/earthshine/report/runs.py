@@ -15,7 +15,9 @@ from typing import Any
 from earthshine.errors import ConfigError, DataError
 
 # Columns of the step lines of metrics.jsonl that are numbers.
-COLUMNS = ("loss", "grad_norm", "lr", "tokens", "total_tokens", "seconds", "tokens_per_second", "mfu", "memory_gib")
+ROUTING = ("balance", "balance_loss", "z_loss", "max_violation", "dead_experts", "drop_rate")
+SPEED = ("tokens_per_second", "mfu", "memory_gib")
+COLUMNS = ("loss", "grad_norm", "lr", "tokens", "total_tokens", "seconds", *SPEED, *ROUTING)
 UPDATE_RMS = "update_rms."
 WORST_LOAD, MEDIAN_LOAD = "load.worst", "load.median"
 
@@ -256,8 +258,6 @@ def _add_step(steps: Steps, data: dict[str, Any], where: str) -> None:
         steps.add(MEDIAN_LOAD, worst[len(worst) // 2])
         steps.first_load = steps.first_load or (step, load)
         steps.last_load = (step, load)
-    elif "worst_expert_load" in data:
-        steps.add(WORST_LOAD, _loose_number(data, "worst_expert_load", where))
 
 
 def _hash_head(value: Any, where: str) -> int:

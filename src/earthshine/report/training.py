@@ -202,14 +202,10 @@ def experts_section(runs: Sequence[Run]) -> Section:
     sparse = [(i, r) for i, r in enumerate(runs) if r.steps.finite(WORST_LOAD)]
     for i, run in sparse:
         first, last = run.steps.first_load, run.steps.last_load
-        if first and last:
-            blocks.append(_heat_figure(run, i, first, last))
-        else:
-            blocks.append(
-                Text(f"{run.name} recorded only the worst load of each step, not the load of each expert.", "absent")
-            )
+        assert first and last  # as the worst load comes from them
+        blocks.append(_heat_figure(run, i, first, last))
     if sparse:
-        blocks.append(_load_figure(runs, sparse))
+        blocks += [_load_figure(runs, sparse), *_balance_figure(runs, sparse)]
     without = [r.name for r in runs if not r.steps.finite(WORST_LOAD)]
     if without:
         plural = "have" if len(without) > 1 else "has"
@@ -278,6 +274,28 @@ def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figu
         caption, more = f"{caption} Dashed: in the middle layer.", (LegendItem("middle layer", 0, "reference"),)
     table = _table(title, runs, [("worst layer", WORST_LOAD, lambda v: fixed(v, 3))])
     return Figure(title, caption + _remarks(notes), (Drawing(wide, narrow),), _legend(sparse, *more), table)
+
+
+_BALANCE = (  # column, title, unit, what the caption says of it
+    ("balance", "Balance loss", "1 = uniform", "The balance loss is before its coefficient, averaged over the layers."),
+    ("drop_rate", "Dropped", "share of choices", "Choices are dropped where an expert has no room left for them."),
+    ("dead_experts", "Dead experts", "number", "Dead experts are those of all layers that got no token in the step."),
+)
+
+
+def _balance_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> list[Figure]:
+    """A panel for each quantity of _BALANCE that any run has above 0; no figure when there is none."""
+    some = [q for q in _BALANCE if any(v > 0 for r in runs for v in r.steps.finite(q[0]))]
+    if not some:
+        return []
+    panels = [
+        _panel(runs, column, title, unit, f"fig-{column}", from_zero=column != "balance")
+        for column, title, unit, _ in some
+    ]
+    caption = " ".join(words for *_, words in some)
+    caption += _remarks((r.name, lines(r, some[0][0], 0)[1]) for r in runs)
+    table = _table("Balance of the experts", runs, [(title.lower(), column, short) for column, title, *_ in some])
+    return [Figure("Balance by step", caption, tuple(p for p in panels if p), _legend(sparse), table)]
 
 
 def update_section(runs: Sequence[Run]) -> Section:

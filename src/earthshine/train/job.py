@@ -15,8 +15,8 @@ from earthshine.config import diff, encode
 from earthshine.console import human_bytes, human_count, human_seconds, table
 from earthshine.data.config import DataConfig
 from earthshine.errors import CheckpointError, ConfigError
-from earthshine.model.config import ModelConfig
-from earthshine.model.counts import count_parameters, train_flops_per_token
+from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.counts import count_parameters, forward_flops_per_token, train_flops_per_token
 from earthshine.model.hf_config import from_hf
 from earthshine.model.matrices import weights
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
@@ -71,16 +71,21 @@ class CheckpointConfig:
 class TrainJob:
     """One training run. Raises ConfigError where the fields contradict each other.
 
-    On resume only these may differ from the run's config, because none changes the mathematics of a step: `name`,
-    `tracker`, `checkpoint.*`, `heldout.every_steps`; and `num_steps`, if every learning rate used so far stays what it
-    was (a longer constant schedule, or WSD before its decay).
+    On resume only these may differ from the run's config, because none changes a bit of a step: `name`, `tracker`,
+    `checkpoint.*`, `heldout.every_steps`, `recompute`; and `num_steps`, if every learning rate used so far stays what
+    it was (a longer constant schedule, or WSD before its decay).
 
     Args:
-        sequences_per_step: sequences in one update; the gradient is that of their mean loss per target token.
+        sequences_per_step: sequences in one update; the gradient is that of their mean loss per target token, and with
+            experts of the losses of `balance` too (`train.step`).
         sequences_per_micro_batch: sequences in one forward and backward pass; it divides `sequences_per_step`.
         clip_grad_norm: largest global gradient norm (0: no clipping).
         seed: of the initialisation and of the order of the samples.
         compute_dtype: of activations and products; "auto" is decided once per run, at its first step.
+        balance, capacity: how experts are kept evenly loaded, and how many tokens one takes; for models with experts.
+        recompute: "block" keeps only the input of each decoder layer for the backward pass and computes the rest again:
+            the same gradients to the bit, in less memory, for one more forward pass.
+        compile: each decoder layer by `torch.compile`, which changes last bits.
     """
 
     name: str
@@ -96,6 +101,10 @@ class TrainJob:
     clip_grad_norm: float = 1.0
     seed: int = 0
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    recompute: Literal["none", "block"] = "none"
+    compile: bool = False
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: Literal["none", "tensorboard"] = "none"
 
@@ -156,19 +165,40 @@ def model_config(job: TrainJob) -> ModelConfig:
 
 
 def check_model(job: TrainJob, model: ModelConfig) -> None:
-    """Raise ConfigError for a model that the job cannot train: positions too few, routers that would not learn, or an
-    architecture that no Hugging Face class could hold afterwards."""
+    """Raise ConfigError for a model that the job cannot train: positions too few, routers that would not learn,
+    settings for experts or a bias that it does not have, or an architecture that no Hugging Face class could hold."""
     if job.seq_len > model.max_position_embeddings:
         raise ConfigError(
             f"seq_len={job.seq_len} is more than model.max_position_embeddings={model.max_position_embeddings}."
         )
     _ = model.family  # raises for an architecture that could be trained and then not be exported
-    routers = [f"blocks.{layer}.moe.router.weight" for layer in model.moe.layers]
-    if model.moe.top_k == 1 and not all(_frozen(job.optimizer, name) for name in routers):
+    _check_routing(job, model)
+
+
+def _check_routing(job: TrainJob, model: ModelConfig) -> None:
+    moe, balance = model.moe, job.balance
+    if not model.is_moe:
+        changed = diff(encode(BalanceConfig()), encode(balance), "balance")
+        changed += diff(encode(CapacityConfig()), encode(job.capacity), "capacity")
+        if changed:
+            raise ConfigError(
+                f"the model is dense, and {changed[0].partition(': ')[0]} is for models with experts: leave it out, or "
+                f"train a model with model.moe."
+            )
+        return
+    if moe.gate != "sigmoid_bias" and (balance.bias == "deepseek" or balance.bias_rate != BalanceConfig.bias_rate):
         raise ConfigError(
-            "model.moe.top_k=1 with gate='topk_softmax' gives the router no gradient: the softmax over one expert is 1 "
-            "whatever its logit, so routing would never be learned. Use top_k >= 2, or freeze the routers "
-            '(optimizer.freeze=["*.router.weight"]).'
+            f"balance.bias={balance.bias!r} and balance.bias_rate={balance.bias_rate} are for model.moe.gate="
+            f"'sigmoid_bias', not {moe.gate!r}, which has no bias: leave them out."
+        )
+    weighs_one = moe.top_k == 1 and moe.renormalize  # "topk_softmax" always does
+    routers = [f"blocks.{layer}.moe.router.weight" for layer in moe.layers]
+    if weighs_one and not all(_frozen(job.optimizer, name) for name in routers):
+        raise ConfigError(
+            f"model.moe.top_k=1 with gate={moe.gate!r} and renormalize=true gives the router no gradient: the weight "
+            f"of the one expert is 1 whatever its logit, so routing would never be learned. Use top_k >= 2, "
+            f"gate='softmax_topk' with renormalize=false, or freeze the routers "
+            f'(optimizer.freeze=["*.router.weight"]).'
         )
 
 
@@ -187,7 +217,7 @@ def _checkpoint_model(path: str) -> ModelConfig:
 
 
 # Prefixes of the fields that may change on resume; TrainJob's docstring says why.
-_MAY_CHANGE = ("name", "tracker", "checkpoint", "heldout.every_steps")
+_MAY_CHANGE = ("name", "tracker", "checkpoint", "heldout.every_steps", "recompute")
 
 
 def changes_on_resume(old: dict[str, Any], job: TrainJob, steps_done: int) -> list[str]:
@@ -226,6 +256,8 @@ class Derived:
     """What follows from a job before anything runs. FLOPs count 2 per multiply-accumulate of matrix products.
 
     Bytes are of one process that holds everything, without activations, which depend on the micro-batch.
+    `repeated_forward_flops_per_step` are those of recomputation and of the routing pass of balance.scope="step".
+    `warnings` name what is allowed and probably not meant.
     """
 
     world: int
@@ -240,11 +272,13 @@ class Derived:
     muon_parameters: int
     adamw_parameters: int
     forward_backward_flops_per_step: float
+    repeated_forward_flops_per_step: float
     newton_schulz_flops_per_step: float
     total_flops: float
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    warnings: tuple[str, ...]
 
     @property
     def state_bytes(self) -> int:
@@ -252,7 +286,12 @@ class Derived:
 
     def table(self, flops_per_second: float = 0.0) -> str:
         """For people; with a measured rate also the time at that rate, which no real run reaches."""
-        share = self.newton_schulz_flops_per_step / self.forward_backward_flops_per_step
+        once = self.forward_backward_flops_per_step
+
+        def beside(flops: float) -> str:
+            return f"{flops:.3g} ({flops / once:.1%} of forward and backward)"
+
+        repeated = self.repeated_forward_flops_per_step
         rows: list[tuple[str, str]] = [
             ("parameters", f"{self.parameters:,}"),
             ("active per token", f"{self.active_parameters:,}"),
@@ -261,8 +300,9 @@ class Derived:
             ("steps", f"{self.num_steps:,}"),
             ("tokens per step", f"{self.tokens_per_step:,} in {self.micro_batches} micro-batches"),
             ("tokens in all", human_count(self.total_tokens)),
-            ("forward and backward, FLOPs per step", f"{self.forward_backward_flops_per_step:.3g}"),
-            ("Newton-Schulz, FLOPs per step", f"{self.newton_schulz_flops_per_step:.3g} ({share:.1%} of the above)"),
+            ("forward and backward, FLOPs per step", f"{once:.3g}"),
+            ("Newton-Schulz, FLOPs per step", beside(self.newton_schulz_flops_per_step)),
+            *([("forward once more, FLOPs per step", beside(repeated))] if repeated else []),
             ("FLOPs in all", f"{self.total_flops:.3g}"),
             ("memory: parameters", human_bytes(self.parameter_bytes)),
             ("memory: gradients", human_bytes(self.gradient_bytes)),
@@ -301,6 +341,8 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
     trainable, by_muon = sum(w.elements for w in trained), sum(w.elements for w in muon)
     newton_schulz = sum(w.count * _newton_schulz_flops(optimizer, w.rows, w.columns) for w in muon)
     forward_backward = train_flops_per_token(model, job.seq_len) * job.tokens_per_step
+    passes = (job.balance.scope == "step") + (job.recompute == "block")
+    repeated = passes * _layers_forward_flops(job, model)
     return Derived(
         world=world,
         num_steps=job.num_steps,
@@ -314,12 +356,38 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         muon_parameters=by_muon,
         adamw_parameters=trainable - by_muon,
         forward_backward_flops_per_step=forward_backward,
+        repeated_forward_flops_per_step=repeated,
         newton_schulz_flops_per_step=newton_schulz,
-        total_flops=(forward_backward + newton_schulz) * job.num_steps,
+        total_flops=(forward_backward + repeated + newton_schulz) * job.num_steps,
         parameter_bytes=4 * counts.total,
         gradient_bytes=4 * trainable,
         optimizer_bytes=4 * by_muon + 8 * (trainable - by_muon),
+        warnings=_warnings(job, model),
     )
+
+
+def _layers_forward_flops(job: TrainJob, model: ModelConfig) -> float:
+    """FLOPs of a step's forward pass without the head, which neither recomputation nor the routing pass needs."""
+    head = 2.0 * model.vocab_size * model.hidden_size
+    return (forward_flops_per_token(model, job.seq_len) - head) * job.tokens_per_step
+
+
+def _warnings(job: TrainJob, model: ModelConfig) -> tuple[str, ...]:
+    found = []
+    capacity, moe = job.capacity, model.moe
+    if capacity.factor and not capacity.can_drop(moe.num_experts, moe.top_k):
+        never = moe.num_experts / (moe.top_k if capacity.meaning == "per_assignment" else 1)
+        found.append(
+            f"capacity.factor={capacity.factor:g} can never drop a token: with {moe.num_experts} experts, "
+            f"top-{moe.top_k}, an expert has room for every token from a factor of {never:g} on "
+            f"(capacity.meaning={capacity.meaning!r}). capacity.factor=0 gives the same gradients."
+        )
+    if job.balance.scope == "micro_batch" and job.sequences_per_micro_batch < job.sequences_per_step:
+        found.append(
+            "balance.scope='micro_batch': the gradient depends on sequences_per_micro_batch="
+            f"{job.sequences_per_micro_batch}. 'sequence' and 'step' give the same one for any."
+        )
+    return tuple(found)
 
 
 def _newton_schulz_flops(optimizer: OptimizerConfig, rows: int, columns: int) -> float:

@@ -28,9 +28,9 @@ from earthshine.optim.schedule import learning_rate
 from earthshine.train import run_folder
 from earthshine.train.interrupts import Interrupts
 from earthshine.train.job import TrainJob, derive
-from earthshine.train.metrics import MetricsFile, expert_load, heldout_line, samples_digest, step_line
+from earthshine.train.metrics import MetricsFile, heldout_line, routing_record, samples_digest, step_line
 from earthshine.train.state import TrainState, build_state
-from earthshine.train.step import train_step
+from earthshine.train.step import Objective, train_step
 from earthshine.train.trackers import Tracker, make_tracker, require_tracker
 
 _ETA_STEPS = 20
@@ -155,6 +155,8 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     if checkpoint is None:
         groups = param_groups(state.model, algorithm=job.optimizer.algorithm, freeze=job.optimizer.freeze)
         log(f"{derived.table(compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
+        for warning in derived.warnings:
+            log(f"warning: {warning}")
     if done < job.num_steps:
         log(
             f"computing in {state.choices['compute_dtype']} ({compute.reason}), "
@@ -243,7 +245,7 @@ def _step(run: _Run) -> None:
     record: dict[str, Any] = {
         "kind": "step",
         "step": state.step,
-        "loss": result.loss,
+        "loss": result.objective.loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
         "tokens": result.num_targets,
@@ -255,9 +257,7 @@ def _step(run: _Run) -> None:
         "update_rms": dict(state.optimizer.last_stats["update_rms"]),
         "samples": samples_digest(batch.sample_ids),
     }
-    counts = {layer: c.tolist() for layer, c in state.model.expert_counts().items()}
-    if counts:
-        record["expert_load"], record["worst_expert_load"] = expert_load(counts)
+    record |= _routing_of_step(run, result.objective)
     run.metrics.append(record)
     run.tracker.record(record)
     if record["mfu"] > 1 and not run.doubted_peak:
@@ -265,6 +265,20 @@ def _step(run: _Run) -> None:
         log("warning: an mfu above 100% means that the machine was busy while its GEMM peak was measured at the start")
     eta = sum(run.seconds) / len(run.seconds) * (job.num_steps - state.step)
     log(step_line(record, job.num_steps, eta))
+
+
+def _routing_of_step(run: _Run, objective: Objective) -> dict[str, Any]:
+    """The part of a step's record that is about its experts; {} for a dense model."""
+    job, model = run.job, run.state.model
+    counts = {layer: counts_E.tolist() for layer, counts_E in model.expert_counts().items()}
+    if not counts:
+        return {}
+    record = routing_record(counts, model.dropped_counts() if job.capacity.factor else None)
+    if job.balance.loss != "none":
+        record |= {"balance_loss": objective.balance_loss, "balance": objective.balance}
+    if job.balance.z_coefficient:
+        record["z_loss"] = objective.z_loss
+    return record
 
 
 def _save(run: _Run) -> None:

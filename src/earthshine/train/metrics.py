@@ -71,21 +71,42 @@ def samples_digest(sample_ids: Sequence[tuple[int, ...]]) -> str:
     return hashlib.sha256(json.dumps([list(i) for i in sample_ids]).encode()).hexdigest()
 
 
-def expert_load(counts: Mapping[int, Sequence[int]]) -> tuple[dict[str, list[float]], float]:
-    """Each expert's share of the routed rows, by layer; and the worst load: the largest max/mean over the layers.
+def routing_record(counts: Mapping[int, Sequence[int]], dropped: Mapping[int, int] | None) -> dict[str, Any]:
+    """What a step's record says of its routing.
 
-    1 is perfect balance, the number of experts is collapse onto one of them.
+    Args:
+        counts: how often each expert was chosen, by layer, before any capacity.
+        dropped: choices that found no room, by layer; None where there is no capacity.
+
+    Returns:
+        expert_load: each expert's share of its layer's choices.
+        max_violation: max/mean - 1 of the load of the worst layer, MaxVio of arXiv:2408.15664: 0 is perfect
+            balance, E/K - 1 is every token at the same experts.
+        dead_experts: how many experts, over all layers, nobody chose.
+        drop_rate: the share of all layers' choices that was dropped; only where there is a capacity.
     """
-    shares, worst = {}, 0.0
-    for layer, of_layer in counts.items():
-        total = sum(of_layer)
-        shares[str(layer)] = [c / max(total, 1) for c in of_layer]
-        worst = max(worst, max(of_layer) * len(of_layer) / max(total, 1))
-    return shares, worst
+    record: dict[str, Any] = {
+        "expert_load": {
+            str(layer): [c / max(sum(of_layer), 1) for c in of_layer] for layer, of_layer in counts.items()
+        },
+        "max_violation": max(max_violation(of_layer) for of_layer in counts.values()),
+        "dead_experts": sum(list(of_layer).count(0) for of_layer in counts.values()),
+    }
+    if dropped is not None:
+        record["drop_rate"] = sum(dropped.values()) / max(sum(map(sum, counts.values())), 1)
+    return record
+
+
+def max_violation(counts: Sequence[int]) -> float:
+    """max/mean - 1 of the experts' loads in one layer; 0 where nothing was routed."""
+    return max(counts) * len(counts) / sum(counts) - 1 if any(counts) else 0.0
 
 
 def step_line(record: Mapping[str, Any], num_steps: int, eta_seconds: float) -> str:
-    """`step  120/2000   6.0%  loss 3.4120  |g| 0.81  lr 2.00e-04  41.20k tok/s  mfu 38.0%  1.20GiB  eta 14m02s`"""
+    """`step  120/2000   6.0%  loss 3.4120  |g| 0.81  lr 2.00e-04  41.20k tok/s  mfu 38.0%  1.20GiB  eta 14m02s`
+
+    With experts also `maxvio 0.12`, with a capacity `drop 1.2%`, and `dead 3` where experts got nothing.
+    """
     step = record["step"]
     parts = [
         f"step {step:{len(str(num_steps))}d}/{num_steps} {step / num_steps:6.1%}",
@@ -96,8 +117,12 @@ def step_line(record: Mapping[str, Any], num_steps: int, eta_seconds: float) -> 
         f"mfu {record['mfu']:.1%}",
         f"{record['memory_gib']:.2f}GiB",
     ]
-    if "worst_expert_load" in record:
-        parts.append(f"load {record['worst_expert_load']:.2f}")
+    if "max_violation" in record:
+        parts.append(f"maxvio {record['max_violation']:.2f}")
+    if "drop_rate" in record:
+        parts.append(f"drop {record['drop_rate']:.1%}")
+    if record.get("dead_experts"):
+        parts.append(f"dead {record['dead_experts']}")
     return "  ".join([*parts, f"eta {human_seconds(eta_seconds)}"])
 
 

@@ -101,7 +101,7 @@ def build_state(
     if checkpoint is None:
         model = _initial_model(job, device, compute_dtype, trust)
     else:
-        model = _empty_model(_same_model(job, checkpoint), device, compute_dtype)
+        model = _empty_model(job, _same_model(job, checkpoint), device, compute_dtype)
     ns_dtype: Any = job.optimizer.ns_dtype
     if ns_dtype == "auto":
         ns_dtype = checkpoint.state["choices"]["ns_dtype"] if checkpoint else _dtype_name(resolve_dtype("auto", device))
@@ -120,26 +120,33 @@ def build_state(
     state = TrainState(model, optimizer, loader, device, choices)
     if checkpoint is not None:
         state.restore(checkpoint, allow_config_change=allow_config_change)
+    if job.compile:
+        model.compile_blocks()
     return state
 
 
 def _initial_model(job: TrainJob, device: torch.device, compute_dtype: torch.dtype, trust: bool) -> Transformer:
     match job.init:
         case Scratch(model=config):
-            model = _empty_model(config, device, compute_dtype)
+            model = _empty_model(job, config, device, compute_dtype)
             initialize(model, job.seed)
         case FromHuggingFace(path=path):
-            model = load_model(path, dtype=torch.float32, device=device, compute_dtype=compute_dtype)
+            model = load_model(path, device=device, compute_dtype=compute_dtype, **_training_options(job))
         case FromCheckpoint(path=path):
             config, tensors = run_store.load_model_state(path, trust=trust)
-            model = _empty_model(config, device, compute_dtype)
+            model = _empty_model(job, config, device, compute_dtype)
             model.load_state_dict(tensors)
     return model
 
 
-def _empty_model(config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> Transformer:
+def _empty_model(job: TrainJob, config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> Transformer:
     with device:
-        return Transformer(config, compute_dtype)
+        return Transformer(config, compute_dtype, **_training_options(job))
+
+
+def _training_options(job: TrainJob) -> dict[str, Any]:
+    """What the model is told of the job: none of it changes what it computes outside of training."""
+    return {"balance": job.balance, "capacity": job.capacity, "recompute": job.recompute == "block"}
 
 
 def _same_model(job: TrainJob, checkpoint: Checkpoint) -> ModelConfig:

@@ -12,9 +12,9 @@ from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    built = Transformer(preset("llama3_tiny_e8t2"))
+@pytest.fixture(scope="module", params=["llama3_tiny_e8t2", "moonlight_tiny"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    built = Transformer(preset(request.param))
     initialize(built, seed=0)
     return built
 

@@ -13,6 +13,7 @@ from earthshine.data.prepare import prepare
 from earthshine.data.shards import TokenShards
 from earthshine.errors import ConfigError
 from earthshine.evaluate.perplexity import heldout_loss, ratio_stderr
+from earthshine.model.config import CapacityConfig
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
 
@@ -66,6 +67,24 @@ def test_attention_across_documents_is_the_plain_loss_of_the_stream(shards: Path
     logits = model(flat[:60].view(3, 20)).flatten(0, 1)
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, flat[1:61]).item(), rel=1e-5)
     assert result["tokens"] == 60 and result["sha256"] == data.fingerprint and model.training
+
+
+@pytest.mark.parametrize("name", ["llama3_tiny_e8t2", "moonlight_tiny"])
+def test_evaluation_drops_nothing_and_changes_nothing(shards: Path, name: str) -> None:
+    """In the middle of a step of training, with hardly any capacity: no count, no bias, no mode, no loss is another."""
+    free, tight = Transformer(preset(name)), Transformer(preset(name), capacity=CapacityConfig(factor=0.1)).train()
+    initialize(free, seed=0)
+    initialize(tight, seed=0)
+    tokens_BS = torch.arange(48).view(2, 24)
+    tight.losses(tokens_BS, tokens_BS.roll(-1, 1)).nll.backward()
+    counts, dropped = tight.expert_counts(), tight.dropped_counts()
+    assert sum(dropped.values()) > 0
+    state = {key: tensor.clone() for key, tensor in tight.state_dict().items()}
+    result = heldout_loss(tight, shards, seq_len=20)
+    assert result == heldout_loss(free, shards, seq_len=20)
+    assert tight.training and tight.dropped_counts() == dropped
+    assert all(torch.equal(counts_E, counts[layer]) for layer, counts_E in tight.expert_counts().items())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in tight.state_dict().items())
 
 
 @pytest.mark.parametrize(

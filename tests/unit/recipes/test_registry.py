@@ -7,6 +7,7 @@ import pytest
 
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError
+from earthshine.model.presets import PRESETS
 from earthshine.recipes.registry import RECIPES, recipe
 from earthshine.train.job import TrainJob, derive
 
@@ -16,6 +17,11 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "recipes"
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"recipe 'tiny_meo' is not known. Did you mean 'tiny_moe'"):
         recipe("tiny_meo")
+
+
+def test_no_recipe_hides_a_preset() -> None:
+    """`earthshine show NAME` finds both by name alone."""
+    assert not set(RECIPES) & set(PRESETS)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -134,7 +134,10 @@ def metrics(num_steps: int, sparse: bool, start: float, drop: float) -> list[dic
         }  # fmt: skip
         if sparse:
             line["expert_load"] = expert_load(rng, 0.15 + 0.25 * done)
-            line["worst_expert_load"] = max(8 * max(row) for row in line["expert_load"].values())
+            worst = max(8 * max(row) for row in line["expert_load"].values())
+            balance = 1 + 0.05 * done + rng.random() / 100
+            line |= {"max_violation": worst - 1, "dead_experts": 0, "balance": balance, "balance_loss": 8e-3 * balance}
+            line["drop_rate"] = max(0.0, rng.gauss(0.01, 0.004))
         lines.append(line)
         if step in (num_steps // 2, num_steps):
             lines.append(heldout_line(step, start - drop * (1 - math.exp(-3 * done))))

@@ -211,6 +211,26 @@ def test_unused_experts_are_said(folder):
     assert "6 experts received no token (grey)" in read(write_report([run.path])).text
 
 
+def test_balance_is_drawn_where_it_was_recorded(folder):
+    """A panel each for what any run has above 0; nothing was unused here, and a dense run has none of it."""
+    sparse, dense = folder("sparse", sparse=True), folder("dense")
+    page = write_report([dense.path, sparse.path])
+    text = read(page).text
+    assert "Balance by step" in text and "The balance loss is before its coefficient" in text
+    assert "Choices are dropped where" in text and "Dead experts" not in text
+    series = json.loads(page.with_suffix(".json").read_text())["runs"][1]["series"]
+    last = json.loads((sparse.path / "metrics.jsonl").read_text().splitlines()[-2])
+    for column in ("balance", "balance_loss", "max_violation", "drop_rate", "dead_experts"):
+        assert series[column]["value"][-1] == last[column]
+    lines = [json.loads(line) for line in (sparse.path / "metrics.jsonl").read_text().splitlines()]
+    sparse.write("metrics.jsonl", "".join(json.dumps(x | {"dead_experts": 3}) + "\n" for x in lines))
+    assert "Dead experts are those of all layers that got no token" in read(write_report([sparse.path])).text
+    bare = folder("bare", sparse=True)
+    kept = [{k: v for k, v in x.items() if k not in ("balance", "drop_rate")} for x in lines]
+    bare.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in kept))
+    assert "Balance by step" not in read(write_report([bare.path])).text
+
+
 def test_same_folders_same_bytes(pair, tmp_path):
     pages = [write_report([r.path for r in pair], tmp_path / name) for name in ("a", "b")]
     for suffix in (".html", ".md", ".json"):

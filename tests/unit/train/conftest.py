@@ -1,6 +1,7 @@
 """Tiny jobs on shards made by hand, for the tests of train/."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from earthshine.data.config import DataConfig, SourceConfig
 from earthshine.data.shards import ShardWriter
-from earthshine.model.config import ModelConfig, MoEConfig
+from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.train.job import CheckpointConfig, HeldoutConfig, Scratch, TrainJob
 
@@ -33,6 +34,27 @@ def _micro_model(moe: bool = False) -> ModelConfig:
         head_dim=8,
         max_position_embeddings=64,
         moe=experts if moe else MoEConfig(),
+    )
+
+
+@pytest.fixture(scope="session")
+def moonlight_model() -> ModelConfig:
+    """Two layers with latent attention; the second one has six experts behind a sigmoid gate with a bias."""
+    return replace(
+        _micro_model(),
+        num_key_value_heads=2,
+        head_dim=12,
+        mla=MLAConfig(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
+        moe=MoEConfig(
+            num_experts=6,
+            top_k=2,
+            intermediate_size=16,
+            layers=(1,),
+            gate="sigmoid_bias",
+            routed_scaling=1.4,
+            shared_intermediate_size=16,
+            shared_gated=False,
+        ),
     )
 
 

@@ -14,9 +14,9 @@ import torch
 from earthshine.checkpoint import run_store
 from earthshine.config import decode, encode, override
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import ModelConfig
-from earthshine.model.hf_config import to_hf
+from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.counts import train_flops_per_token
+from earthshine.model.hf_config import to_hf
 from earthshine.model.presets import llama3_tiny, llama3_tiny_e8t2
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops.orthogonalize import newton_schulz_flops
@@ -29,6 +29,7 @@ from earthshine.train.job import (
     Scratch,
     TrainJob,
     changes_on_resume,
+    check_model,
     derive,
     model_config,
 )
@@ -47,6 +48,12 @@ JobMaker = Callable[..., TrainJob]
         (f"seed={1 << 64}", r"seed=18446744073709551616 must .* be below 2\*\*64"),
         ("name=a/b", "name='a/b' must be usable as a folder name"),
         ("checkpoint.keep=-1", "checkpoint.keep=-1 must not be negative"),
+        ("balance.loss=switch", "loss='switch' needs balance.scope: 'sequence', 'micro_batch' or 'step'"),
+        ("balance.coefficient=-1", "balance.coefficient=-1.0 must be a number that is not negative"),
+        ("balance.los=none", r"no field 'balance.los'. Did you mean 'loss'"),
+        ("capacity.factor=-1", "capacity.factor=-1.0 must be 0"),
+        ("recompute=layer", "'layer' is not one of 'none', 'block'"),
+        ("compile=1", "compile=1 must be of type bool"),
         ("schedule.warmup_steps=7", "warmup_steps=7 .* more than num_steps=6"),
         ("optimizer.lrr=1", r"no field 'optimizer.lrr'. Did you mean 'lr'"),
         ("tracker=wandb", "'wandb' is not one of 'none', 'tensorboard'"),
@@ -87,27 +94,109 @@ def test_a_router_that_gets_no_gradient_is_refused(init: str, tmp_path: Path, ma
         "checkpoint": FromCheckpoint(path=str(tmp_path)),
     }
     job = make_job(init=kinds.get(init, Scratch(model=model)))
-    with pytest.raises(ConfigError, match=r"top_k=1 .* gives the router no gradient"):
+    with pytest.raises(ConfigError, match=r"top_k=1 with gate='topk_softmax' .* gives the router no gradient"):
         derive(job, model=model if init == "resumed" else None)
     frozen = replace(job, optimizer=OptimizerConfig(freeze=("*.router.weight",)))
     assert derive(frozen).trainable_parameters > 0
 
 
+@pytest.mark.parametrize("gate", ["softmax_topk", "sigmoid_bias"])
+def test_any_gate_that_gives_one_expert_all_the_weight_is_refused(
+    gate: Any, make_job: JobMaker, micro_model: Callable[[bool], ModelConfig], moonlight_model: ModelConfig
+) -> None:
+    model = moonlight_model if gate == "sigmoid_bias" else micro_model(True)
+    of_one = replace(model, moe=replace(model.moe, top_k=1, gate=gate))
+    assert not router_gradient(of_one).any()
+    with pytest.raises(ConfigError, match=rf"top_k=1 with gate='{gate}' and renormalize=true"):
+        check_model(make_job(), of_one)
+    learns = replace(of_one, moe=replace(of_one.moe, renormalize=False))  # the Switch Transformer's gate, for one
+    assert router_gradient(learns).any()
+    check_model(make_job(), learns)
+
+
+SWITCH = BalanceConfig(loss="switch", scope="step")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"balance": SWITCH}, "balance.loss"), ({"capacity": CapacityConfig(factor=1.0)}, "capacity.factor")],
+)
+def test_settings_for_experts_are_refused_for_a_dense_model(
+    changes: dict[str, Any], named: str, make_job: JobMaker
+) -> None:
+    with pytest.raises(ConfigError, match=f"the model is dense, and {named} is for models with experts"):
+        derive(make_job(**changes))
+    assert derive(make_job(moe=True, **changes)).parameters > 0
+
+
+@pytest.mark.parametrize("balance", [BalanceConfig(bias="deepseek"), BalanceConfig(bias_rate=1e-2)])
+def test_a_rule_for_a_bias_that_the_gate_does_not_have_is_refused(
+    balance: BalanceConfig, make_job: JobMaker, moonlight_model: ModelConfig
+) -> None:
+    with pytest.raises(ConfigError, match=r"balance.bias=.* are for model.moe.gate='sigmoid_bias', not 'topk_softmax'"):
+        derive(make_job(moe=True, balance=balance))
+    assert derive(make_job(init=Scratch(model=moonlight_model), balance=balance)).parameters > 0
+    assert derive(make_job(moe=True, balance=BalanceConfig(bias="none"))).parameters > 0
+
+
+def test_a_capacity_that_can_never_drop_is_warned_of(make_job: JobMaker) -> None:
+    """Four experts, top-2: factor 2 of the choices, or 4 of the tokens, is room for every token."""
+    for factor, meaning in ((2.0, "per_assignment"), (4.0, "per_token")):
+        capacity = CapacityConfig(factor=factor, meaning=meaning)  # type: ignore[arg-type]
+        (warning,) = derive(make_job(moe=True, capacity=capacity)).warnings
+        assert (
+            f"capacity.factor={factor:g} can never drop a token" in warning
+            and f"from a factor of {factor:g}" in warning
+        )
+        assert derive(make_job(moe=True, capacity=replace(capacity, factor=factor - 0.1))).warnings == ()
+    assert derive(make_job(moe=True)).warnings == ()
+
+
+def test_a_loss_that_depends_on_the_micro_batch_is_warned_of(make_job: JobMaker) -> None:
+    balance = BalanceConfig(loss="switch", scope="micro_batch")
+    (warning,) = derive(make_job(moe=True, balance=balance)).warnings
+    assert "the gradient depends on sequences_per_micro_batch=2" in warning
+    assert derive(make_job(moe=True, balance=balance, sequences_per_micro_batch=4)).warnings == ()
+    assert derive(make_job(moe=True, balance=SWITCH)).warnings == ()
+
+
+def test_forward_passes_done_again_are_counted(make_job: JobMaker) -> None:
+    """Recomputation and the Switch loss's routing pass go through every layer, but not through the head."""
+    once = derive(make_job(moe=True))
+    assert once.repeated_forward_flops_per_step == 0 and "once more" not in once.table()
+    job = make_job(moe=True, balance=SWITCH)
+    model = model_config(job)
+    layers = (train_flops_per_token(model, 16) / 3 - 2 * model.vocab_size * model.hidden_size) * job.tokens_per_step
+    assert derive(job).repeated_forward_flops_per_step == pytest.approx(layers)
+    both = derive(replace(job, recompute="block"))
+    assert both.repeated_forward_flops_per_step == pytest.approx(2 * layers)
+    assert both.total_flops - once.total_flops == pytest.approx(job.num_steps * 2 * layers)
+    assert "forward once more, FLOPs per step" in both.table()
+
+
 def test_what_could_not_be_exported_is_not_trained(make_job: JobMaker) -> None:
     model = llama3_tiny_e8t2()
     some = replace(model, moe=replace(model.moe, layers=(1,)))
-    with pytest.raises(UnsupportedModelError, match="no Hugging Face class has experts in some layers"):
+    with pytest.raises(UnsupportedModelError, match="no Hugging Face class holds .*: experts in some layers"):
         derive(make_job(init=Scratch(model=some)))
     shared = replace(some, moe=replace(some.moe, shared_intermediate_size=16))
     assert derive(make_job(init=Scratch(model=shared))).parameters > 0
 
 
 def test_the_gradient_of_a_router_that_chooses_one_expert_is_zero(micro_model: Callable[[bool], ModelConfig]) -> None:
-    built = Transformer(top_1(micro_model(True)))
+    assert not router_gradient(top_1(micro_model(True))).any()
+    assert router_gradient(micro_model(True)).any()
+
+
+def router_gradient(model: ModelConfig) -> torch.Tensor:
+    """That of the next-token loss."""
+    built = Transformer(model)
     initialize(built, seed=0)
     built.loss_sum(torch.arange(8)[None], torch.arange(1, 9)[None]).backward()
     gradient = dict(built.named_parameters())["blocks.1.moe.router.weight"].grad
-    assert gradient is not None and not gradient.any()
+    assert gradient is not None
+    # The derivative of s / (s + 1e-20) is a difference that rounds to 8e-11 here; a router that learns has 5e-4.
+    return gradient.where(gradient.abs() > 1e-8, 0)
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("*.atn.*", "matches none of the"), ("*", "leaves no parameter")])
@@ -202,6 +291,7 @@ def test_changing_what_does_not_touch_the_mathematics_is_allowed(make_job: JobMa
         "checkpoint.every_steps=1",
         "checkpoint.keep=9",
         "heldout.every_steps=1",
+        "recompute=block",
     ]
     assert changes_on_resume(encode(job), override(job, changes), steps_done=3) == []
 
@@ -216,6 +306,10 @@ def test_changing_what_does_not_touch_the_mathematics_is_allowed(make_job: JobMa
         "data.document_attention=false",
         "init.model.rope_theta=1.0",
         "compute_dtype=bfloat16",
+        "balance.coefficient=0.01",
+        "balance.bias_rate=0.01",
+        "capacity.factor=1.0",
+        "compile=true",
         "num_steps=7",
     ],
 )

@@ -26,7 +26,7 @@ from earthshine.errors import (
     OutputExistsError,
     TrainingDivergedError,
 )
-from earthshine.model.config import ModelConfig
+from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.train import loop
@@ -64,23 +64,73 @@ def test_a_run_folder_is_complete(make_job: JobMaker, tmp_path: Path) -> None:
     assert [r["step"] for r in found if r["kind"] == "heldout"] == [0, 3, 6]
     step = found[1]
     assert set(step["expert_load"]) == {"1"} and sum(step["expert_load"]["1"]) == pytest.approx(1)
+    assert step["max_violation"] == pytest.approx(4 * max(step["expert_load"]["1"]) - 1)
+    assert step["dead_experts"] == step["expert_load"]["1"].count(0.0)
+    assert step["balance"] >= 0.9 and step["balance_loss"] == pytest.approx(1e-3 * step["balance"])
+    assert not {"drop_rate", "z_loss"} & set(step)  # there is neither
     assert set(step["update_rms"]) == {"muon", "adamw"}
     assert summary.total_tokens == found[-2]["total_tokens"] == sum(r["tokens"] for r in found if r["kind"] == "step")
     assert summary.loss == found[-2]["loss"]
     assert summary.heldout_after["loss"] == found[-1]["loss"] < summary.heldout_before["loss"] == found[0]["loss"]
 
 
-@pytest.mark.parametrize(("moe", "stop"), [(False, 3), (True, 1), (True, 5)])
-def test_a_run_that_stopped_and_went_on_is_the_run_that_did_not(
-    moe: bool, stop: int, make_job: JobMaker, tmp_path: Path
+def test_a_dense_run_says_nothing_of_experts(make_job: JobMaker, tmp_path: Path) -> None:
+    fit(make_job(), tmp_path, stop_after=1)
+    (step,) = (r for r in records(tmp_path) if r["kind"] == "step")
+    routing = {"expert_load", "max_violation", "dead_experts", "drop_rate", "balance", "balance_loss", "z_loss"}
+    assert not routing & set(step)
+
+
+def test_what_is_dropped_and_added_is_logged(
+    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = make_job(moe)
+    """Half of the room that is needed: at least half of all choices find none."""
+    balance = BalanceConfig(loss="none", z_coefficient=1e-3)
+    fit(make_job(True, balance=balance, capacity=CapacityConfig(factor=0.5), num_steps=2), tmp_path)
+    step = records(tmp_path)[1]
+    assert 0.5 <= step["drop_rate"] < 1 and step["z_loss"] > 0 and "balance" not in step
+    err = capsys.readouterr().err
+    assert f"maxvio {step['max_violation']:.2f}  drop {step['drop_rate']:.1%}" in err
+    assert "warning" not in err
+
+
+def test_a_capacity_that_never_drops_is_warned_of_once_and_changes_nothing(
+    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(True, capacity=CapacityConfig(factor=2.0))
+    fit(job, tmp_path / "full", stop_after=3)
+    assert "warning: capacity.factor=2 can never drop a token" in capsys.readouterr().err
+    fit(job, tmp_path / "full")
+    assert "warning" not in capsys.readouterr().err
+    fit(make_job(True), tmp_path / "dropless")
+    full, dropless = records(tmp_path / "full"), records(tmp_path / "dropless")
+    assert [r["drop_rate"] for r in full if r["kind"] == "step"] == [0.0] * 6
+    for one, other in zip(full, dropless, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)  # padded and grouped products, six Muon steps
+
+
+def test_recomputation_may_begin_in_the_middle_and_changes_no_bit(make_job: JobMaker, tmp_path: Path) -> None:
+    fit(make_job(True), tmp_path / "whole")
+    fit(make_job(True), tmp_path / "cut", stop_after=3)
+    fit(make_job(True, recompute="block"), tmp_path / "cut")
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("kind", "stop"), [("dense", 3), ("moe", 1), ("moe", 5), ("moonlight", 3)])
+def test_a_run_that_stopped_and_went_on_is_the_run_that_did_not(
+    kind: str, stop: int, make_job: JobMaker, tmp_path: Path, moonlight_model: ModelConfig
+) -> None:
+    """The router's bias, which no optimizer holds, included."""
+    job = make_job(kind == "moe", **({"init": Scratch(model=moonlight_model)} if kind == "moonlight" else {}))
     fit(job, tmp_path / "whole")
     assert not fit(job, tmp_path / "cut", stop_after=stop).finished
     torch.manual_seed(123)  # whatever else the process did
     assert fit(job, tmp_path / "cut").finished
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
     assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+    biases = [t for name, t in run_store.load_model_state(tmp_path / "cut")[1].items() if name.endswith("bias_E")]
+    assert len(biases) == (kind == "moonlight") and all(bias_E.any() for bias_E in biases)
 
 
 def test_a_finished_run_stays_as_it_is(make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

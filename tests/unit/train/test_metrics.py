@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from earthshine.train.metrics import MetricsFile, expert_load, heldout_line, samples_digest, step_line
+from earthshine.train.metrics import MetricsFile, heldout_line, max_violation, routing_record, samples_digest, step_line
 
 STEP = {
     "kind": "step",
@@ -21,12 +21,13 @@ STEP = {
 
 
 def test_the_line_says_everything() -> None:
-    line = step_line(STEP | {"worst_expert_load": 1.234}, 2000, 840.0)
-    assert line == (
-        "step    7/2000   0.4%  loss 3.4123  |g| 0.812  lr 2.00e-04  41.23k tok/s  mfu 38.1%  1.50GiB"
-        "  load 1.23  eta 14m00s"
-    )
-    assert "load" not in step_line(STEP, 2000, 0.0)
+    line = step_line(STEP, 2000, 840.0)
+    said = "step    7/2000   0.4%  loss 3.4123  |g| 0.812  lr 2.00e-04  41.23k tok/s  mfu 38.1%  1.50GiB"
+    assert line == said + "  eta 14m00s"
+    balanced = step_line(STEP | {"max_violation": 0.1234, "dead_experts": 0}, 2000, 840.0)
+    assert balanced == said + "  maxvio 0.12  eta 14m00s"
+    routing = {"max_violation": 3.0, "dead_experts": 2, "drop_rate": 0.012}
+    assert step_line(STEP | routing, 2000, 840.0) == said + "  maxvio 3.00  drop 1.2%  dead 2  eta 14m00s"
 
 
 def test_the_held_out_line() -> None:
@@ -36,11 +37,19 @@ def test_the_held_out_line() -> None:
     )
 
 
-def test_expert_load_is_share_and_worst_ratio() -> None:
-    shares, worst = expert_load({1: [4, 4, 4, 4], 3: [8, 4, 4, 0]})
-    assert shares == {"1": [0.25] * 4, "3": [0.5, 0.25, 0.25, 0.0]}
-    assert worst == 2.0
-    assert expert_load({0: [0, 12]})[1] == 2.0
+def test_what_is_said_of_a_step_s_routing() -> None:
+    record = routing_record({1: [4, 4, 4, 4], 3: [8, 4, 4, 0], 4: [7, 1, 0, 0]}, None)
+    assert record["expert_load"]["1"] == [0.25] * 4 and record["expert_load"]["3"] == [0.5, 0.25, 0.25, 0.0]
+    assert record["max_violation"] == 7 / 2 - 1  # layer 4, whose mean is 2
+    assert record["dead_experts"] == 3
+    assert "drop_rate" not in record
+    assert routing_record({0: [6, 2], 1: [4, 4]}, {0: 2, 1: 1})["drop_rate"] == 3 / 16
+
+
+def test_max_violation_ends_at_the_number_of_experts_by_those_of_a_token() -> None:
+    assert max_violation([3, 3, 3]) == 0
+    assert max_violation([10, 10, 0, 0, 0, 0]) == 6 / 2 - 1
+    assert max_violation([0, 0]) == 0
 
 
 def test_the_digest_tells_samples_and_their_order() -> None:
