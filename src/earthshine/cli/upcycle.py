@@ -11,8 +11,8 @@ from earthshine.upcycle.config import UpcycleConfig
 
 DESCRIPTION = """Turn a dense Hugging Face checkpoint into a Mixture-of-Experts one that computes the same function.
 
-All layers converted gives a Mixtral, some layers a Qwen2-MoE. Weights are streamed: memory stays at one matrix, and
-after a kill the same command goes on."""
+All layers of a Llama or Mistral give a Mixtral, some a Qwen2-MoE; a Qwen2 gives a Qwen2-MoE, a Qwen3 a Qwen3-MoE.
+Weights are streamed: memory stays at one matrix, and after a kill the same command goes on."""
 EXAMPLES = (
     ("8 experts, 2 of them per token, in every layer", "earthshine upcycle models/llama models/llama-8x"),
     ("what would be written, and from what", "earthshine upcycle models/llama models/llama-8x --dry-run"),
@@ -44,7 +44,7 @@ class Options:
     """Of everything drawn."""
 
     shared_intermediate_size: int = UpcycleConfig.shared_intermediate_size
-    """Width of the zero shared expert that Qwen2-MoE demands when only some layers are converted."""
+    """Width of the zero shared expert, where the result is a Qwen2-MoE: that class demands one."""
 
     max_shard_gib: float = UpcycleConfig.max_shard_gib
     """Largest size of one weight file, in GiB; also the unit in which a killed conversion goes on."""
