@@ -59,7 +59,7 @@ def _measure(path: Path) -> dict[str, Any]:
     return {
         "environment": devices.environment(),
         "compute": {"dtype": str(choice.dtype).removeprefix("torch."), "reason": choice.reason},
-        "experts": _experts(choice.dtype),
+        "experts": _experts(choice.dtype, device),
         "gemm_flops": peaks,
         "disk": {
             "path": str(path.absolute()),
@@ -69,12 +69,11 @@ def _measure(path: Path) -> dict[str, Any]:
     }
 
 
-def _experts(dtype: Any) -> dict[str, str]:
+def _experts(dtype: Any, device: Any) -> dict[str, str]:
     import torch
 
-    from earthshine.ops.grouped_experts import can_group
+    from earthshine.ops.grouped_experts import choose_backend
 
-    sample = torch.empty(16, 64, dtype=dtype), torch.empty(2, 64, 64, dtype=dtype)
-    if can_group(*sample):
-        return {"backend": "grouped", "reason": "torch's grouped product takes this type; widths of 16 bytes needed"}
-    return {"backend": "loop", "reason": "torch's grouped product does not take this type"}
+    rows, weights = (torch.empty(shape, dtype=dtype, device=device) for shape in ((16, 64), (2, 64, 64)))
+    backend, reason = choose_backend(rows, weights, 0)
+    return {"backend": backend, "reason": reason}

@@ -20,7 +20,7 @@ def cross_entropy_sum(
     w_VD: Tensor,
     targets_T: Tensor,
     *,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
     vocab_start: int = 0,
     reduce_max: Reduce = _identity,
     reduce_sum: Reduce = _identity,
@@ -28,7 +28,8 @@ def cross_entropy_sum(
     """The sum over tokens of -log softmax(w h)[target], in nats, skipping targets of -100.
 
     Logits are made `chunk_tokens` rows at a time, and each chunk's gradient with them, so the cost is that of the
-    plain loss (three products) with memory of one chunk. Softmax and sums are in at least float32.
+    plain loss (three products) with memory of one chunk; None for 256 on a CPU, where a chunk of logits should stay in
+    the cache, and 1024 elsewhere. Softmax and sums are in at least float32.
 
     Args:
         h_TD, w_VD: hidden states and head, of one dtype.
@@ -40,6 +41,8 @@ def cross_entropy_sum(
         A 0-d tensor, float32 (float64 for float64 input).
     """
     assert targets_T.shape == h_TD.shape[:1], f"{list(targets_T.shape)} targets for {h_TD.shape[0]} tokens"
+    if chunk_tokens is None:
+        chunk_tokens = 256 if h_TD.device.type == "cpu" else 1024
     needs_grad = torch.is_grad_enabled() and (h_TD.requires_grad or w_VD.requires_grad)
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         h_TD, w_VD, targets_T, chunk_tokens, vocab_start, reduce_max, reduce_sum, needs_grad
@@ -64,6 +67,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=h_TD.device)
         grad_h_TD = torch.empty_like(h_TD) if needs_grad else None
         grad_w_VD = torch.zeros_like(w_VD, dtype=wide) if needs_grad else None
+        # Rows a power of two apart would fall on the same few lines of the cache.
+        buffer_CV = h_TD.new_empty(min(chunk_tokens, h_TD.shape[0]), w_VD.shape[0] + 16)[:, :-16]
         for start in range(0, h_TD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h_CD, target_C = h_TD[rows], targets_T[rows]
@@ -71,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             local_C = target_C - vocab_start
             here_C = valid_C & (local_C >= 0) & (local_C < w_VD.shape[0])
             column_C1 = local_C.where(here_C, 0).unsqueeze(1)
-            logits_CV = (h_CD @ w_VD.T).to(wide)
+            logits_CV = torch.mm(h_CD, w_VD.T, out=buffer_CV[: h_CD.shape[0]]).to(wide)
             logits_CV -= reduce_max(logits_CV.amax(1, keepdim=True))
             target_logit_C = logits_CV.gather(1, column_C1).squeeze(1).where(here_C, 0.0)
             target_logit_C, found_C = reduce_sum(torch.stack((target_logit_C, here_C.to(wide)))).unbind()
@@ -83,7 +88,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_CV.scatter_add_(1, column_C1, -here_C.to(wide).unsqueeze(1))
                 grad_CV = grad_CV.to(h_TD.dtype)
                 grad_h_TD[rows] = reduce_sum(grad_CV @ w_VD)
-                grad_w_VD += grad_CV.T @ h_CD
+                if grad_CV.dtype == wide:
+                    grad_w_VD.addmm_(grad_CV.T, h_CD)
+                else:
+                    grad_w_VD += grad_CV.T @ h_CD
         if grad_h_TD is not None and grad_w_VD is not None:
             ctx.save_for_backward(grad_h_TD, grad_w_VD.to(w_VD.dtype))
         return total.to(wide)

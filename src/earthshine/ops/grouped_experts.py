@@ -7,15 +7,18 @@ A dropped choice has the expert E: its row is sorted to the end and counted nowh
 as zeros and take no part in any gradient.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Backend = Literal["auto", "grouped", "padded", "loop"]
 _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SEGMENT_ROWS = 1024  # 3 MB of each product at a width of 704: a few of them fit the last cache of a small CPU
 
 
 @dataclass(frozen=True)
@@ -92,34 +95,115 @@ def swiglu_experts(
 ) -> Tensor:
     """down(silu(gate x) * up x) with each row's own expert (arXiv:2002.05202): shape (R, D).
 
-    Backends: "loop" is one expert after the other, the oracle, any dtype; "grouped" is torch's grouped matrix product
-    (float32 and half types, widths in multiples of 16 bytes); "padded" is a batched product over `capacity` rows of
-    every expert (of the fullest one where 0), whose shapes do not depend on the routing; "auto" is `choose_backend`.
+    Backends: "loop" is one expert after the other, the oracle; "padded" is a batched product over `capacity` rows of
+    every expert (of the fullest one where 0), whose shapes do not depend on the routing; "grouped" on an accelerator is
+    torch's grouped matrix product (float32 and half types, widths in multiples of 16 bytes), and on a CPU, where that
+    is a loop too, `swiglu_segments`; "auto" is `choose_backend`.
 
     Args:
         x_RD: rows sorted by expert; experts without rows are allowed.
         capacity: the most rows an expert has; 0 when that is not known.
     """
     if backend == "auto":
-        backend = choose_backend(x_RD, w_gate_EFD, capacity)
+        backend, _ = choose_backend(x_RD, w_gate_EFD, capacity)
     if backend == "padded":
         return _padded(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E, capacity)
+    if backend == "grouped" and x_RD.device.type == "cpu":
+        y_RD: Tensor = swiglu_segments(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E.tolist())
+        return y_RD
     if backend == "grouped":
         return _grouped(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E)
     return _loop(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E)
 
 
-def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> Backend:
-    """ "padded" with a capacity, else "grouped" where it can run, else "loop"."""
+def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend, str]:
+    """The backend that "auto" takes, and why."""
+    if x_RD.device.type == "cpu":
+        return (
+            "grouped",
+            "on a CPU one product per expert, in place, is at the rate of any batched one and pads nothing",
+        )
     if capacity:
-        return "padded"
-    return "grouped" if can_group(x_RD, w_EFD) else "loop"
+        return "padded", "with a capacity all shapes are known beforehand"
+    if x_RD.dtype not in _GROUPED_MM_DTYPES:
+        return "loop", f"torch's grouped product does not take {x_RD.dtype}"
+    if any(n * x_RD.element_size() % 16 for n in w_EFD.shape[1:]):
+        return "loop", f"torch's grouped product wants widths of multiples of 16 bytes, not {list(w_EFD.shape[1:])}"
+    return "grouped", "torch's grouped product takes these"
 
 
-def can_group(x_RD: Tensor, w_EFD: Tensor) -> bool:
-    """Whether torch's grouped product takes these: its kernels want 16-byte rows and at most float32."""
-    aligned = all(n * x_RD.element_size() % 16 == 0 for n in w_EFD.shape[1:])
-    return aligned and x_RD.dtype in _GROUPED_MM_DTYPES
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the loads are data; a graph for each of them would be compiled anew
+def swiglu_segments(
+    x_RD: Tensor, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """`swiglu_experts` for a CPU: few rows at a time, so that what one product wrote is in the cache for the next.
+
+    Products write into their place, element-wise work is done in place, and only the products with gate and up are
+    kept for the backward pass.
+    """
+    y_RD: Tensor = _Segments.apply(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts)  # type: ignore[no-untyped-call]
+    return y_RD
+
+
+def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
+    """(expert, rows, whether these are the expert's first), at most `_SEGMENT_ROWS` rows of one expert at a time."""
+    end = 0
+    for expert, count in enumerate(counts):
+        start, end = end, end + count
+        for first in range(start, end, _SEGMENT_ROWS):
+            yield expert, slice(first, min(first + _SEGMENT_ROWS, end)), first == start
+
+
+class _Segments(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        gate_RF, up_RF = x_RD.new_empty(2, x_RD.shape[0], gate_EFD.shape[1]).unbind()
+        y_RD = torch.empty_like(x_RD)
+        y_RD[sum(counts) :] = 0
+        for expert, rows, _ in _segments(counts):
+            gate = torch.mm(x_RD[rows], gate_EFD[expert].T, out=gate_RF[rows])
+            up = torch.mm(x_RD[rows], up_EFD[expert].T, out=up_RF[rows])
+            torch.mm(F.silu(gate).mul_(up), down_EDF[expert].T, out=y_RD[rows])
+        ctx.save_for_backward(x_RD, gate_EFD, up_EFD, down_EDF, gate_RF, up_RF)
+        ctx.counts = counts
+        return y_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, gate_EFD, up_EFD, down_EDF, gate_RF, up_RF = ctx.saved_tensors
+        needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
+        grad_x_RD = torch.empty_like(x_RD)
+        grad_x_RD[sum(ctx.counts) :] = 0
+        grad_gate_EFD, grad_up_EFD, grad_down_EDF = (torch.empty_like(w) for w in (gate_EFD, up_EFD, down_EDF))
+        for expert, count in enumerate(ctx.counts):
+            if count == 0:
+                for grad in (grad_gate_EFD, grad_up_EFD, grad_down_EDF):
+                    grad[expert] = 0
+        for expert, rows, first in _segments(ctx.counts):
+            x, grad_y, gate, up = x_RD[rows], grad_y_RD[rows], gate_RF[rows], up_RF[rows]
+            keep = 0 if first else 1  # whether to add to what the expert's earlier rows gave
+            silu = F.silu(gate)
+            grad_hidden = grad_y @ down_EDF[expert]
+            if needs_down:
+                grad_down_EDF[expert].addmm_(grad_y.T, silu * up, beta=keep)
+            grad_up = silu.mul_(grad_hidden)
+            grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+            if needs_x:
+                torch.mm(grad_gate, gate_EFD[expert], out=grad_x_RD[rows]).addmm_(grad_up, up_EFD[expert])
+            if needs_gate:
+                grad_gate_EFD[expert].addmm_(grad_gate.T, x, beta=keep)
+            if needs_up:
+                grad_up_EFD[expert].addmm_(grad_up.T, x, beta=keep)
+        return (
+            grad_x_RD if needs_x else None,
+            grad_gate_EFD if needs_gate else None,
+            grad_up_EFD if needs_up else None,
+            grad_down_EDF if needs_down else None,
+            None,
+        )
 
 
 def _loop(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
@@ -137,7 +221,8 @@ def _grouped(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, c
     gate_RF = F.grouped_mm(x_RD, gate_EFD.transpose(1, 2), offs=ends_E)
     up_RF = F.grouped_mm(x_RD, up_EFD.transpose(1, 2), offs=ends_E)
     hidden_RF = (F.silu(gate_RF) * up_RF).where(used_R1, 0)
-    return F.grouped_mm(hidden_RF, down_EDF.transpose(1, 2), offs=ends_E).where(used_R1, 0)
+    y_RD: Tensor = F.grouped_mm(hidden_RF, down_EDF.transpose(1, 2), offs=ends_E)
+    return y_RD.where(used_R1, 0)
 
 
 def _padded(
@@ -158,5 +243,5 @@ def _padded(
     x_ECD = x_RD.new_zeros(num_experts * width + 1, x_RD.shape[1]).index_copy(0, slot_R, x_RD)[:-1]
     x_ECD = x_ECD.unflatten(0, (num_experts, width))
     hidden_ECF = F.silu(x_ECD @ gate_EFD.transpose(1, 2)) * (x_ECD @ up_EFD.transpose(1, 2))
-    y_SD = (hidden_ECF @ down_EDF.transpose(1, 2)).flatten(0, 1)
+    y_SD: Tensor = (hidden_ECF @ down_EDF.transpose(1, 2)).flatten(0, 1)
     return y_SD.index_select(0, slot_R.clamp(max=num_experts * width - 1)).where(used_R1, 0)
