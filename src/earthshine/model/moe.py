@@ -150,7 +150,7 @@ class MoE(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         logits_TE, weights_TK, expert_TK = self.router(x_TD)
-        weights_TK, kept_TK, capacity = self._drop(weights_TK, expert_TK)
+        kept_TK, capacity = self._drop(weights_TK, expert_TK)
         routed = sort_by_expert(kept_TK, self.moe.num_experts)
         rows_RD, counts_E = self.dispatcher.dispatch(permute(x_TD, routed), routed.counts_E)
         y_RD = self.dispatcher.combine(self.experts(rows_RD, counts_E, capacity))
@@ -168,14 +168,14 @@ class MoE(nn.Module):
         z = z_loss(logits_TE) if self.balance.z_coefficient else logits_TE.new_zeros(())
         return y_BSD, RoutingStats(balance, z, counts_E, counts_E.sum() - routed.counts_E.sum())
 
-    def _drop(self, weights_TK: Tensor, expert_TK: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Weights and experts with dropped choices at weight 0 and expert E, and the capacity (0: nothing can drop)."""
+    def _drop(self, weights_TK: Tensor, expert_TK: Tensor) -> tuple[Tensor, int]:
+        """The experts, E in place of dropped ones, whose outputs are zeros; and the capacity (0: nothing can drop)."""
         moe, num_tokens = self.moe, expert_TK.shape[0]
         capacity = self.capacity.tokens_per_expert(num_tokens, moe.num_experts, moe.top_k) if self.training else 0
         if capacity == 0 or capacity >= num_tokens:  # an expert gets at most one choice of each token
-            return weights_TK, expert_TK, 0
+            return expert_TK, 0
         keep_TK = keep_within_capacity(weights_TK, expert_TK, moe.num_experts, capacity, self.capacity.drop)
-        return weights_TK * keep_TK, expert_TK.where(keep_TK, moe.num_experts), capacity
+        return expert_TK.where(keep_TK, moe.num_experts), capacity
 
     def _balance(self, logits_BSE: Tensor, expert_TK: Tensor, counts_E: Tensor, step_counts_E: Tensor | None) -> Tensor:
         """The balance loss, summed over the sequences: 0-d. Dropped choices count as what the router wanted.
