@@ -344,7 +344,10 @@ class ModelConfig:
         if not self.is_moe:
             if self.qkv_bias:
                 return () if self.qk_norm else ("qwen2",)
-            return ("qwen3",) if self.qk_norm else ("llama", "mistral")
+            if self.qk_norm:
+                return ("qwen3",)
+            whole_heads = self.hidden_size % self.num_attention_heads == 0  # transformers' LlamaConfig demands it
+            return ("llama", "mistral") if whole_heads else ("mistral",)
         if (
             moe.gate == "sigmoid_bias"
             or moe.routed_scaling != 1

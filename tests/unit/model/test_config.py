@@ -123,6 +123,14 @@ def test_every_family_round_trips_and_is_read_by_transformers(family: str) -> No
         assert from_hf(theirs.to_dict()) == config
 
 
+def test_heads_that_transformers_refuses_in_a_llama_are_written_as_a_mistral() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = replace(DENSE, num_attention_heads=6)
+    hf = to_hf(config)
+    assert hf["model_type"] == "mistral" and from_hf(hf) == config
+    assert transformers.AutoConfig.for_model(**hf).num_attention_heads == 6
+
+
 def test_moonlight_is_read() -> None:
     assert from_hf(MOONLIGHT) == replace(preset("moonlight_16b_a3b"), eos_token_ids=(163586,))
 
