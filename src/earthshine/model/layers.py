@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from earthshine.ops.grouped_experts import swiglu
+
 
 def to_compute(weight: Tensor, like: Tensor) -> Tensor:
     """The weight in the dtype of the activation that it meets: the only place where parameters are cast."""
@@ -59,5 +61,5 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        gate, up, down = (to_compute(proj.weight, x) for proj in (self.gate_proj, self.up_proj, self.down_proj))
+        return swiglu(x, gate, up, down)

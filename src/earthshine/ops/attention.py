@@ -89,7 +89,8 @@ class _RowBlocks(torch.autograd.Function):
         wide = torch.promote_types(q_BHSC.dtype, torch.float32)
         q_NLSC = torch.mul(q_BHSC, scale, out=q_BHSC.new_empty(B, H, S, C)).view(B * G, H // G, S, C)
         k_NSC, v_NSV = k_BGSC.reshape(B * G, S, C), v_BGSV.reshape(B * G, S, V)
-        out_NLSV = q_NLSC.new_empty(B * G, H // G, S, V)
+        # In the order of the projection that follows, which would copy it otherwise.
+        out_BSHV = q_NLSC.new_empty(B, S, H, V)
         future_RR = torch.ones(_BLOCK_ROWS, _BLOCK_ROWS, dtype=torch.bool, device=q_BHSC.device).triu_(1)
         kept = []
         for start in range(0, S, _BLOCK_ROWS):
@@ -102,10 +103,11 @@ class _RowBlocks(torch.autograd.Function):
                 by_batch.masked_fill_(other_BRP.unsqueeze(1), -math.inf)
             weights = torch.softmax(scores, -1).to(q_BHSC.dtype)
             kept.append(weights)
-            out_NLSV[:, :, start:end] = torch.bmm(weights, v_NSV[:, :end]).unflatten(1, (H // G, -1))
+            out_BHRV = torch.bmm(weights, v_NSV[:, :end]).view(B, H, end - start, V)
+            out_BSHV[:, start:end] = out_BHRV.transpose(1, 2)
         ctx.save_for_backward(q_NLSC, k_NSC, v_NSV, *kept)
         ctx.scale = scale
-        return out_NLSV.view(B, H, S, V)
+        return out_BSHV.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
@@ -113,12 +115,12 @@ class _RowBlocks(torch.autograd.Function):
         q_NLSC, k_NSC, v_NSV, *kept = ctx.saved_tensors
         (N, L, S, _), (B, H) = q_NLSC.shape, grad_BHSV.shape[:2]
         wide = torch.promote_types(q_NLSC.dtype, torch.float32)
-        grad_NLSV = grad_BHSV.reshape(N, L, S, -1)
         grad_q_NLSC, grad_k_NSC, grad_v_NSV = torch.empty_like(q_NLSC), None, None
         # The last block meets all keys: its products begin the sums over blocks.
         for start, weights in reversed(list(zip(range(0, S, _BLOCK_ROWS), kept, strict=True))):
             end = min(start + _BLOCK_ROWS, S)
-            grad_rows, q_rows = grad_NLSV[:, :, start:end].flatten(1, 2), q_NLSC[:, :, start:end].flatten(1, 2)
+            grad_rows = grad_BHSV[:, :, start:end].reshape(N, L * (end - start), -1)
+            q_rows = q_NLSC[:, :, start:end].flatten(1, 2)
             part_v = torch.bmm(weights.transpose(1, 2), grad_rows)
             grad_weights = torch.bmm(grad_rows, v_NSV[:, :end].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights.to(wide), weights.to(wide), -1, wide)

@@ -89,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_CV = grad_CV.to(h_TD.dtype)
                 grad_h_TD[rows] = reduce_sum(grad_CV @ w_VD)
                 if grad_CV.dtype == wide:
-                    grad_w_VD.addmm_(grad_CV.T, h_CD)
+                    torch.addmm(grad_w_VD, grad_CV.T, h_CD, out=grad_w_VD)
                 else:
                     grad_w_VD += grad_CV.T @ h_CD
         if grad_h_TD is not None and grad_w_VD is not None:

@@ -116,6 +116,16 @@ def swiglu_experts(
     return _loop(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E)
 
 
+def swiglu(x: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) for (..., D): the feed-forward network of a dense layer, as one expert for all rows."""
+    if x.device.type != "cpu":
+        return F.linear(F.silu(F.linear(x, w_gate_FD)) * F.linear(x, w_up_FD), w_down_DF)
+    x_RD = x.reshape(-1, x.shape[-1])
+    weights = (w.unsqueeze(0) for w in (w_gate_FD, w_up_FD, w_down_DF))
+    y_RD: Tensor = swiglu_segments(x_RD, *weights, [x_RD.shape[0]])
+    return y_RD.view(x.shape)
+
+
 def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend, str]:
     """The backend that "auto" takes, and why."""
     if x_RD.device.type == "cpu":
@@ -143,6 +153,11 @@ def swiglu_segments(
     """
     y_RD: Tensor = _Segments.apply(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts)  # type: ignore[no-untyped-call]
     return y_RD
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    """into = a b, plus what is there when `keep`. Not `addmm_`, because torch's FLOP counter does not see that."""
+    torch.addmm(into, a, b, beta=int(keep), out=into)
 
 
 def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
@@ -184,19 +199,20 @@ class _Segments(torch.autograd.Function):
                     grad[expert] = 0
         for expert, rows, first in _segments(ctx.counts):
             x, grad_y, gate, up = x_RD[rows], grad_y_RD[rows], gate_RF[rows], up_RF[rows]
-            keep = 0 if first else 1  # whether to add to what the expert's earlier rows gave
+            keep = not first  # what the expert's earlier rows gave
             silu = F.silu(gate)
             grad_hidden = grad_y @ down_EDF[expert]
             if needs_down:
-                grad_down_EDF[expert].addmm_(grad_y.T, silu * up, beta=keep)
+                _add_product(grad_down_EDF[expert], grad_y.T, silu * up, keep)
             grad_up = silu.mul_(grad_hidden)
             grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
             if needs_x:
-                torch.mm(grad_gate, gate_EFD[expert], out=grad_x_RD[rows]).addmm_(grad_up, up_EFD[expert])
+                _add_product(grad_x_RD[rows], grad_gate, gate_EFD[expert], False)
+                _add_product(grad_x_RD[rows], grad_up, up_EFD[expert], True)
             if needs_gate:
-                grad_gate_EFD[expert].addmm_(grad_gate.T, x, beta=keep)
+                _add_product(grad_gate_EFD[expert], grad_gate.T, x, keep)
             if needs_up:
-                grad_up_EFD[expert].addmm_(grad_up.T, x, beta=keep)
+                _add_product(grad_up_EFD[expert], grad_up.T, x, keep)
         return (
             grad_x_RD if needs_x else None,
             grad_gate_EFD if needs_gate else None,

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earthshine.ops.grouped_experts import permute, sort_by_expert, swiglu_experts, unpermute
+from earthshine.ops import grouped_experts
+from earthshine.ops.grouped_experts import permute, sort_by_expert, swiglu, swiglu_experts, unpermute
 from earthshine.ops.routing import count_tokens, topk_softmax
 
 E, D, F = 5, 16, 24
@@ -89,3 +90,27 @@ def test_the_gate_breaks_ties_by_index_and_renormalises() -> None:
     weights, chosen = topk_softmax(logits, 3)
     probabilities = logits.softmax(-1).gather(1, chosen)
     torch.testing.assert_close(weights, probabilities / probabilities.sum(1, keepdim=True))
+
+
+def test_a_dense_network_is_one_expert_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In segments of 7 rows, the last of them short: the weights' gradients add up. 1e-6 as above."""
+    monkeypatch.setattr(grouped_experts, "_SEGMENT_ROWS", 7)
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(*s, generator=g).requires_grad_() for s in ((2, 10, D), (F, D), (F, D), (D, F))]
+    x, gate, up, down = tensors
+    wanted = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    grad = torch.randn(wanted.shape, generator=g)
+    got = swiglu(*tensors)
+    for a, b in zip(
+        (got, *torch.autograd.grad(got, tensors, grad)),
+        (wanted, *torch.autograd.grad(wanted, tensors, grad)),
+        strict=True,
+    ):
+        assert float((a - b).detach().abs().max()) <= 1e-6 * max(1.0, float(b.detach().abs().max()))
+
+
+def test_frozen_weights_take_no_gradient() -> None:
+    x = torch.randn(5, D)
+    gate, up, down = torch.randn(F, D), torch.randn(F, D).requires_grad_(), torch.randn(D, F)
+    swiglu(x, gate, up, down).sum().backward()
+    assert up.grad is not None and up.grad.any()
