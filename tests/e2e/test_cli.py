@@ -178,6 +178,19 @@ def test_a_dry_run_prints_the_job_and_what_follows_from_it(run, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_balances_experts_is_set_like_any_field(run):
+    switch = ("train", "tiny_moe", "--dry-run", "--json", "balance.loss=switch", "capacity.factor=4")
+    code, _, err = run(*switch)
+    assert code == 2 and "balance.loss='switch' needs balance.scope" in err
+    code, out, err = run(*switch, "balance.scope=step", "recompute=block", "compile=true")
+    plan = json.loads(out)
+    assert code == 0 and plan["job"]["balance"]["scope"] == "step" and plan["job"]["recompute"] == "block"
+    assert plan["derived"]["repeated_forward_flops_per_step"] > 0
+    assert "warning: capacity.factor=4 can never drop a token" in err
+    code, _, err = run("train", "tiny", "--dry-run", "capacity.factor=1")
+    assert code == 2 and "the model is dense, and capacity.factor is for models with experts" in err
+
+
 def test_doctor(run, tmp_path):
     code, out, _ = run("doctor", "--path", tmp_path, "--json")
     found = json.loads(out)

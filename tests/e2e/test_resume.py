@@ -17,7 +17,7 @@ import pytest
 from earthshine.config import encode
 from earthshine.data.config import DataConfig, SourceConfig
 from earthshine.data.shards import ShardWriter
-from earthshine.model.config import ModelConfig, MoEConfig
+from earthshine.model.config import BalanceConfig, CapacityConfig, MLAConfig, ModelConfig, MoEConfig
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.train.job import CheckpointConfig, HeldoutConfig, Scratch, TrainJob
 
@@ -41,17 +41,19 @@ def write_shards(folder: Path, seed: int) -> Path:
 
 @pytest.fixture
 def job_file(tmp_path: Path) -> Path:
-    """Twenty steps of a model with experts, Muon and AdamW, micro-batches, two sources and held-out data."""
+    """Twenty steps of experts with a bias that no optimizer holds, latent attention, Muon and AdamW, micro-batches, a
+    routing pass, capacity, two sources and held-out data."""
     model = ModelConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=64,
-        moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=48, layers=(0, 1)),
+        mla=MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16),
+        moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=48, layers=(0, 1), gate="sigmoid_bias"),
     )
     sources = tuple(SourceConfig(path=str(write_shards(tmp_path / f"s{i}", i)), weight=1 + i) for i in range(2))
     job = TrainJob(
@@ -64,6 +66,8 @@ def job_file(tmp_path: Path) -> Path:
         optimizer=OptimizerConfig(lr=5e-3),
         schedule=ScheduleConfig(kind="cosine", warmup_steps=3),
         data=DataConfig(sources=sources),
+        balance=BalanceConfig(loss="switch", scope="step", bias_rate=1e-2),
+        capacity=CapacityConfig(factor=1.0),
         heldout=HeldoutConfig(path=str(write_shards(tmp_path / "heldout", 9)), every_steps=10, max_sequences=4),
         checkpoint=CheckpointConfig(every_steps=EVERY, keep=2),
     )

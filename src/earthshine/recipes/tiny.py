@@ -36,6 +36,6 @@ def tiny_switch() -> TrainJob:
 
 def tiny_moonlight() -> TrainJob:
     """Moonlight's architecture and balance, at 3 M parameters, trained with Muon on 0.25 M tokens."""
-    # Moonlight's bias_rate of 1e-3 needs more steps than these: a sigmoid moves by up to 0.12 in 120 of them.
+    # Moonlight's own rate, 1e-3, would move a bias by 0.12 at most in 120 steps: too slow to balance anything.
     balance = BalanceConfig(bias_rate=1e-2)
     return replace(tiny(), name="tiny_moonlight", init=Scratch(model=presets.moonlight_tiny()), balance=balance)

@@ -1,5 +1,8 @@
 """Everything a checkpoint holds: model, optimizer, loader, step, tokens and random state."""
 
+import os
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,9 +98,11 @@ def build_state(
 ) -> TrainState:
     """The state at step 0 of the job, or that of `checkpoint` of the same run.
 
-    Raises what loading weights and opening token shards raise, and ConfigError or CheckpointError for a checkpoint of
-    another model.
+    Raises what loading weights and opening token shards raise, ConfigError or CheckpointError for a checkpoint of
+    another model, and ConfigError where `compile` lacks a compiler.
     """
+    if job.compile:
+        _check_compiler(device)
     if checkpoint is None:
         model = _initial_model(job, device, compute_dtype, trust)
     else:
@@ -123,6 +128,16 @@ def build_state(
     if job.compile:
         model.compile_blocks()
     return state
+
+
+def _check_compiler(device: torch.device) -> None:
+    """torch.compile makes C++ for a CPU; without a compiler it would fail in the first step, and at length."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"compile=true needs a C++ compiler, and {compiler!r} is not there: install it, name another in the "
+            f"environment variable CXX, or set compile=false."
+        )
 
 
 def _initial_model(job: TrainJob, device: torch.device, compute_dtype: torch.dtype, trust: bool) -> Transformer:

@@ -274,6 +274,26 @@ def test_what_cannot_start_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_compiler_nothing_is_compiled(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="compile=true needs a C\\+\\+ compiler, and 'no-such-compiler' is not there"):
+        fit(make_job(compile=True), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's compiler warns itself, and hides that where warnings are no errors
+def test_a_compiled_run_goes_on_as_the_run_that_did_not_stop(make_job: JobMaker, tmp_path: Path) -> None:
+    job = make_job(True, compile=True, heldout=HeldoutConfig())
+    fit(job, tmp_path / "whole")
+    fit(job, tmp_path / "cut", stop_after=3)
+    fit(job, tmp_path / "cut")
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+
+
 def test_a_folder_that_is_not_a_run_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputExistsError):
