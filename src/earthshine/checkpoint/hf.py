@@ -121,7 +121,7 @@ def _why_unused(store: Store, config: ModelConfig, name: str) -> str | None:
     if name in TIED_COPY and config.tie_word_embeddings:
         return f"a copy of the tied {TIED_COPY[name]}"
     if 0 in store.info(name).shape:
-        return "it has no elements"
+        return "without elements"
     beyond = LAYER.match(name)
     if beyond and int(beyond[1]) >= config.num_hidden_layers and f"{beyond[0]}eh_proj.weight" in store:
         return "of a layer for multi-token prediction, beside the model"

@@ -257,3 +257,12 @@ def test_shards_are_read_like_one_file(dense, hf_dir):
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     state = load_model(source).state_dict()
     assert all(torch.equal(state[n], t) for n, t in expected.items())
+
+
+def test_tensors_without_elements_are_left_out_and_said(hf_dir, deepseek, capsys):
+    """transformers writes them for a DeepSeek without a shared expert."""
+    bare = replace(deepseek, moe=replace(deepseek.moe, shared_intermediate_size=0, shared_gated=True))
+    name = "model.layers.1.mlp.shared_experts.gate_proj.weight"
+    model = load_model(hf_dir(bare, lambda t: t.update({name: torch.empty(0, 16)})))
+    assert model.config == bare
+    assert f"{name} left out: without elements" in capsys.readouterr().err
