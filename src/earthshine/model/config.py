@@ -102,8 +102,8 @@ class BalanceConfig:
         "switch" the Switch Transformer's; "none" for neither. Both are 1 per layer at uniform routing.
     coefficient: of that loss, averaged over the step's sequences and summed over the layers.
     scope: what the Switch loss takes its expert fractions over: each sequence, each micro-batch (the gradient then
-        depends on the size of the micro-batches), or the whole step (one more routing pass, without gradient). It must be chosen with
-        loss="switch" and is "none" otherwise.
+        depends on the size of the micro-batches), or the whole step (one more routing pass, without gradient). It must
+        be chosen with loss="switch" and is "none" otherwise.
     z_coefficient: of the router z-loss, averaged over the step's tokens and summed over the layers (ST-MoE,
         arXiv:2202.08906).
     bias: how the bias of a "sigmoid_bias" gate moves after each step, by `bias_rate`: "deepseek" by the sign of the
@@ -299,12 +299,13 @@ class ModelConfig:
             )
         if not 1 <= moe.top_k_groups <= moe.num_groups:
             raise ConfigError(
-                f"model.moe.top_k_groups={moe.top_k_groups} must be between 1 and model.moe.num_groups={moe.num_groups}."
+                f"model.moe.top_k_groups={moe.top_k_groups} must be between 1 and "
+                f"model.moe.num_groups={moe.num_groups}."
             )
         if moe.top_k > moe.top_k_groups * (moe.num_experts // moe.num_groups):
             raise ConfigError(
-                f"model.moe.top_k={moe.top_k} experts do not fit in model.moe.top_k_groups={moe.top_k_groups} groups of "
-                f"{moe.num_experts // moe.num_groups}."
+                f"model.moe.top_k={moe.top_k} experts do not fit in model.moe.top_k_groups={moe.top_k_groups} groups "
+                f"of {moe.num_experts // moe.num_groups}."
             )
 
     @property
