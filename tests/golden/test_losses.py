@@ -1,4 +1,4 @@
-"""Twenty recorded losses and gradient norms of a tiny mixture trained with Muon.
+"""Twenty recorded losses and gradient norms of three tiny mixtures trained with Muon.
 
 Bit-equal where processor, torch and threads are the recorded ones; elsewhere within 1e-4 relative, because matrix
 products sum in another order there. To record on purpose: `python tests/golden/test_losses.py`.
@@ -17,19 +17,23 @@ import torch
 from earthshine.data.config import DataConfig, SourceConfig
 from earthshine.data.shards import ShardWriter
 from earthshine.device import environment
-from earthshine.recipes.tiny import tiny_moe
+from earthshine.recipes.tiny import tiny_moe, tiny_moonlight, tiny_switch
+from earthshine.train.job import TrainJob
 from earthshine.train.loop import fit
 
-GOLDEN = Path(__file__).parent / "losses" / "tiny_moe_muon.json"
+LOSSES = Path(__file__).parent / "losses"
+# By the model's preset: the sequence-wise loss; the Switch loss over the step, with dropped tokens; latent attention,
+# sigmoid gates and the bias that balances without a loss.
+RECIPES = {"llama3_tiny_e8t2": tiny_moe, "llama3_tiny_e8t2_switch": tiny_switch, "moonlight_tiny": tiny_moonlight}
 SAME_MACHINE = ("cpu_flags", "cpu_capability", "threads", "float32_matmul_precision", "torch")
+RECORDED = ("loss", "grad_norm", "balance", "max_violation", "drop_rate", "samples")
 
 
-def train(folder: Path) -> dict[str, Any]:
-    """20 steps on a made-up language: each token follows from the one before, with noise."""
-    shards = folder / "shards"
-    shards.mkdir()
+def write_shards(folder: Path) -> Path:
+    """A made-up language: each token follows from the one before, with noise."""
+    folder.mkdir()
     random = np.random.Generator(np.random.Philox(7))
-    writer = ShardWriter(shards, vocab_size=2048, max_tokens_per_shard=1 << 20)
+    writer = ShardWriter(folder, vocab_size=2048, max_tokens_per_shard=1 << 20)
     for _ in range(64):
         noise = random.integers(0, 2**63, 180, dtype=np.int64)
         tokens = np.zeros(181, dtype=np.int64)
@@ -38,34 +42,51 @@ def train(folder: Path) -> dict[str, Any]:
         tokens[-1] = 2047
         writer.add(tokens, np.array([181]), np.array([700]))
     writer.finish(eod=2047, tokenizer_sha256="0" * 64)
-    job = replace(
-        tiny_moe(), data=DataConfig(sources=(SourceConfig(path=str(shards)),)), seq_len=64, num_steps=20,
-        compute_dtype="float32", schedule=replace(tiny_moe().schedule, warmup_steps=4),
-    )  # fmt: skip
-    fit(replace(job, optimizer=replace(job.optimizer, ns_dtype="float32")), folder / "run", device="cpu")
+    return folder
+
+
+def short(job: TrainJob, shards: Path) -> TrainJob:
+    """20 steps of 8 sequences of 64 tokens, in fp32 throughout."""
+    return replace(
+        job,
+        data=DataConfig(sources=(SourceConfig(path=str(shards)),)),
+        seq_len=64,
+        num_steps=20,
+        compute_dtype="float32",
+        optimizer=replace(job.optimizer, ns_dtype="float32"),
+        schedule=replace(job.schedule, warmup_steps=4),
+    )
+
+
+def train(name: str, folder: Path) -> dict[str, Any]:
+    """The numbers of the recipe's 20 steps, and what they depend on of this machine."""
+    fit(short(RECIPES[name](), write_shards(folder / "shards")), folder / "run", device="cpu")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
     here = environment()
     where = {key: here["versions"]["torch"] if key == "torch" else here[key] for key in SAME_MACHINE}
-    return {"where": where, **{key: [line[key] for line in steps] for key in ("loss", "grad_norm", "samples")}}
+    return {"where": where, **{key: [line[key] for line in steps] for key in RECORDED if key in steps[0]}}
 
 
-def test_losses_are_the_recorded_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_losses_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    golden = json.loads(GOLDEN.read_text())
+    golden = json.loads((LOSSES / f"{name}.json").read_text())
     torch.set_num_threads(golden["where"]["threads"])
     try:
-        got = train(tmp_path)
+        got = train(name, tmp_path)
     finally:
         torch.set_num_threads(threads)
     assert got["samples"] == golden["samples"]
     if got["where"] == golden["where"]:
-        assert (got["loss"], got["grad_norm"]) == (golden["loss"], golden["grad_norm"])
+        assert got == golden
     assert got["loss"] == pytest.approx(golden["loss"], rel=1e-4)
     assert golden["loss"][-1] < golden["loss"][0] - 0.5
+    assert any(golden.get("drop_rate", [])) == (name == "llama3_tiny_e8t2_switch")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        GOLDEN.write_text(json.dumps(train(Path(scratch)), indent=1) + "\n")
+    for name in RECIPES:
+        with tempfile.TemporaryDirectory() as scratch:
+            (LOSSES / f"{name}.json").write_text(json.dumps(train(name, Path(scratch)), indent=1) + "\n")
