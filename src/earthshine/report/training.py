@@ -226,7 +226,7 @@ def _heat_figure(run: Run, index: int, first: HeatState, last: HeatState) -> Fig
         drawings.append(Drawing(wide, narrow, f"{word} step ({whole(step)})"))
     num_experts = max(map(len, last[1].values()))
     caption = (
-        "How many tokens each expert of each layer received, as a multiple of its fair share (1 = perfectly balanced)."
+        "How many tokens chose each expert of each layer, as a multiple of its fair share (1 = perfectly balanced)."
     )
     if num_experts > MAX_HEAT_COLUMNS:
         group = math.ceil(num_experts / MAX_HEAT_COLUMNS)
@@ -268,7 +268,7 @@ def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figu
     title = "Most loaded expert over the steps"
     chart = Chart(title, f"Worst layer: {said}.", "step", "load / fair share", tuple(series))
     wide, narrow = draw_chart(chart, WIDE, 260, "fig-load-w"), draw_chart(chart, NARROW, 250, "fig-load-n")
-    caption = "The tokens of the most loaded expert over the mean of its layer, in the worst layer of each step."
+    caption = "The tokens of the most chosen expert over the mean of its layer, in the worst layer of each step."
     more: tuple[LegendItem, ...] = ()
     if any(s.kind == "dashed" for s in series):
         caption, more = f"{caption} Dashed: in the middle layer.", (LegendItem("middle layer", 0, "reference"),)
