@@ -66,9 +66,30 @@ def tokens_done(run: Run) -> float | None:
 
 
 def compute_done(run: Run, part: str) -> float | None:
-    """FLOPs so far of "forward_backward" or "newton_schulz", from the plan's FLOPs per step."""
+    """FLOPs so far of "forward_backward", "repeated_forward" or "newton_schulz", from the plan's FLOPs per step."""
     per_step = plan_number(run, f"{part}_flops_per_step")
-    return per_step * run.steps.step[-1] if per_step and run.steps.step else None
+    return per_step * run.steps.step[-1] if per_step is not None and run.steps.step else None
+
+
+def balance_words(run: Run) -> str:
+    """What kept the experts evenly loaded, and how much room each had."""
+    balance, moe = dig(run.config, "balance"), dig(run.model, "moe")
+    if not isinstance(balance, Mapping) or not isinstance(moe, Mapping):
+        return UNKNOWN
+    if not moe.get("num_experts"):
+        return "no experts"
+    words = []
+    if balance.get("loss") != "none":
+        scope = "" if balance.get("scope") == "none" else f" by {str(balance.get('scope')).replace('_', '-')}"
+        words.append(f"{balance.get('loss')} loss{scope}, {balance.get('coefficient')}")
+    if balance.get("z_coefficient"):
+        words.append(f"z-loss, {balance['z_coefficient']}")
+    if moe.get("gate") == "sigmoid_bias" and balance.get("bias") != "none":
+        words.append(f"bias ({balance.get('bias')}), {balance.get('bias_rate')}")
+    factor = dig(run.config, "capacity", "factor")
+    if factor:
+        words.append(f"capacity factor {factor} {str(dig(run.config, 'capacity', 'meaning')).replace('_', ' ')}")
+    return "; ".join(words) or "nothing"
 
 
 def optimizer_words(run: Run) -> str:
@@ -114,7 +135,7 @@ def _show(value: Any, form: Any = whole) -> str:
 
 
 def what_was_run(runs: Sequence[Run]) -> Table:
-    """One column a run, one row a property; a row that no run knows is left out."""
+    """One column a run, one row a property; a row that no run knows or has is left out."""
     rows: list[tuple[str, list[str]]] = [
         ("Model", [model_words(r) for r in runs]),
         ("Starts from", [start_words(r) for r in runs]),
@@ -126,10 +147,12 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Sequences a step \N{MULTIPLICATION SIGN} tokens", [_batch(r) for r in runs]),
         ("Tokens trained on", [_show(tokens_done(r)) for r in runs]),
         ("Compute, forward and backward", [_show(compute_done(r, "forward_backward"), flops) for r in runs]),
+        ("Compute, forward once more", [_show(compute_done(r, "repeated_forward"), flops) for r in runs]),
         ("Compute, Newton-Schulz", [_show(compute_done(r, "newton_schulz"), flops) for r in runs]),
         ("Optimizer", [optimizer_words(r) for r in runs]),
         ("Peak learning rate", [_show(dig(r.config, "optimizer", "lr"), short) for r in runs]),
         ("Schedule", [schedule_words(r) for r in runs]),
+        ("Balance of the experts", [balance_words(r) for r in runs]),
         ("Seed", [_show(dig(r.config, "seed"), str) for r in runs]),
         ("Compute type", [_compute_type(r) for r in runs]),
         ("Type of Newton-Schulz", [_show(dig(r.env, "ns_dtype"), str) for r in runs]),
@@ -138,7 +161,7 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Share of measured peak (median)", [_percent(_median(r.steps.finite("mfu"), 100)) for r in runs]),
         ("Peak memory", [_gib(r) for r in runs]),
     ]
-    known = [(name, values) for name, values in rows if set(values) != {UNKNOWN}]
+    known = [(name, values) for name, values in rows if not set(values) <= {UNKNOWN, "no experts", flops(0)}]
     return Table(
         caption="Each run as it was configured and as it went.",
         headers=("", *(r.name for r in runs)),

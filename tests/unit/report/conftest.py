@@ -59,6 +59,8 @@ def config(name: str, num_steps: int, sparse: bool) -> dict[str, Any]:
         "schedule": {"kind": "cosine", "warmup_steps": max(1, num_steps // 20), "final_fraction": 0.1},
         "data": {"sources": [{"path": "stdlib-train", "weight": 1.0}], "document_attention": True},
         "heldout": {"path": "stdlib-heldout", "every_steps": 0, "max_sequences": 48},
+        "balance": {"loss": "switch", "coefficient": 0.01, "scope": "micro_batch", "z_coefficient": 0.001},
+        "capacity": {"factor": 1.25 if sparse else 0.0, "meaning": "per_assignment", "drop": "probability"},
         "clip_grad_norm": 1.0,
         "seed": 0,
         "compute_dtype": "auto",
@@ -82,6 +84,7 @@ def plan(num_steps: int, sparse: bool) -> dict[str, Any]:
         "adamw_parameters": 28_347_264,
         "forward_backward_flops_per_step": 6.4e12 * active / 134e6,
         "newton_schulz_flops_per_step": 8.8e11 * total / 134e6,
+        "repeated_forward_flops_per_step": 2.1e12 if sparse else 0.0,
         "model": {**MODEL, "moe": moe},
     }
 

@@ -211,6 +211,15 @@ def test_unused_experts_are_said(folder):
     assert "6 experts received no token (grey)" in read(write_report([run.path])).text
 
 
+def test_how_experts_were_balanced_is_said(pair, folder):
+    text = read(write_report([run.path for run in pair])).text
+    words = "switch loss by micro-batch, 0.01; z-loss, 0.001; capacity factor 1.25 per assignment"
+    assert f"Balance of the experts no experts {words}" in text
+    assert "Compute, forward once more 0 FLOP 8.4 TFLOP" in text
+    dense = read(write_report([folder("alone").path])).text
+    assert "Balance of the experts" not in dense and "forward once more" not in dense
+
+
 def test_balance_is_drawn_where_it_was_recorded(folder):
     """A panel each for what any run has above 0; nothing was unused here, and a dense run has none of it."""
     sparse, dense = folder("sparse", sparse=True), folder("dense")
