@@ -23,10 +23,9 @@ EXAMPLES = (
         "steps, tokens, parameters, FLOPs, memory: before anything runs",
         "earthshine train tiny --data data/docs --dry-run",
     ),
-    ("a recipe with two fields changed", "earthshine train tiny --data data/docs num_steps=50 optimizer.lr=0.001"),
     (
-        "experts balanced by the Switch loss, with a capacity; `earthshine show tiny_moe --json` has every field",
-        "earthshine train tiny_moe --data data/docs balance.loss=switch balance.scope=step capacity.factor=1.25",
+        "a recipe with fields changed; `earthshine show tiny_moe --json` has them all",
+        "earthshine train tiny_moe --data data/docs num_steps=50 balance.loss=switch balance.scope=step",
     ),
     ("reproduce or continue a run from its folder", "earthshine train runs/a/config.json --run runs/a"),
 )
