@@ -8,6 +8,7 @@ values, N width of a head's part without rotation (C = N + 2R).
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
@@ -80,9 +81,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        q_BSHC, k_BSGC, v_BSGC = (
-            proj(x_BSD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q_BSHC, k_BSGC, v_BSGC = (part.unflatten(-1, (-1, self.head_dim)) for part in self._project(x_BSD))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
         q_BHSC, k_BGSC = rotate(q_BSHC, *rope), rotate(k_BSGC, *rope)
@@ -93,6 +92,21 @@ class Attention(nn.Module):
         out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS)
         result: Tensor = self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
         return result
+
+    def _project(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (B, S, width) each.
+
+        As one product where the rows are many: it runs at a higher rate than three narrow ones, forward and backward,
+        and putting the weights together costs a copy of them.
+        """
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if x_BSD.shape[0] * x_BSD.shape[1] < x_BSD.shape[2]:
+            return tuple(proj(x_BSD) for proj in projections)
+        weight = torch.cat([to_compute(proj.weight, x_BSD) for proj in projections])
+        bias = None
+        if self.q_proj.bias is not None:
+            bias = torch.cat([to_compute(proj.bias, x_BSD) for proj in projections])
+        return F.linear(x_BSD, weight, bias).split([proj.out_features for proj in projections], -1)
 
 
 class LatentAttention(nn.Module):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earthshine.ops.grouped_experts import swiglu
+from earthshine.ops.rms_norm import rms_norm
 
 
 def to_compute(weight: Tensor, like: Tensor) -> Tensor:
@@ -42,13 +43,12 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight (arXiv:1910.07467), computed in at least float32."""
+    """x / rms(x) * weight, computed in at least float32 (`ops.rms_norm`)."""
 
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)
-        return F.rms_norm(wide, self.normalized_shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight.to(torch.promote_types(x.dtype, torch.float32)), self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from earthshine.ops.routing import count_tokens
+
 Backend = Literal["auto", "grouped", "padded", "loop"]
 _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEGMENT_ROWS = 1024  # 3 MB of each product at a width of 704: a few of them fit the last cache of a small CPU
@@ -37,7 +39,7 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Routed:
     order_R = flat_R.argsort(stable=True)
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    counts_E = torch.bincount(flat_R, minlength=num_experts + 1)[:num_experts]
+    counts_E = count_tokens(expert_TK, num_experts + 1)[:num_experts]
     return Routed(order_R, inverse_R, counts_E, expert_TK.shape[1])
 
 
@@ -45,43 +47,47 @@ class _Permute(torch.autograd.Function):
     """x_RD[r] = x_TD[token of r]. Its gradient is a gather and a sum over K, not a scatter: deterministic."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, routed: Routed) -> Tensor:
-        ctx.routed = routed
-        return x_TD[routed.order_R // routed.top_k]
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.top_k = top_k
+        return x_TD.index_select(0, order_R // top_k)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad_RD,) = grads
-        routed: Routed = ctx.routed
-        grad_TD: Tensor = grad_RD[routed.inverse_R].unflatten(0, (-1, routed.top_k)).sum(1)
-        return grad_TD, None
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RD.index_select(0, inverse_R).view(-1, ctx.top_k, grad_RD.shape[1]).sum(1), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
-    """y_TKD[t, k] = y_RD[row of (t, k)]; both directions are gathers."""
+    """y_TD[t] = sum_k weights_TK[t, k] * y_RD[row of (t, k)]; both directions are gathers."""
 
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, routed: Routed) -> Tensor:
-        ctx.routed = routed
-        y_TKD: Tensor = y_RD[routed.inverse_R].unflatten(0, (-1, routed.top_k))
-        return y_TKD
+    def forward(ctx: Any, y_RD: Tensor, order_R: Tensor, inverse_R: Tensor, weights_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_RD, order_R, inverse_R, weights_TK)
+        y_TKD = y_RD.index_select(0, inverse_R).view(*weights_TK.shape, y_RD.shape[1]).to(weights_TK.dtype)
+        return torch.bmm(weights_TK.unsqueeze(1), y_TKD).squeeze(1).to(y_RD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad_TKD,) = grads
-        return grad_TKD.flatten(0, 1)[ctx.routed.order_R], None
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        y_RD, order_R, inverse_R, weights_TK = ctx.saved_tensors
+        grad_RD = grad_TD.index_select(0, order_R // weights_TK.shape[1]).to(weights_TK.dtype)
+        grad_weights_R = (y_RD.to(weights_TK.dtype) * grad_RD).sum(-1).index_select(0, inverse_R)
+        weights_R1 = weights_TK.flatten().index_select(0, order_R).unsqueeze(1)
+        return grad_RD.mul_(weights_R1).to(y_RD.dtype), None, None, grad_weights_R.view_as(weights_TK)
 
 
 def permute(x_TD: Tensor, routed: Routed) -> Tensor:
     """Each token's row, once for each of its experts, sorted by expert: shape (R, D)."""
-    result: Tensor = _Permute.apply(x_TD, routed)  # type: ignore[no-untyped-call]
-    return result
+    rows: Tensor = _Permute.apply(x_TD, routed.order_R, routed.inverse_R, routed.top_k)  # type: ignore[no-untyped-call]
+    return rows
 
 
 def unpermute(y_RD: Tensor, routed: Routed, weights_TK: Tensor) -> Tensor:
     """The weighted sum of each token's expert outputs, shape (T, D), summed in the dtype of the weights."""
-    y_TKD: Tensor = _Unpermute.apply(y_RD, routed)  # type: ignore[no-untyped-call]
-    return torch.bmm(weights_TK.unsqueeze(1), y_TKD.to(weights_TK.dtype)).squeeze(1).to(y_RD.dtype)
+    sums: Tensor = _Unpermute.apply(y_RD, routed.order_R, routed.inverse_R, weights_TK)  # type: ignore[no-untyped-call]
+    return sums
 
 
 def swiglu_experts(

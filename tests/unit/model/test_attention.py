@@ -50,11 +50,11 @@ def decode(attention: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], cache: 
 @pytest.mark.parametrize("ends", [[5, 8, 9, 10, 11, 12], [1, 2, 12], [11, 12]], ids=["chunks", "long", "last"])
 @torch.no_grad()
 def test_cached_decoding_equals_one_pass(name: str, ends: list[int]) -> None:
-    """1e-6: outputs are of order 1, and the sums have tens of terms."""
+    """4e-6: sums of tens of terms; many rows go through one wide product, few through three narrow ones."""
     attention, x, rope = build(name)
     cache = make_cache(config(name), 2, P, torch.float32, "cpu")
     whole = attention(x, rope, None, None)
-    torch.testing.assert_close(decode(attention, x, rope, cache, ends), whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(decode(attention, x, rope, cache, ends), whole, atol=4e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def test_packed_documents_give_the_outputs_of_each_alone(name: str) -> None:
     packed = attention(x, rope, documents, None)
     tables = [(rope[0][:5], rope[1][:5]), (rope[0][:7], rope[1][:7])]  # which positions, does not matter
     alone = torch.cat([attention(x[:, :5], tables[0], None, None), attention(x[:, 5:], tables[1], None, None)], 1)
-    torch.testing.assert_close(packed, alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(packed, alone, atol=4e-6, rtol=1e-5)
 
 
 class EarlierPositions:
@@ -129,7 +129,7 @@ def test_later_positions_with_gathered_keys_give_the_outputs_of_the_whole(name: 
     whole = attention(x, rope, None, None)
     attention.key_value_gather = EarlierPositions()
     halves = [attention(x[:, at], (rope[0][at], rope[1][at]), None, None) for at in (slice(0, 6), slice(6, P))]
-    torch.testing.assert_close(torch.cat(halves, 1), whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(halves, 1), whole, atol=4e-6, rtol=1e-5)
 
 
 @every_attention
