@@ -114,12 +114,12 @@ def child() -> None:
 def try_sides(case: Case, options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Writes the weights and runs each side alone: what was found by name; and why sides are left out, by name."""
     sides = sides_of(case.model, case.dtype, options)
-    log(f"{case.model}, {case.dtype}: each side alone, threads {case.threads}")
     written = run_child("prepare", case)
     if "error" in written:
         return {}, {s.name: f"no weights: {written['error']}" for s in sides}
     if options.skip_memory:
         return {}, {s.name: "not tried alone (--skip-memory)" for s in sides if s.experts == "batched_mm"}
+    log(f"{case.model}, {case.dtype}: each side alone, threads {case.threads}")
     found: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for side in sides:
@@ -346,7 +346,7 @@ def main() -> int:
                 keys |= {k: getattr(options, k) for k in keep}
                 record = next((r for r in done if r["options"] == keys), None)
                 if record is None:
-                    tried = tried or try_sides(replace(case, threads=max(options.threads)), options)
+                    tried = tried or try_sides(replace(case, threads=min(options.threads)), options)
                     log(f"{model}, {dtype}, threads {threads}")
                     record = run_case(case, options, keys, *tried)
                     if "error" in record:
