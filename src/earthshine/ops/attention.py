@@ -12,9 +12,7 @@ from torch.autograd.function import once_differentiable
 
 Backend = Literal["auto", "sdpa", "blocks"]
 
-# On a CPU, rows in blocks beat SDPA's kernel while a head's scores fit the cache; `benchmarks/attention.py` measures.
-_BLOCKS_MAX_POSITIONS = 1024
-_BLOCK_ROWS = 64
+_BLOCKS_MAX_POSITIONS = 1024  # beyond, at equal widths, SDPA is as fast: `benchmarks/attention.py`
 
 
 def causal_attention(
@@ -36,7 +34,7 @@ def causal_attention(
         scale: 1/sqrt(C) when None.
         backend: "sdpa" is torch's scaled_dot_product_attention; "blocks" takes the queries in blocks of rows, each
             against the keys up to its end, and keeps the probabilities for the backward pass; "auto" takes "blocks" to
-            train on a CPU at short sequences, where it is 1.3 to 4 times faster, else "sdpa".
+            train on a CPU, where sequences are short or values have another width than keys, else "sdpa".
     """
     scale = 1 / math.sqrt(q_BHSC.shape[-1]) if scale is None else scale
     if backend == "auto":
@@ -49,8 +47,16 @@ def causal_attention(
 
 
 def _blocks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """On a CPU SDPA has no fused kernel for values of another width: it holds the whole square then."""
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return training and q.device.type == "cpu" and q.shape[2] == k.shape[2] <= _BLOCKS_MAX_POSITIONS
+    if q.device.type != "cpu" or not training or q.shape[2] != k.shape[2]:
+        return False
+    return q.shape[2] <= _BLOCKS_MAX_POSITIONS or q.shape[3] != v.shape[3]
+
+
+def _block_rows(width: int) -> int:
+    """Fewer rows waste less of the square; wide heads have products large enough for more (`benchmarks/attention.py`)."""
+    return 64 if width < 64 else 128
 
 
 def _sdpa(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, documents_BS: Tensor | None, scale: float) -> Tensor:
@@ -91,10 +97,11 @@ class _RowBlocks(torch.autograd.Function):
         k_NSC, v_NSV = k_BGSC.reshape(B * G, S, C), v_BGSV.reshape(B * G, S, V)
         # In the order of the projection that follows, which would copy it otherwise.
         out_BSHV = q_NLSC.new_empty(B, S, H, V)
-        future_RR = torch.ones(_BLOCK_ROWS, _BLOCK_ROWS, dtype=torch.bool, device=q_BHSC.device).triu_(1)
+        block_rows = _block_rows(C)
+        future_RR = torch.ones(block_rows, block_rows, dtype=torch.bool, device=q_BHSC.device).triu_(1)
         kept = []
-        for start in range(0, S, _BLOCK_ROWS):
-            end = min(start + _BLOCK_ROWS, S)
+        for start in range(0, S, block_rows):
+            end = min(start + block_rows, S)
             scores = torch.bmm(q_NLSC[:, :, start:end].flatten(1, 2), k_NSC[:, :end].transpose(1, 2)).to(wide)
             by_batch = scores.view(B, H, end - start, end)
             by_batch[..., start:].masked_fill_(future_RR[: end - start, : end - start], -math.inf)
@@ -106,7 +113,7 @@ class _RowBlocks(torch.autograd.Function):
             out_BHRV = torch.bmm(weights, v_NSV[:, :end]).view(B, H, end - start, V)
             out_BSHV[:, start:end] = out_BHRV.transpose(1, 2)
         ctx.save_for_backward(q_NLSC, k_NSC, v_NSV, *kept)
-        ctx.scale = scale
+        ctx.scale, ctx.block_rows = scale, block_rows
         return out_BSHV.transpose(1, 2)
 
     @staticmethod
@@ -117,8 +124,8 @@ class _RowBlocks(torch.autograd.Function):
         wide = torch.promote_types(q_NLSC.dtype, torch.float32)
         grad_q_NLSC, grad_k_NSC, grad_v_NSV = torch.empty_like(q_NLSC), None, None
         # The last block meets all keys: its products begin the sums over blocks.
-        for start, weights in reversed(list(zip(range(0, S, _BLOCK_ROWS), kept, strict=True))):
-            end = min(start + _BLOCK_ROWS, S)
+        for start, weights in reversed(list(zip(range(0, S, ctx.block_rows), kept, strict=True))):
+            end = min(start + ctx.block_rows, S)
             grad_rows = grad_BHSV[:, :, start:end].reshape(N, L * (end - start), -1)
             q_rows = q_NLSC[:, :, start:end].flatten(1, 2)
             part_v = torch.bmm(weights.transpose(1, 2), grad_rows)

@@ -186,7 +186,7 @@ def test_the_causal_half_is_what_attention_by_single_rows_computes(
     architecture: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: True)
-    monkeypatch.setattr(attention, "_BLOCK_ROWS", 1)
+    monkeypatch.setattr(attention, "_block_rows", lambda _: 1)
     assert_the_forms_hold(architecture, causal=True)
 
 
