@@ -55,7 +55,7 @@ def _blocks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _block_rows(width: int) -> int:
-    """Fewer rows waste less of the square; wide heads have products large enough for more (`benchmarks/attention.py`)."""
+    """Fewer rows waste less of the square; products of wide heads pay for more (`benchmarks/attention.py`)."""
     return 64 if width < 64 else 128
 
 
