@@ -62,7 +62,7 @@ def sides_of(model: str, dtype: str, options: argparse.Namespace) -> list[Side]:
     backends = options.backends if is_moe else [""]
     found = [Side(library="earthshine", experts=b, compiled=c) for c, b in itertools.product(compiled, backends)]
     if is_moe:
-        found.append(Side(library="earthshine", experts="", dense=True))
+        found += [Side(library="earthshine", experts="", dense=True, compiled=c) for c in compiled]
     autocast = (False, True) if options.autocast and dtype == "bfloat16" else (False,)
     peers = itertools.product(autocast, compiled, options.experts if is_moe else [""], options.attention)
     return found + [
@@ -166,7 +166,7 @@ def rows_of(case: Case, timed: list[Side], raw: dict[str, Any], probes: dict[str
     return rows
 
 
-def summarize(case: Case, rows: list[dict], raw: dict[str, Any]) -> dict[str, Any]:
+def summarize(case: Case, rows: list[dict], raw: dict[str, Any], probes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The best of either side, the ratios, Muon's share, and the targets."""
 
     def best(library: str) -> dict[str, Any]:
@@ -176,8 +176,8 @@ def summarize(case: Case, rows: list[dict], raw: dict[str, Any]) -> dict[str, An
     ours, theirs = best("earthshine"), best("transformers")
     muon = statistics.median(raw["muon_seconds"])
     both = (ours["forward_seconds"] + ours["backward_seconds"]) / case.tokens
-    dense = [r for r in rows if r["side"]["dense"]]
-    memory = [r["memory_bytes"] for r in rows if not r["side"]["dense"] and r["side"]["library"] == "transformers"]
+    dense = [r["tokens_per_second"] for r in rows if r["side"]["dense"]]
+    memory = [p["memory_bytes"] for name, p in probes.items() if "transformers" in name and p.get("memory_bytes")]
     return {
         "ours": ours["name"],
         "theirs": theirs["name"],
@@ -186,9 +186,9 @@ def summarize(case: Case, rows: list[dict], raw: dict[str, Any]) -> dict[str, An
         "mfu": ours["mfu"],
         "their_mfu": theirs["mfu"],
         "mfu_target": MFU_TARGETS.get((case.model, case.dtype, case.threads)),
-        "memory_ratio": ours["memory_bytes"] / min(memory) if ours["memory_bytes"] and all(memory) else None,
+        "memory_ratio": ours["memory_bytes"] / min(memory) if ours["memory_bytes"] and memory else None,
         "moe_over_dense_target": MOE_OVER_DENSE_TARGETS.get(case.model),
-        "moe_over_dense": ours["tokens_per_second"] / dense[0]["tokens_per_second"] if dense else None,
+        "moe_over_dense": ours["tokens_per_second"] / max(dense) if dense else None,
         "muon_seconds": muon,
         "muon_share": {str(n): muon / (muon + both * n) for n in MUON_TOKENS},
     }
@@ -214,7 +214,7 @@ def run_case(
     if "error" in raw:
         return raw
     rows = rows_of(case, timed, raw, probes)
-    summary = summarize(case, rows, raw)
+    summary = summarize(case, rows, raw, probes)
     keep = (
         "gemm_size",
         "gemm_flops_per_second",
@@ -297,7 +297,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip-memory", action="store_true", help="no side is run alone first; without batched_mm")
     parser.add_argument("--force", action="store_true", help="bf16 even where its products are the slower ones")
     parser.add_argument("--profile", action="store_true", help="print where each side's time goes, to stderr")
-    parser.add_argument("--json", type=Path, help="append a line per configuration here instead of printing them")
+    parser.add_argument(
+        "--json", type=Path, help="append a line of JSON per configuration here, instead of printing it"
+    )
     options = parser.parse_args()
     if options.tokens % options.seq_len or min(options.tokens, options.seq_len, options.rounds, *options.threads) < 1:
         parser.error("--tokens must be a multiple of --seq-len, and all numbers at least 1")
@@ -319,6 +321,17 @@ def dtypes_worth_measuring(options: argparse.Namespace, case: Case) -> list[str]
     return list(options.dtypes)
 
 
+def read_records(path: Path | None, lines: list[str]) -> list[dict[str, Any]]:
+    """What an earlier call wrote. Exits for a file that is of something else, before anything is measured."""
+    try:
+        records = [json.loads(line) for line in lines]
+        if all(record["benchmark"] == "train_step" for record in records):
+            return records
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise SystemExit(f"--json {path}: not a file of this benchmark's lines; name another, or remove it")
+
+
 def main() -> int:
     if sys.argv[1:] == ["--child"]:
         child()
@@ -335,7 +348,7 @@ def main() -> int:
     )
     keep = ("rounds", "compile", "autocast", "experts", "attention", "backends", "skip_memory")
     old = options.json.read_text().splitlines() if options.json and options.json.exists() else []
-    done = [json.loads(line) for line in old]
+    done = read_records(options.json, old)
     records, failed = [], []
     for model, dtype in itertools.product(options.models, dtypes_worth_measuring(options, plan)):
         tried = None
@@ -344,7 +357,7 @@ def main() -> int:
                 case = replace(plan, model=model, dtype=dtype, threads=threads, directory=f"{scratch}/{model}")
                 keys = {k: v for k, v in asdict(case).items() if k != "directory"}
                 keys |= {k: getattr(options, k) for k in keep}
-                record = next((r for r in done if r["options"] == keys), None)
+                record = next((r for r in done if r.get("options") == keys), None)
                 if record is None:
                     tried = tried or try_sides(replace(case, threads=min(options.threads)), options)
                     log(f"{model}, {dtype}, threads {threads}")

@@ -359,9 +359,11 @@ def measure(case: Case, sides: list[Side], rounds: int, profile: bool) -> dict[s
         for runner in runners[first:] + runners[:first]:
             gc.collect()
             runner.step(step_muon if runner is ours else lambda: None)
-    if profile:
+    if profile:  # whose step is slower: it is not one of the samples
         for runner in runners:
+            samples = {name: list(times) for name, times in runner.times.items()}
             log(f"{runner.side.name}\n{profiled(runner)}")
+            runner.times = samples
     config = read_config(case.directory)
     counts = count_parameters(config)
     return {

@@ -129,6 +129,12 @@ class BalanceConfig:
             )
         if self.loss != "switch" and self.scope != "none":
             raise ConfigError(f"balance.scope={self.scope!r} is for balance.loss='switch', not {self.loss!r}.")
+        if self.loss == "none" and self.coefficient != BalanceConfig.coefficient:
+            raise ConfigError(
+                f"balance.coefficient={self.coefficient} has no effect with balance.loss='none': choose one."
+            )
+        if self.bias == "none" and self.bias_rate != BalanceConfig.bias_rate:
+            raise ConfigError(f"balance.bias_rate={self.bias_rate} has no effect with balance.bias='none': choose one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +154,12 @@ class CapacityConfig:
     def __post_init__(self) -> None:
         if not (self.factor >= 0 and math.isfinite(self.factor)):
             raise ConfigError(f"capacity.factor={self.factor} must be 0 (dropless) or a positive number.")
+        unset = (CapacityConfig.meaning, CapacityConfig.drop)
+        if self.factor == 0 and (self.meaning, self.drop) != unset:
+            raise ConfigError(
+                f"capacity.meaning={self.meaning!r} and capacity.drop={self.drop!r} have no effect with "
+                f"capacity.factor=0, which drops nothing: set the factor, or leave them out."
+            )
 
     def tokens_per_expert(self, num_tokens: int, num_experts: int, top_k: int) -> int:
         """The capacity C, at most `num_tokens`, which is what an expert can get; 0 when dropless."""
@@ -244,10 +256,12 @@ class ModelConfig:
             if mla != MLAConfig():
                 raise ConfigError("model.mla has fields set, but model.mla.kv_lora_rank=0 turns it off.")
             return
-        if mla.kv_lora_rank < 1 or mla.q_lora_rank < 0 or mla.qk_nope_head_dim < 1 or mla.v_head_dim < 1:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            if getattr(mla, name) < 1:
+                raise ConfigError(f"model.mla.{name}={getattr(mla, name)} must be at least 1.")
+        if mla.q_lora_rank < 0:
             raise ConfigError(
-                f"model.mla: kv_lora_rank={mla.kv_lora_rank}, qk_nope_head_dim={mla.qk_nope_head_dim} and "
-                f"v_head_dim={mla.v_head_dim} must be positive, q_lora_rank={mla.q_lora_rank} not negative."
+                f"model.mla.q_lora_rank={mla.q_lora_rank} must not be negative; 0 is one full projection."
             )
         if self.head_dim != mla.qk_nope_head_dim + mla.qk_rope_head_dim:
             raise ConfigError(
@@ -266,10 +280,13 @@ class ModelConfig:
             if moe.layers:
                 raise ConfigError(f"model.moe.layers={list(moe.layers)} need model.moe.num_experts > 0.")
             return
-        if moe.num_experts < 1 or moe.intermediate_size < 1 or moe.shared_intermediate_size < 0:
+        if moe.num_experts < 1:
+            raise ConfigError(f"model.moe.num_experts={moe.num_experts} must be positive, or 0 for a dense model.")
+        if moe.intermediate_size < 1:
+            raise ConfigError(f"model.moe.intermediate_size={moe.intermediate_size} must be the width of an expert.")
+        if moe.shared_intermediate_size < 0:
             raise ConfigError(
-                f"model.moe: num_experts={moe.num_experts} and intermediate_size={moe.intermediate_size} must be "
-                f"positive, shared_intermediate_size={moe.shared_intermediate_size} not negative."
+                f"model.moe.shared_intermediate_size={moe.shared_intermediate_size} must not be negative."
             )
         if not 1 <= moe.top_k <= moe.num_experts:
             raise ConfigError(
@@ -372,8 +389,12 @@ class ModelConfig:
             )
         if self.qk_norm and self.qkv_bias:
             return "model.qk_norm (Qwen3) and model.qkv_bias (Qwen2) exclude each other."
-        if moe.gate == "sigmoid_bias" or moe.routed_scaling != 1 or not moe.shared_gated:
-            return "gate='sigmoid_bias', routed_scaling and an ungated shared expert need latent attention (model.mla)."
+        if moe.gate == "sigmoid_bias":
+            return "model.moe.gate='sigmoid_bias' needs latent attention (model.mla), or take another gate."
+        if moe.routed_scaling != 1:
+            return f"model.moe.routed_scaling={moe.routed_scaling} needs latent attention (model.mla), or set it to 1."
+        if moe.shared_intermediate_size and not moe.shared_gated:
+            return "model.moe.shared_gated=false needs latent attention (model.mla), or set it to true."
         if self.qk_norm:
             return "with model.qk_norm (Qwen3-MoE) there is no shared expert: set model.moe.shared_intermediate_size=0."
         return (

@@ -5,7 +5,7 @@ R = T*K routed rows.
 """
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,12 @@ class Router(Linear):
         if before is not None and self.bias_E is not None:
             self.bias_E = _follow(before, self.bias_E)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        name = f"{prefix}bias_E"
+        if name in state_dict:  # with assign=True the tensor itself would become the buffer, of whatever dtype
+            state_dict = {**state_dict, name: state_dict[name].float()}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """logits_TE and weights_TK, both float32 or wider, and expert_TK (int64)."""
@@ -152,7 +158,7 @@ class MoE(nn.Module):
         logits_TE, weights_TK, expert_TK = self.router(x_TD)
         kept_TK, capacity = self._drop(weights_TK, expert_TK)
         routed = sort_by_expert(kept_TK, self.moe.num_experts)
-        rows_RD, counts_E = self.dispatcher.dispatch(permute(x_TD, routed), routed.counts_E)
+        rows_RD, counts_E, capacity = self.dispatcher.dispatch(permute(x_TD, routed), routed.counts_E, capacity)
         y_RD = self.dispatcher.combine(self.experts(rows_RD, counts_E, capacity))
         y_TD = unpermute(y_RD, routed, weights_TK)
         if self.shared is not None:

@@ -11,8 +11,13 @@ from torch import Tensor
 class Dispatcher(Protocol):
     """Carries rows to the ranks that hold their experts, and back. E experts in all, L of them here."""
 
-    def dispatch(self, x_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows sorted by expert -> the rows for this rank's experts, sorted, and their counts_L."""
+    def dispatch(self, x_RD: Tensor, counts_E: Tensor, capacity: int) -> tuple[Tensor, Tensor, int]:
+        """Rows sorted by expert -> the rows for this rank's experts, sorted, their counts_L, and the most rows that
+        one of these experts can have.
+
+        capacity: the most rows that this rank has for one expert; 0, in and out, where that is not known. Rows beyond
+        sum(counts_E) are of dropped choices, for which `combine` returns zeros.
+        """
         ...
 
     def combine(self, y_RD: Tensor) -> Tensor:
@@ -50,8 +55,8 @@ class CountReduce(Protocol):
 class LocalDispatcher:
     """All experts are here."""
 
-    def dispatch(self, x_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        return x_RD, counts_E
+    def dispatch(self, x_RD: Tensor, counts_E: Tensor, capacity: int) -> tuple[Tensor, Tensor, int]:
+        return x_RD, counts_E, capacity
 
     def combine(self, y_RD: Tensor) -> Tensor:
         return y_RD

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from earthshine.errors import ConfigError
 from earthshine.model.attention import Cache, make_attention, make_cache, rope_table
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.layers import Embedding, Linear, RMSNorm, SwiGLU, at_least_float32, to_compute
@@ -125,6 +126,10 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, dict[int, RoutingStats]]:
         """Hidden states, and in training each mixture layer's statistics, which are also added to its counts."""
         start = 0 if cache is None else cache.length
+        if documents_BS is not None and start:
+            raise ConfigError(
+                "documents_BS cannot go with cached positions: which document those belong to is unknown."
+            )
         rope = rope_table(self.config, torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device))
         x_BSD = self.embed(tokens_BS).to(self.compute_dtype)
         found: dict[int, RoutingStats] = {}
@@ -142,8 +147,9 @@ class Transformer(nn.Module):
             cache.length += tokens_BS.shape[1]
         if counting:
             for layer, moe in self._moe_layers().items():
-                moe.counts_E += found[layer].counts_E
-                moe.dropped += found[layer].dropped
+                if layer in found:
+                    moe.counts_E += found[layer].counts_E
+                    moe.dropped += found[layer].dropped
         return self.final_norm(x_BSD), found
 
     def forward(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -189,7 +195,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def routing_counts(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> dict[int, Tensor]:
-        """For each MoE layer, int64 (E,): how many choices fall on each expert in a training forward, not counted."""
+        """For each MoE layer, int64 (E,): how many choices fall on each expert in a training forward, not counted.
+
+        Raises ValueError in evaluation mode, where there is no capacity and so other routing.
+        """
+        if not self.training:
+            raise ValueError("routing_counts are those of a training forward: call model.train() first.")
         stats = self._hidden(tokens_BS, documents_BS)[1]
         return {layer: s.counts_E for layer, s in stats.items()}
 

@@ -93,17 +93,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_w_VD += grad_CV.T @ h_CD
         if grad_h_TD is not None and grad_w_VD is not None:
-            ctx.save_for_backward(grad_h_TD, grad_w_VD.to(w_VD.dtype))
+            ctx.save_for_backward(grad_h_TD, grad_w_VD)
+            ctx.head_dtype = w_VD.dtype
         return total.to(wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_TD, grad_w_VD = ctx.saved_tensors
-        # Not in place: a retained graph may be walked again.
+        # Not in place: a retained graph may be walked again. Wide, because a step's 1/N rounded to bf16 would be one
+        # error common to all gradients.
         return (
-            grad_h_TD * grad.to(grad_h_TD.dtype),
-            grad_w_VD * grad.to(grad_w_VD.dtype),
+            (grad_h_TD.to(grad.dtype) * grad).to(grad_h_TD.dtype),
+            (grad_w_VD * grad).to(ctx.head_dtype),
             None,
             None,
             None,

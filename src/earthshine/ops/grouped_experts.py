@@ -254,6 +254,7 @@ def _padded(
     if num_rows == 0:  # gradients of zero, not none
         return x_RD + 0 * (gate_EFD.sum() + up_EFD.sum() + down_EDF.sum())
     width = capacity or max(1, int(counts_E.max()))
+    torch._assert_async((counts_E <= width).all(), "an expert has more rows than its capacity")
     ends_E = counts_E.cumsum(0)
     row_R = torch.arange(num_rows, device=x_RD.device)
     expert_R = torch.searchsorted(ends_E, row_R, right=True)

@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, inverse = ctx.saved_tensors
         wide, grad_wide = x.to(weight_D.dtype), grad.to(weight_D.dtype)
-        product_TD = (grad_wide * wide).flatten(0, -2)
+        product_TD = (grad_wide * wide).reshape(-1, x.shape[-1])
         grad_weight_D = inverse.flatten() @ product_TD
         along = (product_TD @ weight_D).view_as(inverse).mul_(inverse.pow(3)).div_(x.shape[-1])
         grad_x = (grad_wide * weight_D).mul_(inverse).addcmul_(wide, along, value=-1)

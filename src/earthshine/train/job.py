@@ -194,11 +194,13 @@ def _check_routing(job: TrainJob, model: ModelConfig) -> None:
     weighs_one = moe.top_k == 1 and moe.renormalize  # "topk_softmax" always does
     routers = [f"blocks.{layer}.moe.router.weight" for layer in moe.layers]
     if weighs_one and not all(_frozen(job.optimizer, name) for name in routers):
+        other = "renormalize=false"
+        if moe.gate == "topk_softmax":
+            other = "gate='softmax_topk' with renormalize=false"
         raise ConfigError(
             f"model.moe.top_k=1 with gate={moe.gate!r} and renormalize=true gives the router no gradient: the weight "
             f"of the one expert is 1 whatever its logit, so routing would never be learned. Use top_k >= 2, "
-            f"gate='softmax_topk' with renormalize=false, or freeze the routers "
-            f'(optimizer.freeze=["*.router.weight"]).'
+            f'{other}, or freeze the routers (optimizer.freeze=["*.router.weight"]).'
         )
 
 

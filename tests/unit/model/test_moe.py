@@ -249,6 +249,13 @@ def test_the_bias_is_never_cast() -> None:
     assert layer.router.weight.dtype == torch.bfloat16, "the rest is cast"
 
 
+def test_the_bias_is_not_cast_by_loading_tensors_in_place_of_the_modules_own() -> None:
+    layer = make("sigmoid_bias")
+    state = {name: tensor.bfloat16() for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.router.bias_E.dtype == torch.float32 and layer.router.weight.dtype == torch.bfloat16
+
+
 def test_the_bias_of_an_untrained_model_made_on_meta_is_zero() -> None:
     with torch.device("meta"):
         layer = make("sigmoid_bias")
@@ -328,6 +335,7 @@ def test_dropped_choices_add_nothing_and_take_no_gradient(drop: str, backend: st
     for got, want_grad in zip(
         torch.autograd.grad(y_BSD.square().sum(), wanted), torch.autograd.grad(want.square().sum(), wanted), strict=True
     ):
+        # The router's gradient is a difference of float32 dot products that nearly cancel.
         torch.testing.assert_close(got, want_grad, rtol=1e-4, atol=1e-4 * float(want_grad.abs().max()))
 
 

@@ -37,6 +37,30 @@ def test_a_full_cache_is_refused() -> None:
             model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
 
 
+def test_documents_cannot_go_with_cached_positions() -> None:
+    """Which document a cached position belongs to is not known: attention would cross into others, silently."""
+    model = build("llama3_tiny")
+    tokens, documents = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 0, 1]])
+    cache = model.new_cache(1, 8)
+    with torch.no_grad():
+        whole = model(tokens, documents)
+        torch.testing.assert_close(model(tokens, documents, cache), whole, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ConfigError, match="documents_BS cannot go with cached positions"):
+            model(tokens, documents, cache)
+
+
+def test_counts_without_gradient_are_those_of_the_training_forward() -> None:
+    """Both passes must attend by the same kernel, or tokens near a tie would be routed elsewhere."""
+    model = build(compute_dtype=torch.bfloat16).train()
+    tokens = torch.randint(0, 2048, (2, 96), generator=torch.Generator().manual_seed(0))
+    before = model.routing_counts(tokens)
+    model.loss_sum(tokens, tokens)
+    for layer, counts_E in model.expert_counts().items():
+        assert torch.equal(before[layer], counts_E)
+    with pytest.raises(ValueError, match="call model.train"):
+        model.eval().routing_counts(tokens)
+
+
 def test_expert_counts_add_up_in_training_forwards_only() -> None:
     model = build()
     tokens = torch.randint(0, 2048, (2, 10))

@@ -80,3 +80,13 @@ def test_a_split_vocabulary_gives_the_whole_one() -> None:
         torch.testing.assert_close(results[r][0], whole.detach())
         torch.testing.assert_close(results[r][1], whole_h.grad)
     torch.testing.assert_close(torch.cat([results[0][2], results[1][2]]), whole_w.grad)
+
+
+def test_a_step_of_any_size_scales_bf16_gradients_exactly() -> None:
+    """1/513 is not a bf16 number: rounded, it would be one error common to all gradients."""
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(9, 16, generator=g).bfloat16().requires_grad_(), torch.randn(32, 16, generator=g).bfloat16()
+    targets = torch.randint(0, 32, (9,), generator=g)
+    (whole,) = torch.autograd.grad(cross_entropy_sum(h, w, targets), h)
+    (scaled,) = torch.autograd.grad(cross_entropy_sum(h, w, targets) / 513, h)
+    assert torch.equal(scaled, (whole.float() * (1 / torch.tensor(513.0))).bfloat16())
