@@ -206,9 +206,9 @@ def test_a_step_that_is_not_finite_changes_nothing(
 @pytest.mark.parametrize("rule", ["moonlight", "deepseek", "none"])
 def test_the_bias_moves_once_a_step_by_the_whole_step_s_counts(
     rule: Any, make_job: Callable[..., TrainJob], moonlight_model: ModelConfig
+) -> None:
     rate = BalanceConfig.bias_rate if rule == "none" else 1e-2  # another rate of no rule is refused
     balance = BalanceConfig(bias=rule, bias_rate=rate)
-    balance = BalanceConfig(bias=rule, bias_rate=1e-2)
     state = build(make_job(init=Scratch(model=moonlight_model), balance=balance))
     for _ in range(3):
         before_E = state.tensors()["model.blocks.1.moe.router.bias_E"].clone()
