@@ -180,21 +180,22 @@ class _Segments(torch.autograd.Function):
     def forward(
         ctx: Any, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts: Sequence[int]
     ) -> Tensor:
-        gate_RF, up_RF = x_RD.new_empty(2, x_RD.shape[0], gate_EFD.shape[1]).unbind()
+        kept = []  # by segment: memory of this size is reused, where one tensor of all rows is mapped and cleared anew
         y_RD = torch.empty_like(x_RD)
         y_RD[sum(counts) :] = 0
         for expert, rows, _ in _segments(counts):
-            gate = torch.mm(x_RD[rows], gate_EFD[expert].T, out=gate_RF[rows])
-            up = torch.mm(x_RD[rows], up_EFD[expert].T, out=up_RF[rows])
+            gate, up = x_RD[rows] @ gate_EFD[expert].T, x_RD[rows] @ up_EFD[expert].T
             torch.mm(F.silu(gate).mul_(up), down_EDF[expert].T, out=y_RD[rows])
-        ctx.save_for_backward(x_RD, gate_EFD, up_EFD, down_EDF, gate_RF, up_RF)
+            if any(ctx.needs_input_grad):
+                kept += [gate, up]
+        ctx.save_for_backward(x_RD, gate_EFD, up_EFD, down_EDF, *kept)
         ctx.counts = counts
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, gate_EFD, up_EFD, down_EDF, gate_RF, up_RF = ctx.saved_tensors
+        x_RD, gate_EFD, up_EFD, down_EDF, *kept = ctx.saved_tensors
         needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
         grad_x_RD = torch.empty_like(x_RD)
         grad_x_RD[sum(ctx.counts) :] = 0
@@ -203,8 +204,9 @@ class _Segments(torch.autograd.Function):
             if count == 0:
                 for grad in (grad_gate_EFD, grad_up_EFD, grad_down_EDF):
                     grad[expert] = 0
-        for expert, rows, first in _segments(ctx.counts):
-            x, grad_y, gate, up = x_RD[rows], grad_y_RD[rows], gate_RF[rows], up_RF[rows]
+        segments = zip(_segments(ctx.counts), kept[0::2], kept[1::2], strict=True)
+        for (expert, rows, first), gate, up in segments:
+            x, grad_y = x_RD[rows], grad_y_RD[rows]
             keep = not first  # what the expert's earlier rows gave
             silu = F.silu(gate)
             grad_hidden = grad_y @ down_EDF[expert]
