@@ -135,10 +135,7 @@ def swiglu(x: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> 
 def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend, str]:
     """The backend that "auto" takes, and why."""
     if x_RD.device.type == "cpu":
-        return (
-            "grouped",
-            "on a CPU one product per expert, in place, is at the rate of any batched one and pads nothing",
-        )
+        return "grouped", "on a CPU a product per expert is at the rate of any batched one, and pads nothing"
     if capacity:
         return "padded", "with a capacity all shapes are known beforehand"
     if x_RD.dtype not in _GROUPED_MM_DTYPES:
@@ -148,7 +145,8 @@ def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend,
     return "grouped", "torch's grouped product takes these"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the loads are data; a graph for each of them would be compiled anew
+# Not compiled: the loads are data, and each would be another graph.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def swiglu_segments(
     x_RD: Tensor, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, counts: Sequence[int]
 ) -> Tensor:
@@ -162,8 +160,13 @@ def swiglu_segments(
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """into = a b, plus what is there when `keep`. Not `addmm_`, because torch's FLOP counter does not see that."""
-    torch.addmm(into, a, b, beta=int(keep), out=into)
+    """into = a b, plus what is there when `keep`; `into` may be wider than the factors."""
+    if into.dtype == a.dtype:  # not `addmm_`, because torch's FLOP counter does not see that
+        torch.addmm(into, a, b, beta=int(keep), out=into)
+    elif keep:
+        into += a @ b
+    else:
+        into.copy_(a @ b)
 
 
 def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
@@ -199,7 +202,10 @@ class _Segments(torch.autograd.Function):
         needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
         grad_x_RD = torch.empty_like(x_RD)
         grad_x_RD[sum(ctx.counts) :] = 0
-        grad_gate_EFD, grad_up_EFD, grad_down_EDF = (torch.empty_like(w) for w in (gate_EFD, up_EFD, down_EDF))
+        # Sums over segments are wide: in bf16 each of them would be rounded again.
+        wide = torch.promote_types(x_RD.dtype, torch.float32)
+        weights = (gate_EFD, up_EFD, down_EDF)
+        grad_gate_EFD, grad_up_EFD, grad_down_EDF = (torch.empty_like(w, dtype=wide) for w in weights)
         for expert, count in enumerate(ctx.counts):
             if count == 0:
                 for grad in (grad_gate_EFD, grad_up_EFD, grad_down_EDF):
@@ -223,9 +229,9 @@ class _Segments(torch.autograd.Function):
                 _add_product(grad_up_EFD[expert], grad_up.T, x, keep)
         return (
             grad_x_RD if needs_x else None,
-            grad_gate_EFD if needs_gate else None,
-            grad_up_EFD if needs_up else None,
-            grad_down_EDF if needs_down else None,
+            grad_gate_EFD.to(x_RD.dtype) if needs_gate else None,
+            grad_up_EFD.to(x_RD.dtype) if needs_up else None,
+            grad_down_EDF.to(x_RD.dtype) if needs_down else None,
             None,
         )
 
