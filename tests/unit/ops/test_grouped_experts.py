@@ -117,7 +117,7 @@ def test_frozen_weights_take_no_gradient() -> None:
 
 
 def test_bf16_gradients_over_segments_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.5: each segment's product is rounded, and then the sum. Summed in bf16, sixteen segments are 1.7 times as far."""
+    """1.5: each segment is rounded, and then the sum. Summed in bf16, sixteen segments are 1.7 times as far."""
     g = torch.Generator().manual_seed(0)
     x, gate, up, down = (torch.randn(*s, generator=g).bfloat16() for s in ((64, D), (F, D), (F, D), (D, F)))
     grad = torch.randn(64, D, generator=g).bfloat16()
