@@ -6,6 +6,8 @@ values, N width of a head's part without rotation (C = N + 2R).
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,10 @@ from earthshine.ops.rotary import rotate
 
 # Whatever `rms_norm_eps` says: DeepSeek's code, and so transformers', gives the norms of the latents this default.
 _LATENT_NORM_EPS = 1e-6
+
+# What may look at each forward's queries, keys, softmax scale and documents, before the scores are made of them:
+# (q_BHSC, k_BGPC, scale, documents_BS) -> None.
+LogitObserver = Callable[[Tensor, Tensor, float, Tensor | None], None]
 
 
 class Cache:
@@ -77,6 +83,32 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.key_value_gather: KeyValueGather = LocalKeyValueGather()
+        self.logit_observer: LogitObserver | None = None
+
+    def query_key_heads(self) -> dict[str, Any]:
+        """How the rows of the projections divide into heads, for what treats heads one by one.
+
+        kind: "gqa" (query head h uses key head h // (heads / key_heads)) or "mla" (each head has its own key, beside
+            one that all share).
+        heads, key_heads: how many.
+        rows: local parameter name -> (n, sizes): n equal blocks of rows, each of them rows of these sizes that belong
+            to one head. For "mla" the sizes are (without, with rotation) of queries and (keys, values) of `kv_b_proj`.
+        query, key: names in `rows` that a logit is linear in, through one head's query and key; of "mla"'s key, the
+            first of its sizes.
+        normalised: queries and keys are normalised per head after the projection, so its scale does not reach them.
+        """
+        heads, key_heads = (proj.out_features // self.head_dim for proj in (self.q_proj, self.k_proj))
+        counts = {"q_proj": heads, "k_proj": key_heads, "v_proj": key_heads}
+        kinds = ("weight",) if self.q_proj.bias is None else ("weight", "bias")
+        return {
+            "kind": "gqa",
+            "heads": heads,
+            "key_heads": key_heads,
+            "rows": {f"{name}.{kind}": (n, (self.head_dim,)) for name, n in counts.items() for kind in kinds},
+            "query": tuple(f"q_proj.{kind}" for kind in kinds),
+            "key": tuple(f"k_proj.{kind}" for kind in kinds),
+            "normalised": self.q_norm is not None or self.k_norm is not None,
+        }
 
     def forward(
         self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: Cache | None
@@ -89,6 +121,8 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC).chunk(2, -1)
         k_BGSC, v_BGSC = self.key_value_gather.gather(k_BGSC, v_BGSC)
+        if self.logit_observer is not None:
+            self.logit_observer(q_BHSC, k_BGSC, 1 / math.sqrt(self.head_dim), documents_BS)
         out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS)
         result: Tensor = self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
         return result
@@ -142,6 +176,22 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(mla.kv_lora_rank, heads * sum(self.key_value_widths))
         self.o_proj = Linear(heads * mla.v_head_dim, config.hidden_size)
         self.key_value_gather: KeyValueGather = LocalKeyValueGather()
+        self.logit_observer: LogitObserver | None = None
+
+    def query_key_heads(self) -> dict[str, Any]:
+        """As `Attention.query_key_heads`, of kind "mla"."""
+        last = "q_proj" if self.q_proj is not None else "q_b_proj"
+        heads = self.kv_b_proj.out_features // sum(self.key_value_widths)
+        query_rows = (self.key_value_widths[0], self.latent_widths[1])
+        return {
+            "kind": "mla",
+            "heads": heads,
+            "key_heads": heads,
+            "rows": {f"{last}.weight": (heads, query_rows), "kv_b_proj.weight": (heads, self.key_value_widths)},
+            "query": (f"{last}.weight",),
+            "key": ("kv_b_proj.weight",),
+            "normalised": False,  # the norm between kv_a and kv_b comes before the rows of kv_b_proj
+        }
 
     def forward(
         self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: Cache | None
@@ -161,6 +211,8 @@ class LatentAttention(nn.Module):
         # The latent and the shared key are what travels between ranks, as they are what a cache keeps.
         shared_key_B1S, latent_B1SL = self.key_value_gather.gather(shared_key_B1S, latent_B1SL)
         k_BHPC, v_BHPV = self._expand(latent_B1SL.squeeze(1), shared_key_B1S)
+        if self.logit_observer is not None:
+            self.logit_observer(q_BHSC, k_BHPC, self.scale, documents_BS)
         return self._output(causal_attention(q_BHSC, k_BHPC, v_BHPV, documents_BS, scale=self.scale))
 
     def _queries(self, x_BSD: Tensor) -> Tensor:

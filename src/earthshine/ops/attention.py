@@ -48,6 +48,40 @@ def causal_attention(
     return _sdpa(q_BHSC, k_BGPC, v_BGPV, documents_BS, scale)
 
 
+@torch.no_grad()
+def max_logits(
+    q_BHSC: Tensor,
+    k_BGPC: Tensor,
+    scale: float | None = None,
+    documents_BS: Tensor | None = None,
+) -> Tensor:
+    """The largest scale * q k^T of each query head over all sequences and attended pairs of positions; (H,).
+
+    Arguments and which pairs are attended to: as in `causal_attention`. Of at least float32; -inf without positions.
+    Takes the queries in blocks of rows and their products in the inputs' type: as exact as the scores that attention
+    itself makes. Costs the first of attention's two products, forward only.
+    """
+    assert documents_BS is None or q_BHSC.shape[2] == k_BGPC.shape[2], "documents of cached positions are not known"
+    (B, H, S, C), (G, P) = q_BHSC.shape, k_BGPC.shape[1:3]
+    scale = 1 / math.sqrt(C) if scale is None else scale
+    wide = torch.promote_types(q_BHSC.dtype, torch.float32)
+    largest_H = torch.full((H,), -math.inf, dtype=wide, device=q_BHSC.device)
+    position_P = torch.arange(P, device=q_BHSC.device)
+    block_rows = _block_rows(C)
+    for start in range(0, S if B else 0, block_rows):
+        end = min(start + block_rows, S)
+        seen = P - S + end  # by the last of these queries
+        q_NRC = q_BHSC[:, :, start:end].reshape(B * G, -1, C)
+        scores = torch.bmm(q_NRC, k_BGPC[:, :, :seen].reshape(B * G, seen, C).mT).view(B, H, end - start, seen)
+        future_RP = position_P[:seen] > position_P[P - S + start : seen].unsqueeze(1)
+        scores = scores.masked_fill_(future_RP, -math.inf)
+        if documents_BS is not None:
+            other_BRP = documents_BS[:, start:end].unsqueeze(2) != documents_BS[:, :seen].unsqueeze(1)
+            scores.masked_fill_(other_BRP.unsqueeze(1), -math.inf)
+        largest_H = torch.maximum(largest_H, scores.amax((0, 2, 3)).to(wide) * scale)
+    return largest_H
+
+
 def _blocks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """On a CPU SDPA has no fused kernel for values of another width: it holds the whole square then.
 

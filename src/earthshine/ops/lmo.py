@@ -1,0 +1,87 @@
+"""Steepest directions of a gradient under a norm: what Muon's orthogonalisation is for the spectral norm.
+
+For a norm the direction that a step takes is the minimiser of <G, X> over its unit ball, without the minus sign:
+lmo(G) = argmax over ||X|| <= 1 of <G, X> (Scion, arXiv:2502.07529, equation 3 and its tables of norms). All depend on G
+by its direction alone, not by its size. A zero matrix, row or vector, where any X would do, gives zero.
+
+Legend: B matrices, M rows (outputs), N columns (inputs).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from earthshine.errors import ConfigError
+
+
+def schatten(G_BMN: Tensor, p: float) -> Tensor:
+    """Of the Schatten-p norm (the p-norm of the singular values), of each matrix of [..., M, N]; by SVD.
+
+    With G = U diag(s) V^T and 1/p + 1/q = 1:  U diag((s / ||s||_q)^(q - 1)) V^T, by equality in Hoelder's inequality.
+    p = inf is U V^T, what Newton-Schulz approximates; p = 2 is G / ||G||_F. The result has Schatten-p norm 1, at
+    least float32, and <G, result> = ||s||_q. Singular values below the rounding error of the largest,
+    max(M, N) eps s_1, count as zeros and stay zero: their directions are noise. A matrix that is not finite becomes
+    NaN, alone in its batch. Raises ConfigError for p outside (1, inf].
+    """
+    if not p > 1:
+        raise ConfigError(f"schatten_p={p} must be above 1: use 2 (the gradient, normalised) to inf (Muon).")
+    G_BMN = G_BMN.to(torch.promote_types(G_BMN.dtype, torch.float32))
+    if G_BMN.numel() == 0:
+        return G_BMN.clone()
+    finite_B11 = G_BMN.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    # LAPACK stops at a NaN, with the whole batch.
+    U_BMS, s_BS, Vh_BSN = torch.linalg.svd(torch.where(finite_B11, G_BMN, 0), full_matrices=False)
+    q = 1.0 if math.isinf(p) else p / (p - 1)
+    largest_B1 = s_BS[..., :1]
+    kept_BS = s_BS > max(G_BMN.shape[-2:]) * torch.finfo(s_BS.dtype).eps * largest_B1
+    ratio_BS = torch.where(kept_BS, s_BS / largest_B1, 0)  # no power of it leaves the range
+    weight_BS = (ratio_BS / torch.linalg.vector_norm(ratio_BS, q, dim=-1, keepdim=True)) ** (q - 1)
+    weight_BS = torch.where(kept_BS, weight_BS, 0)
+    return torch.where(finite_B11, (U_BMS * weight_BS.unsqueeze(-2)) @ Vh_BSN, math.nan)
+
+
+def row_rms(G_MN: Tensor) -> Tensor:
+    """Each row with RMS 1: row * sqrt(N) / ||row||_2, for an embedding stored [V, D], a row per token.
+
+    Scion's ColNorm for inputs that are one-hot: the norm from 1-norm to RMS, max over tokens of the RMS of a token's
+    vector (its column in the paper, where the table is stored transposed); col_j -> sqrt(d_out) col_j / ||col_j||_2.
+    Takes [..., M, N]; at least float32. A row without a gradient stays zero.
+    """
+    G_MN = G_MN.to(torch.promote_types(G_MN.dtype, torch.float32))
+    return _unit(G_MN, -1).mul_(math.sqrt(G_MN.shape[-1]))
+
+
+def sign(G_MN: Tensor, *, normalized: bool = False) -> Tensor:
+    """Signs of the elements; sign(0) = 0. Of the max norm; with `normalized`, sign(G) / N.
+
+    Scion takes sign(G) / d_in for the output layer [V, D], d_in = D = N: the norm from RMS to infinity, max over i, j
+    of d_in |W_ij|. Takes [..., M, N]; G's own type.
+    """
+    return G_MN.sign().div_(G_MN.shape[-1]) if normalized else G_MN.sign()
+
+
+def rms(g: Tensor, squares: Tensor | None = None, count: int | None = None) -> Tensor:
+    """g / RMS(g) = g sqrt(n) / ||g||_2 over all elements: Scion's choice for biases, and here for norms' gains.
+
+    squares, count: sum of squares and number of elements of the whole vector, where `g` is one process's part of it.
+    At least float32; zeros stay zero.
+    """
+    wide = torch.promote_types(g.dtype, torch.float32)
+    g = g.to(wide)
+    root = math.sqrt(g.numel() if count is None else count)
+    if squares is None:
+        return _unit(g, None).mul_(root)
+    norm = squares.to(wide).sqrt()
+    return g * torch.where(norm > 0, root / norm, 0)
+
+
+def _unit(x: Tensor, dim: int | None) -> Tensor:
+    """x / ||x||_2 as a new tensor; zeros stay zero. Divided by the largest element first: squares of numbers below
+    1e-19 or above 1e19 leave fp32's range."""
+    if x.numel() == 0:
+        return x.clone()
+    largest = torch.linalg.vector_norm(x, math.inf, dim=dim, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x.div_(torch.where(norm > 0, norm, 1))

@@ -1,0 +1,128 @@
+"""What happens to an orthogonalized matrix on its way into the weights: scale, exact RMS, NorMuon, weight decay.
+
+Every rule takes whole logical matrices; where a parameter is spread over processes, its owner applies them (the decay
+alone works per element, on what each process holds).
+
+Legend: B matrices, M rows (outputs), N columns (inputs).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from earthshine.errors import ConfigError
+
+ScaleRule = Callable[[int, int], float]
+
+# Names that need more than rows and columns, or are ours: they cannot be registered over.
+_BUILT_IN = ("match_rms_adamw", "original", "spectral")
+_REGISTERED: dict[str, ScaleRule] = {}
+
+# NorMuon's epsilon: below any row's RMS that an orthogonalized matrix of up to 1e12 columns has.
+NORMUON_EPS = 1e-8
+
+
+def scale_factor(rule: str, rows: int, cols: int, update_rms: float) -> float:
+    """What multiplies an orthogonalized rows x cols matrix O before the learning rate does.
+
+    match_rms_adamw: update_rms * sqrt(max(rows, cols)), so that a full-rank O has the RMS update_rms of AdamW's updates
+        (Moonlight, arXiv:2502.16982, equation 4 and lemma 1).
+    original: sqrt(max(1, rows / cols)) (K. Jordan's Muon, and torch.optim.Muon's "original").
+    spectral: sqrt(rows / cols), the size that keeps features moving at any width (arXiv:2310.17813, condition 1).
+    Any other name: what `register_scale` gave it. Raises ConfigError for a name that nobody gave.
+    """
+    if rule == "match_rms_adamw":
+        return update_rms * math.sqrt(max(rows, cols))
+    if rule == "original":
+        return math.sqrt(max(1.0, rows / cols))
+    if rule == "spectral":
+        return math.sqrt(rows / cols)
+    if rule in _REGISTERED:
+        return float(_REGISTERED[rule](rows, cols))
+    known = ", ".join([*_BUILT_IN, *sorted(_REGISTERED)])
+    raise ConfigError(
+        f"scale={rule!r} is not a known rule; known: {known}. earthshine.optim.rules.register_scale(name, function) "
+        f"adds one; call it before the optimizer is made, also when resuming."
+    )
+
+
+def register_scale(name: str, function: ScaleRule) -> None:
+    """Give `function(rows, cols) -> float` a name, which is what checkpoints and configs hold instead of it.
+
+    Raises ConfigError for a name that is taken by another function.
+    """
+    if not name or name in _BUILT_IN:
+        raise ConfigError(
+            f"scale name {name!r} must be non-empty and not one of {', '.join(_BUILT_IN)}: choose another."
+        )
+    if _REGISTERED.setdefault(name, function) is not function:
+        raise ConfigError(f"scale name {name!r} is registered for another function: choose another name.")
+
+
+def scale_name(rule: str | ScaleRule) -> str:
+    """The name of a rule, given by name or as the function itself. Raises ConfigError for what has no name."""
+    if isinstance(rule, str):
+        if rule not in _BUILT_IN and rule not in _REGISTERED:
+            scale_factor(rule, 1, 1, 0.0)  # raises, with the names that are known
+        return rule
+    for name, function in _REGISTERED.items():
+        if function is rule:
+            return name
+    raise ConfigError(
+        f"scale={rule!r} has no name, by which a checkpoint could ask for it again: call "
+        f"earthshine.optim.rules.register_scale('a_name', function) first, then pass either."
+    )
+
+
+def exact_rms(O_BMN: Tensor) -> Tensor:
+    """O / RMS(O) per matrix, in O's type: the RMS per element becomes 1 whatever the singular values are.
+
+    Moonlight's "Update Norm" (arXiv:2502.16982 section 2.2 and its table of controlled experiments: W -= lr 0.2
+    O / RMS(O)). Takes [..., M, N]. Norms are in at least fp32. A zero matrix stays zero.
+    """
+    return (O_BMN * _inverse_rms(O_BMN, (-2, -1))).to(O_BMN.dtype)
+
+
+def normuon(O_BMN: Tensor, v_BM: Tensor, beta2: float, eps: float = NORMUON_EPS) -> tuple[Tensor, Tensor]:
+    """NorMuon's normalisation of rows (arXiv:2510.05491, Algorithm 1): (O_hat with RMS 1 per matrix, the new v).
+
+        v     <- beta2 v + (1 - beta2) mean over columns of O * O         one number per row; v_0 = 0
+        O_hat  = O / (sqrt(v) + eps)                                      row by row
+        W     <- (1 - lr wd) W - lr 0.2 sqrt(M N) / ||O_hat||_F  O_hat
+
+    What is returned is sqrt(M N) / ||O_hat||_F O_hat, so that the caller's factor is 0.2 alone, without
+    sqrt(max(rows, cols)); v has no bias correction, as its constant is gone with the norm. Takes [..., M, N] and
+    [..., M]; v in float32 or float64, and not written to. Rows of zeros stay zero.
+    """
+    wide = torch.promote_types(O_BMN.dtype, v_BM.dtype)
+    squares_BM = torch.linalg.vector_norm(O_BMN, dim=-1, dtype=wide).square_().div_(max(1, O_BMN.shape[-1]))
+    v_BM = torch.lerp(squares_BM.to(v_BM.dtype), v_BM, beta2)
+    O_hat_BMN = O_BMN / (v_BM.sqrt() + eps).unsqueeze(-1)
+    return O_hat_BMN.mul_(_inverse_rms(O_hat_BMN, (-2, -1))).to(O_BMN.dtype), v_BM
+
+
+def decay_(weights: Sequence[Tensor], updates: Sequence[Tensor], factor: float, cautious: bool) -> None:
+    """Decoupled weight decay in place: W <- W - factor W, with factor = lr * weight decay.
+
+    cautious: only the elements that the update moves towards zero as well, W <- W - factor 1[U W >= 0] W, where the
+        step that follows is W <- W - lr U (Cautious Weight Decay, arXiv:2510.12402, Algorithm 1). Scale U as you
+        like: only its signs are read; without `cautious`, nothing is.
+    """
+    if not factor or not weights:
+        return
+    if not cautious:
+        torch._foreach_mul_(list(weights), 1 - factor)
+        return
+    # One weight at a time: its four temporaries are then all there are.
+    for w, u in zip(weights, updates, strict=True):
+        agrees = w.sign().mul(u) >= 0  # the product W U itself underflows
+        torch.where(agrees, w * (1 - factor), w, out=w)
+
+
+def _inverse_rms(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """1 / RMS over `dim`, in at least fp32, dimensions kept; 1 where everything is zero."""
+    count = math.prod(x.shape[d] for d in dim)
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.where(norm > 0, math.sqrt(count) / norm, 1.0).to(norm.dtype)
