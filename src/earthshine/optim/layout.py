@@ -1,0 +1,245 @@
+"""Where the elements of a parameter are: read from the tensor itself, so that nobody passes a mesh.
+
+A DTensor says how it is spread over processes by one placement per mesh dimension, applied from the left. On a
+parameter's *shard group*, the processes among which one copy of it is divided, each process holds some rows and some
+columns of the two-dimensional view of `optim.matrices`; copies (HSDP's replicas) are other shard groups.
+
+    Shard(d)                    torch.chunk of dimension d: pieces of ceil(n / degree), the last ones smaller or empty
+    _StridedShard(d, split)     chunk in `split` pieces, each of them as above; a process holds its piece of each. This
+                                is what FSDP2 makes of a dimension that tensor or expert parallelism has divided already
+"""
+
+import math
+import sys
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earthshine.errors import ConfigError
+from earthshine.optim.matrices import Runs, Spec, merge, view_shape
+
+# One sharded mesh dimension: its degree, the tensor dimension, and the split of a strided shard (1: a plain one).
+_Cut = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parameter's view, and the rows and columns of it that each process of its shard group holds.
+
+    view: the two-dimensional view of the whole parameter.
+    ranks: global ranks of the shard group, row-major over the sharded mesh dimensions; one where nothing is spread.
+    position: of this process in `ranks`.
+    rows, cols: per position, in the order of its local tensor, which is ascending. Both or neither are empty where the
+        process holds nothing.
+    """
+
+    view: tuple[int, int]
+    ranks: tuple[int, ...]
+    position: int
+    rows: tuple[Runs, ...]
+    cols: tuple[Runs, ...]
+
+
+def read_layout(p: Tensor, spec: Spec, name: str) -> Layout:
+    """The layout of a parameter; of a plain tensor, that this process holds all of it.
+
+    Raises ConfigError for a placement that cannot hold a parameter (partial sums), for divisions that torch's own
+    layers do not make (uneven along any dimension but the first, or where a strided shard is not whole), and where the
+    local tensor has not the shape that the placements give it.
+    """
+    shape = tuple(p.shape)
+    flatten = bool(spec) and spec[0] == "flatten"
+    # A DTensor cannot exist before its module is imported, and importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(p, module.DTensor):
+        return _layout(shape, flatten, (), (_own_rank(),), 0)
+    mesh = p.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ConfigError(
+            f"{name} lives on the mesh of ranks {mesh.mesh.flatten().tolist()}, which this process (rank "
+            f"{_own_rank()}) is not part of: give the optimizer only parameters that this process holds a shard of."
+        )
+    if any(list(dims.mesh_dims) != sorted(dims.mesh_dims) for dims in getattr(p._spec, "shard_order", None) or ()):
+        raise ConfigError(
+            f"{name} is sharded in the order {p._spec.shard_order}, not over its mesh dimensions from the left: "
+            f"distribute it without shard_order."
+        )
+    cuts: list[_Cut] = []
+    index: list[Any] = []
+    position = 0
+    for dim, placement in enumerate(p.placements):
+        cut = _cut_of(placement, len(shape), name)
+        index.append(coordinate[dim] if cut is None else slice(None))
+        if cut is not None:
+            cuts.append((mesh.size(dim), *cut))
+            position = position * mesh.size(dim) + coordinate[dim]
+    _check_cuts(shape, tuple(cuts), name)
+    ranks = tuple(mesh.mesh[tuple(index)].flatten().tolist())
+    local_shape = _spread(shape, flatten, tuple(cuts))[2][position]
+    with torch.no_grad():
+        got = tuple(p.to_local().shape)
+    if got != local_shape:
+        raise ConfigError(
+            f"{name} of shape {list(shape)} with placements {tuple(p.placements)} on a mesh of {tuple(mesh.shape)} "
+            f"has a local tensor of {list(got)} where {list(local_shape)} was expected: build it by torch's "
+            f"distribute_tensor, fully_shard or parallelize_module, whose division this optimizer reads."
+        )
+    return _layout(shape, flatten, tuple(cuts), ranks, position)
+
+
+def partition_rows(views: Sequence[tuple[int, int]], ranks: Sequence[int], position: int) -> list[Layout]:
+    """Layouts that divide replicated parameters, for ZeRO-1: the views' rows in order as one list, cut in len(ranks).
+
+    Boundary k of N is the row that starts nearest to k/N of all elements (the earlier of two as near): parts are as
+    even as whole rows allow. This is the partition of the flat buffer in Algorithm 1 of arXiv:2502.16982, at rows.
+    """
+    if not views:
+        return []
+    group, parts = tuple(ranks), len(ranks)
+    first_element = list(accumulate((rows * cols for rows, cols in views), initial=0))
+    total = first_element[-1]
+    # Boundary k as (view, row of it); the first part begins and the last ends with the list.
+    bounds = [(0, 0)]
+    for k in range(1, parts):
+        # Integers only: every process must cut at the same row.
+        index = min(bisect_right(first_element, k * total // parts) - 1, len(views) - 1)
+        cols = views[index][1] or 1  # without columns any row is as good
+        row = max(0, -(-(2 * (k * total - first_element[index] * parts) - cols * parts) // (2 * cols * parts)))
+        bounds.append((index, row))
+    bounds.append((len(views) - 1, views[-1][0]))
+    return [_part(view, i, group, position, bounds) for i, view in enumerate(views)]
+
+
+def _part(
+    view: tuple[int, int], index: int, ranks: tuple[int, ...], position: int, bounds: list[tuple[int, int]]
+) -> Layout:
+    def clip(bound: tuple[int, int]) -> int:
+        """The first row of this view at or behind a boundary."""
+        return 0 if bound[0] < index else view[0] if bound[0] > index else bound[1]
+
+    rows = tuple(merge([(clip(a), clip(b))]) for a, b in zip(bounds, bounds[1:], strict=False))
+    return Layout(view, ranks, position, rows, (((0, view[1]),),) * len(ranks))
+
+
+def _own_rank() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
+
+
+def _cut_of(placement: Any, dimensions: int, name: str) -> tuple[int, int] | None:
+    """(tensor dimension, split) of a placement that divides, None of a replica."""
+    from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
+
+    if isinstance(placement, Replicate):
+        return None
+    if isinstance(placement, _StridedShard):  # first: it has been a subclass of Shard
+        return placement.dim % dimensions, int(placement.split_factor)
+    if isinstance(placement, Shard):
+        return placement.dim % dimensions, 1
+    raise ConfigError(
+        f"{name} has placement {placement}: a parameter must be replicated or sharded on every mesh dimension; "
+        f"redistribute it to Replicate() or Shard(...) first."
+    )
+
+
+def _check_cuts(shape: tuple[int, ...], cuts: tuple[_Cut, ...], name: str) -> None:
+    """Refuse divisions that leave a whole piece of a strided shard, or a dimension other than the first, uneven."""
+    sizes = list(shape)
+    for degree, dim, split in cuts:
+        n = sizes[dim]
+        if split > 1 and n % split:
+            raise ConfigError(
+                f"{name} of shape {list(shape)}: tensor and expert parallelism of degree {split} do not divide the {n} "
+                f"of dimension {dim}, which FSDP2 divides too; degrees that work: {_divisors(n)}."
+            )
+        if dim > 0 and n // split % degree:
+            raise ConfigError(
+                f"{name} of shape {list(shape)}: a mesh dimension of size {degree} does not divide the {n // split} of "
+                f"dimension {dim}, and only dimension 0 may be uneven; degrees that work: {_divisors(n // split)}."
+            )
+        sizes[dim] = split * -(-(n // split) // degree)
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+@cache
+def _layout(
+    shape: tuple[int, ...], flatten: bool, cuts: tuple[_Cut, ...], ranks: tuple[int, ...], position: int
+) -> Layout:
+    rows, cols, _ = _spread(shape, flatten, cuts)
+    return Layout(view_shape(shape, ("flatten",) if flatten else ()), ranks, position, rows, cols)
+
+
+@cache
+def _spread(
+    shape: tuple[int, ...], flatten: bool, cuts: tuple[_Cut, ...]
+) -> tuple[tuple[Runs, ...], tuple[Runs, ...], tuple[tuple[int, ...], ...]]:
+    """Rows, columns and local shape of every coordinate of the shard group, row-major."""
+    first = 1 if flatten else max(0, len(shape) - 1)  # dimensions that make up the rows of the view
+    rows, cols, local = [], [], []
+    held = cache(_held)
+    flat = cache(_flatten_runs)
+    for coordinate in product(*(range(degree) for degree, _, _ in cuts)):
+        per_dim = tuple(
+            held(n, tuple((c, i) for c, i in zip(cuts, coordinate, strict=True) if c[1] == dim))
+            for dim, n in enumerate(shape)
+        )
+        rows.append(flat(shape[:first], per_dim[:first]))
+        cols.append(flat(shape[first:], per_dim[first:]))
+        local.append(tuple(map(length, per_dim)))
+    return tuple(rows), tuple(cols), tuple(local)
+
+
+def _held(n: int, cuts: tuple[tuple[_Cut, int], ...]) -> Runs:
+    """The indices of a dimension of size n that are left after its cuts, each with the process's coordinate in it."""
+    runs = merge([(0, n)])
+    for (degree, _, split), index in cuts:
+        size = length(runs)
+        whole = -(-size // split)  # torch.chunk's rule, for the pieces and for the piece of each
+        pieces = []
+        for start in range(0, size, whole or 1):
+            part = min(whole, size - start)
+            each = -(-part // degree)
+            pieces.extend(cut(runs, start + min(index * each, part), start + min((index + 1) * each, part)))
+        runs = merge(pieces)
+    return runs
+
+
+def length(runs: Runs) -> int:
+    """How many indices the runs hold."""
+    return sum(stop - start for start, stop in runs)
+
+
+def cut(runs: Runs, start: int, stop: int) -> Runs:
+    """The runs of the indices number `start` to `stop` that `runs` hold."""
+    found, before = [], 0
+    for a, b in runs:
+        low, high = max(a, a + start - before), min(b, a + stop - before)
+        if low < high:
+            found.append((low, high))
+        before += b - a
+    return tuple(found)
+
+
+def _flatten_runs(shape: tuple[int, ...], per_dim: tuple[Runs, ...]) -> Runs:
+    """The runs of the flattened dimensions where each holds its own: their product, row-major."""
+    runs: Runs = ((0, 1),)
+    size = 1
+    for n, held in zip(reversed(shape), reversed(per_dim), strict=True):
+        if runs == ((0, size),):
+            runs = tuple((a * size, b * size) for a, b in held)
+        else:
+            runs = merge(
+                (i * size + a, i * size + b) for start, stop in held for i in range(start, stop) for a, b in runs
+            )
+        size *= n
+    return merge(runs) if math.prod(shape) else ()
