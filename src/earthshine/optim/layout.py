@@ -11,11 +11,11 @@ columns of the two-dimensional view of `optim.matrices`; copies (HSDP's replicas
 
 import math
 import sys
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 import torch
@@ -102,29 +102,26 @@ def partition_rows(views: Sequence[tuple[int, int]], ranks: Sequence[int], posit
     """
     if not views:
         return []
-    group, parts = tuple(ranks), len(ranks)
-    first_element = list(accumulate((rows * cols for rows, cols in views), initial=0))
-    total = first_element[-1]
-    # Boundary k as (view, row of it); the first part begins and the last ends with the list.
-    bounds = [(0, 0)]
+    parts = len(ranks)
+    before = list(accumulate((rows * cols for rows, cols in views), initial=0))
+    bounds = []  # between the parts: (view, row of it)
     for k in range(1, parts):
-        # Integers only: every process must cut at the same row.
-        index = min(bisect_right(first_element, k * total // parts) - 1, len(views) - 1)
+        index = min(bisect_right(before, k * before[-1] // parts) - 1, len(views) - 1)
         cols = views[index][1] or 1  # without columns any row is as good
-        row = max(0, -(-(2 * (k * total - first_element[index] * parts) - cols * parts) // (2 * cols * parts)))
-        bounds.append((index, row))
-    bounds.append((len(views) - 1, views[-1][0]))
-    return [_part(view, i, group, position, bounds) for i, view in enumerate(views)]
+        # (k total / parts - before) / cols, rounded; in whole numbers, as every process must cut at the same row.
+        twice = 2 * (k * before[-1] - before[index] * parts)
+        bounds.append((index, max(0, -((cols * parts - twice) // (2 * cols * parts)))))
+    return [_part(view, i, tuple(ranks), position, bounds) for i, view in enumerate(views)]
 
 
 def _part(
     view: tuple[int, int], index: int, ranks: tuple[int, ...], position: int, bounds: list[tuple[int, int]]
 ) -> Layout:
-    def clip(bound: tuple[int, int]) -> int:
-        """The first row of this view at or behind a boundary."""
-        return 0 if bound[0] < index else view[0] if bound[0] > index else bound[1]
-
-    rows = tuple(merge([(clip(a), clip(b))]) for a, b in zip(bounds, bounds[1:], strict=False))
+    """The layout of view number `index`."""
+    first, last = bisect_left(bounds, (index,)), bisect_left(bounds, (index + 1,))
+    edges = [0, *(row for _, row in bounds[first:last]), view[0]]
+    spans = tuple(merge([span]) for span in pairwise(edges))
+    rows = ((),) * first + spans + ((),) * (len(ranks) - 1 - last)
     return Layout(view, ranks, position, rows, (((0, view[1]),),) * len(ranks))
 
 
@@ -205,7 +202,7 @@ def _held(n: int, cuts: tuple[tuple[_Cut, int], ...]) -> Runs:
     for (degree, _, split), index in cuts:
         size = length(runs)
         whole = -(-size // split)  # torch.chunk's rule, for the pieces and for the piece of each
-        pieces = []
+        pieces: list[tuple[int, int]] = []
         for start in range(0, size, whole or 1):
             part = min(whole, size - start)
             each = -(-part // degree)

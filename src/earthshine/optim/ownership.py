@@ -99,14 +99,14 @@ class ShardGroupPlan:
         return _elements(matrix, layout.rows[position], layout.cols[position])
 
     def sends(self, bucket: Bucket, position: int) -> tuple[int, ...]:
-        """Elements that `position` hands each position, itself included, on the way out; gets from it on the way back."""
+        """Elements that `position` hands each position, itself too, on the way out; gets from it on the way back."""
         counts = [0] * len(self.ranks)
         for task in bucket.tasks:
             counts[task.owner] += self.elements(task, position)
         return tuple(counts)
 
     def receives(self, bucket: Bucket, position: int) -> tuple[int, ...]:
-        """Elements that `position` gets from each position, itself included, on the way out; hands it on the way back."""
+        """Elements that `position` gets from each position, itself too, on the way out; hands it on the way back."""
         counts = [0] * len(self.ranks)
         for task in bucket.tasks:
             if task.owner == position:
