@@ -80,6 +80,38 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Stopwatch:
+    """Seconds spent inside `with stopwatch:`, of the device's own clock, without waiting for it until asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._device.type == "cpu":
+            self._start = time.perf_counter()
+        else:
+            event = torch.Event(self._device, enable_timing=True)
+            event.record()
+            self._events.append((event, torch.Event(self._device, enable_timing=True)))
+
+    def __exit__(self, *exception: object) -> None:
+        if self._device.type == "cpu":
+            self._seconds += time.perf_counter() - self._start
+        else:
+            self._events[-1][1].record()
+
+    @property
+    def seconds(self) -> float:
+        """The total. On an accelerator this waits for what is timed."""
+        for start, stop in self._events:
+            stop.synchronize()
+            self._seconds += start.elapsed_time(stop) / 1e3
+        self._events.clear()
+        return self._seconds
+
+
 def _time_product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], float]:
     """A function that times one (size x size) product, in seconds; the first, cold, product is already done."""
     generator = torch.Generator().manual_seed(0)

@@ -57,12 +57,20 @@ def coefficient_steps(coefficients: str | Coefficients, steps: int) -> Coefficie
     return tuple(coefficients[min(k, len(coefficients) - 1)] for k in range(steps))
 
 
+def default_steps(coefficients: str | Coefficients) -> int:
+    """How many steps a table is made for."""
+    return 5 if isinstance(coefficients, str) else len(coefficients)
+
+
 def newton_schulz(
     G_BMN: Tensor,
     coefficients: str | Coefficients = "keller5",
     steps: int = 5,
     dtype: torch.dtype = torch.float32,
     form: Form = "standard",
+    *,
+    consume: bool = False,
+    compile: bool = False,
 ) -> Tensor:
     """Orthogonalize each matrix of [B, M, N], or one [M, N]; the result has G's shape and type `dtype`.
 

@@ -397,7 +397,7 @@ def _newton_schulz_flops(optimizer: OptimizerConfig, rows: int, columns: int) ->
 
     "auto" is taken as the cheaper form; halves of symmetric products that are left out on a CPU are counted.
     """
-    short, long, steps = min(rows, columns), max(rows, columns), optimizer.ns_steps
+    short, long, steps = min(rows, columns), max(rows, columns), optimizer.newton_schulz_steps
     standard = steps * (4.0 * short * short * long + 2.0 * short**3)
     gram = 4.0 * short * short * long + (4 * steps - 3) * 2.0 * short**3
     return {"standard": standard, "gram": gram, "auto": min(standard, gram)}[optimizer.ns_form]

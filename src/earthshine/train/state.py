@@ -18,7 +18,8 @@ from earthshine.data.tokenizer import warn_of_other_tokenizer
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize
-from earthshine.optim.muon import Muon, build_optimizer, resolve_dtype
+from earthshine.optim.matrix_plan import resolve_dtype
+from earthshine.optim.muon import Muon, build_optimizer
 from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob
 
 _OPTIMIZER_PREFIX = "optimizer."

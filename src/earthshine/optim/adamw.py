@@ -1,0 +1,63 @@
+"""torch's AdamW on the shares of a group, and the size of its last update."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from earthshine.optim.shares import Shares
+
+# Elements of the moments looked at together when the update is measured: they stay in the cache.
+_STATS_ELEMENTS = 1 << 18
+
+
+def step_adamw(
+    shares: Shares, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
+) -> tuple[int, Callable[[], float]]:
+    """One step of the shares that have a gradient: their elements, and the sum of squares of the update when asked.
+
+    Equation and order of operations are torch.optim.AdamW's (arXiv:1711.05101, algorithm 2).
+    """
+    members = sorted(grads)
+    weights = [shares.weight(i) for i in members]
+    moments = [[shares.state(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
+    # The fused kernel reads and writes everything once; on a CPU torch's default is one loop per operation.
+    fused = all(w.is_cpu and w.is_floating_point() for w in weights)
+    adamw(
+        weights,
+        [grads[i].to(w.dtype) for i, w in zip(members, weights, strict=True)],
+        moments[0],
+        moments[1],
+        [],
+        [states[i]["step"] for i in members],
+        foreach=not fused,
+        fused=fused,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    betas, eps = group["betas"], group["eps"]
+
+    def squares() -> float:
+        return sum(
+            _update_square(m, v, float(states[i]["step"]), betas, eps)
+            for i, m, v in zip(members, moments[0], moments[1], strict=True)
+        )
+
+    return sum(w.numel() for w in weights), squares
+
+
+def _update_square(m: Tensor, v: Tensor, step: float, betas: tuple[float, float], eps: float) -> float:
+    """Sum of squares of m_hat / (sqrt(v_hat) + eps), from the moments after a step."""
+    correction1, correction2 = 1 - betas[0] ** step, 1 - betas[1] ** step
+    total = 0.0
+    for part_m, part_v in zip(m.reshape(-1).split(_STATS_ELEMENTS), v.reshape(-1).split(_STATS_ELEMENTS), strict=True):
+        update = part_m / (part_v.sqrt().div_(correction2**0.5).add_(eps))
+        total += float(torch.linalg.vector_norm(update, dtype=torch.float32)) ** 2
+    return float(total / correction1**2)

@@ -1,0 +1,77 @@
+"""Carries an ownership plan out: packed, unpadded all-to-alls between the ranks of a shard group, counted in bytes.
+
+A message holds, for each rank in turn, the blocks that it is to have, one after the other and nothing else. Rank order
+is that of the process group, which torch sorts by global rank. Bytes are those that leave this rank: what a rank
+"sends" to itself is copied in memory and not counted.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from earthshine.errors import ConfigError
+
+# Process groups by their ranks, made once; together with the world they belong to, which a later one replaces.
+_groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+
+def process_group(ranks: Sequence[int]) -> Any:
+    """The process group of these global ranks. Called by all of them, in the same order of groups everywhere."""
+    key, world = tuple(ranks), dist.group.WORLD
+    known_world, group = _groups.get(key, (None, None))
+    if group is None or known_world is not world:
+        whole = sorted(key) == list(range(dist.get_world_size()))
+        group = world if whole else dist.new_group(sorted(key), use_local_synchronization=True)
+        _groups[key] = (world, group)
+    return group
+
+
+def check_agreement(ranks: Sequence[int], fingerprint: str, device: torch.device) -> None:
+    """Raise ConfigError, on every rank, unless all `ranks` hold the same fingerprint of their plan.
+
+    Ranks that disagree about who owns what would wait for each other for ever, or mix up matrices.
+    """
+    number = int.from_bytes(hashlib.sha256(fingerprint.encode()).digest()[:7], "big")
+    extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=process_group(ranks))
+    if extremes.tolist() != [number, -number]:
+        raise ConfigError(
+            f"the processes {list(ranks)} see different parameters or options of Muon: parameters, their order, their "
+            f"'matrices', ns_* options and max_bucket_bytes must be the same on all of them."
+        )
+
+
+class Message:
+    """One all-to-all under way: `wait()` gives what arrived, in rank order.
+
+    sends, receives: elements per position of `ranks`. The buffer is packed in `order`.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], buffer: Tensor, sends: Sequence[int], receives: Sequence[int], position: int
+    ) -> None:
+        order = send_order(ranks)
+        self.arrived = buffer.new_empty(sum(receives))
+        self._buffer = buffer  # must live until the transfer has ended
+        self._work = dist.all_to_all_single(
+            self.arrived,
+            buffer,
+            [receives[k] for k in order],
+            [sends[k] for k in order],
+            group=process_group(ranks),
+            async_op=True,
+        )
+        self.bytes_sent = (sum(sends) - sends[position]) * buffer.element_size()
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self.arrived
+
+
+def send_order(ranks: Sequence[int]) -> list[int]:
+    """Positions of `ranks` in the order of their process group: messages are packed and arrive so."""
+    return sorted(range(len(ranks)), key=lambda k: ranks[k])

@@ -1,0 +1,254 @@
+"""The static plan of one Muon group: which matrices lie in which batch, and what every message holds.
+
+Made at construction from shapes and layouts alone, never from values: every rank of a shard group sends and receives
+the same messages whatever gradients it has. A matrix that is whole here is local: it goes into a batch with others of
+its shape. Of a matrix that is spread over ranks every holder sends its blocks to the owner (`optim.ownership`), and
+gets the same blocks of the update back: messages are mirror images of each other.
+
+Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall matrices lie in a batch transposed.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earthshine.ops.orthogonalize import matrices_per_batch, newton_schulz_flops, resolve_form
+from earthshine.optim.exchange import check_agreement, send_order
+from earthshine.optim.matrices import logical_matrices
+from earthshine.optim.ownership import Block, Bucket, ShardGroupPlan, Task, plan_ownership
+from earthshine.optim.shares import Shares
+
+# Entries of a group that processes may hold differently, or that say nothing about the plan.
+_NOT_COMPARED = ("params", "param_names", "lr", "initial_lr")
+
+
+@dataclass(frozen=True)
+class Rect:
+    """`count` rectangles, one below the other, of rows x cols in the 2-D view of a parameter's share."""
+
+    param: int
+    row: int
+    col: int
+    rows: int
+    cols: int
+    count: int = 1
+
+    def of(self, views: Mapping[int, Tensor]) -> Tensor:
+        """[count, rows, cols], the same memory."""
+        view = views[self.param].narrow(0, self.row, self.count * self.rows).narrow(1, self.col, self.cols)
+        rectangles: Tensor = view.unflatten(0, (self.count, self.rows))
+        return rectangles
+
+    def rows_of(self, views: Mapping[int, Tensor]) -> Tensor:
+        """[count, rows] of a view with one value per row."""
+        return views[self.param].narrow(0, self.row, self.count * self.rows).view(self.count, self.rows)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rectangles belong in a batch: from matrix `slot` on, at this row and column of the matrix as it is."""
+
+    slot: int
+    row: int
+    col: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Matrices that are orthogonalized together: (rows, cols) per slot, all with the same S and L.
+
+    sources: what fills it, rectangles of shares (local) or (offset in a message, rows, cols, rider offset).
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    sources: tuple[tuple[Any, Place], ...]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        rows, cols = self.shapes[0]
+        return len(self.shapes), min(rows, cols), max(rows, cols)
+
+    def part(self, X_BSL: Tensor, place: Place, count: int, rows: int, cols: int) -> Tensor:
+        """The rectangles at a place as [count, rows, cols], the same memory."""
+        M, N = self.shapes[place.slot]
+        part = X_BSL.narrow(0, place.slot, count)
+        part = part.mT if M > N else part
+        return part.narrow(1, place.row, rows).narrow(2, place.col, cols)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A rectangle of a matrix of this shape in a message: elements from `offset` on, and its riders from `rider` on."""
+
+    offset: int
+    rider: int
+    rows: int
+    cols: int
+    shape: tuple[int, int]
+
+    def of(self, message: Tensor) -> Tensor:
+        """[1, rows, cols], the same memory."""
+        return message.narrow(0, self.offset, self.rows * self.cols).view(1, self.rows, self.cols)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One bucket as this rank sees it. Messages are mirror images: what went out comes back in the same order."""
+
+    plan: ShardGroupPlan
+    outgoing: tuple[tuple[Rect, Segment], ...]
+    sends: tuple[int, ...]
+    receives: tuple[int, ...]
+    rider_sends: tuple[int, ...]
+    rider_receives: tuple[int, ...]
+    owned: tuple[Batch, ...]
+
+
+class MatrixPlan:
+    """The plan of one "muon" group. Raises ConfigError for layouts and options that it cannot serve."""
+
+    def __init__(self, group: Mapping[str, Any], shares: Shares, max_bucket_bytes: int) -> None:
+        self.shares = shares
+        self.device = shares.params[0].device
+        self.dtype = resolve_dtype(group["ns_dtype"], self.device)
+        self.wide = functools.reduce(torch.promote_types, (p.dtype for p in shares.params), torch.float32)
+        self.payload = self._payload(group["payload_dtype"])
+        self.flags, self.moments = bool(group["skip_idle"]), group["normuon_beta2"] > 0
+        self._form, self._steps = group["ns_form"], group["ns_steps"]
+        matrices = [
+            logical_matrices(tuple(p.shape), spec, name)
+            for p, spec, name in zip(shares.params, group["matrices"], shares.names, strict=True)
+        ]
+        self.plans = plan_ownership(shares.layouts, matrices, self._cost, max_bucket_bytes)
+        options = repr([(key, group[key]) for key in sorted(group) if key not in _NOT_COMPARED])
+        for plan in self.plans:
+            if len(plan.ranks) > 1:
+                check_agreement(plan.ranks, plan.fingerprint() + options, self.device)
+        self.local = tuple(batch for plan in self.plans for batch in self._local_batches(plan))
+        self.transfers = tuple(self._transfer(plan, bucket) for plan in self.plans for bucket in plan.buckets)
+
+    def _payload(self, requested: str) -> torch.dtype:
+        """What travels: by default no less than Newton-Schulz itself works in."""
+        if requested == "auto":
+            return self.wide if self.dtype.itemsize >= 4 else torch.bfloat16
+        return torch.bfloat16 if requested == "bfloat16" else self.wide
+
+    def _cost(self, rows: int, cols: int) -> int:
+        form, blocks = resolve_form(self._form, rows, cols, self.dtype, self.device, self._steps)
+        return newton_schulz_flops(rows, cols, self._steps, form, blocks)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the matrices that this rank orthogonalizes in a step."""
+        batches = [*self.local, *(b for t in self.transfers for b in t.owned)]
+        return sum(self._cost(*shape) for batch in batches for shape in batch.shapes)
+
+    @property
+    def imbalance(self) -> float:
+        """The largest load over the mean, of the worst shard group."""
+        return max((plan.imbalance for plan in self.plans if len(plan.ranks) > 1), default=1.0)
+
+    def predicted_bytes(self) -> int:
+        """Bytes that a step sends from this rank to others, by the plan."""
+        total = sum(plan.payload_elements(plan.position) for plan in self.plans) * self.payload.itemsize
+        for t in self.transfers:  # riders go both ways in fp32
+            me = t.plan.position
+            total += 4 * (sum(t.rider_sends) - t.rider_sends[me])
+            if self.moments:
+                total += 4 * (sum(t.rider_receives) - t.rider_receives[me])
+        return total
+
+    def _local_batches(self, plan: ShardGroupPlan) -> Iterator[Batch]:
+        """Whole matrices by (S, L), cut to fit the cache; neighbours in one share become one rectangle."""
+        by_shape: dict[tuple[int, int], list[tuple[Task, tuple[Any, ...]]]] = {}
+        for task in plan.local:
+            key = (min(task.M, task.N), max(task.M, task.N))
+            if key[0]:
+                by_shape.setdefault(key, []).append((task, plan.pieces(task, plan.position)))
+        for (S, L), tasks in by_shape.items():
+            capacity = matrices_per_batch(S, L, self.dtype, self.device)
+            for start in range(0, len(tasks), capacity):
+                yield _batch(tasks[start : start + capacity])
+
+    def _transfer(self, plan: ShardGroupPlan, bucket: Bucket) -> Transfer:
+        me, order = plan.position, send_order(plan.ranks)
+        outgoing: list[tuple[Rect, Segment]] = []
+        sends, riders = [0] * len(order), [0] * len(order)
+        at = rider_at = 0
+        for k in order:
+            for task in bucket.tasks:
+                for b in plan.pieces(task, me) if task.owner == k else ():
+                    rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols)
+                    outgoing.append((rect, Segment(at, rider_at, b.rows, b.cols, (task.M, task.N))))
+                    at, rider_at = at + b.rows * b.cols, rider_at + self._rider_size(b.rows)
+                    sends[k] += b.rows * b.cols
+                    riders[k] += self._rider_size(b.rows)
+        mine = [task for task in bucket.tasks if task.owner == me]
+        receives, rider_receives = [0] * len(order), [0] * len(order)
+        segments: dict[int, list[tuple[Segment, int, int]]] = {n: [] for n in range(len(mine))}
+        at = rider_at = 0
+        for k in order:
+            for n, task in enumerate(mine):
+                for b in plan.pieces(task, k):
+                    segments[n].append((Segment(at, rider_at, b.rows, b.cols, (task.M, task.N)), b.row, b.col))
+                    at, rider_at = at + b.rows * b.cols, rider_at + self._rider_size(b.rows)
+                    receives[k] += b.rows * b.cols
+                    rider_receives[k] += self._rider_size(b.rows)
+        owned = tuple(self._owned_batches(mine, segments))
+        return Transfer(
+            plan, tuple(outgoing), tuple(sends), tuple(receives), tuple(riders), tuple(rider_receives), owned
+        )
+
+    def _owned_batches(
+        self, tasks: Sequence[Task], segments: Mapping[int, list[tuple[Segment, int, int]]]
+    ) -> Iterator[Batch]:
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for n, task in enumerate(tasks):
+            by_shape.setdefault((min(task.M, task.N), max(task.M, task.N)), []).append(n)
+        for (S, L), members in by_shape.items():
+            capacity = matrices_per_batch(S, L, self.dtype, self.device)
+            for start in range(0, len(members), capacity):
+                part = members[start : start + capacity]
+                shapes = tuple((tasks[n].M, tasks[n].N) for n in part)
+                sources = tuple(
+                    (segment, Place(slot, row, col)) for slot, n in enumerate(part) for segment, row, col in segments[n]
+                )
+                yield Batch(shapes, sources)
+
+    def _rider_size(self, rows: int) -> int:
+        """fp32 numbers that accompany a block: whether its gradient is anything but zero; NorMuon's moment per row."""
+        return int(self.flags) + rows * int(self.moments)
+
+
+def _batch(tasks: Sequence[tuple[Task, Sequence[Block]]]) -> Batch:
+    """Whole matrices of one (S, L); those that lie below each other in one share are one rectangle."""
+    shapes = tuple((task.M, task.N) for task, _ in tasks)
+    sources: list[tuple[Rect, Place]] = []
+    for slot, (task, found) in enumerate(tasks):
+        for b in found:
+            rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols)
+            last, place = sources[-1] if sources else (None, None)
+            if last is not None and place is not None and (b.rows, b.cols) == (task.M, task.N):
+                follows = last.row + last.count * last.rows == rect.row and place.slot + last.count == slot
+                same = (last.param, last.col, last.rows, last.cols) == (rect.param, rect.col, rect.rows, rect.cols)
+                if follows and same and (place.row, place.col) == (0, 0):
+                    rows_above = last.count
+                    sources[-1] = (Rect(last.param, last.row, last.col, last.rows, last.cols, rows_above + 1), place)
+                    continue
+            sources.append((rect, Place(slot, b.row, b.col)))
+    return Batch(shapes, tuple(sources))
+
+
+def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The type of Newton-Schulz: "auto" is bf16 on an accelerator, and on a CPU only where it is measured faster."""
+    if requested != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
+    if device.type == "cpu":
+        from earthshine.device import choose_compute_dtype
+
+        return choose_compute_dtype("auto", device).dtype
+    return torch.bfloat16

@@ -1,0 +1,281 @@
+"""One Muon step of a group: momentum where a parameter lives, whole matrices to whoever orthogonalizes them, updates
+back to where it lives. `optim.matrix_plan` says what goes where; this carries it out.
+
+The next bucket travels, and local batches run, while a bucket is computed. A rank whose share of a parameter has no
+gradient leaves it alone and contributes zeros to its matrices: it sends and receives all the same.
+
+Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall matrices lie in a batch transposed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earthshine.device import Stopwatch
+from earthshine.ops import lmo
+from earthshine.ops.orthogonalize import newton_schulz
+from earthshine.optim import rules
+from earthshine.optim.exchange import Message
+from earthshine.optim.matrix_plan import Batch, MatrixPlan, Rect, Segment, Transfer
+
+
+@dataclass
+class StepNumbers:
+    """What a step of one group did on this rank.
+
+    norms: per batch, (Frobenius norm, factor) of each matrix's update. elements: of those matrices.
+    """
+
+    stopwatch: Stopwatch
+    norms: list[tuple[Tensor, list[float]]] = field(default_factory=list)
+    elements: int = 0
+    bytes_sent: int = 0
+
+    def squares(self) -> float:
+        """Sum of squares of the update's elements, before the learning rate. Waits for the device."""
+        total = 0.0
+        for norms, factors in self.norms:
+            total += sum((norm * factor) ** 2 for norm, factor in zip(norms.tolist(), factors, strict=True))
+        return total
+
+
+def step_matrices(
+    plan: MatrixPlan,
+    group: Mapping[str, Any],
+    states: Mapping[int, Mapping[str, Tensor]],
+    grads: Mapping[int, Tensor],
+) -> StepNumbers:
+    """Update the shares of the parameters that have a gradient.
+
+    states, grads: by the parameter's index in the group; a gradient is this process's share of it.
+    """
+    run = _Run(plan, group, states, grads)
+    travelling = [run.send(t) for t in plan.transfers[:1]]
+    for batch in plan.local:
+        run.local_batch(batch)
+    apply: Callable[[], None] | None = None
+    for number, transfer in enumerate(plan.transfers):
+        messages = travelling.pop()
+        travelling += [run.send(t) for t in plan.transfers[number + 1 : number + 2]]
+        apply_next = run.orthogonalize_owned(transfer, messages)
+        if apply is not None:
+            apply()
+        apply = apply_next
+    if apply is not None:
+        apply()
+    run.write_back()
+    return run.numbers
+
+
+class _Run:
+    """One step under way: two-dimensional views of the shares of everything that has a gradient."""
+
+    def __init__(
+        self,
+        plan: MatrixPlan,
+        group: Mapping[str, Any],
+        states: Mapping[int, Mapping[str, Tensor]],
+        grads: Mapping[int, Tensor],
+    ) -> None:
+        self.plan, self.group, shares = plan, group, plan.shares
+        self.grads = {i: shares.view2d(i, g) for i, g in grads.items()}
+        self.sums = {i: shares.view2d(i, shares.state(states[i]["momentum_sum"])) for i in grads}
+        self.weights = {i: shares.view2d(i, shares.weight(i)) for i in grads}
+        self.moments: dict[int, Tensor] = {}
+        if plan.moments:
+            rows = {i: shares.state(states[i]["row_second_moment"]) for i in grads}
+            self.moments = {i: shares.view2d(i, share, per_row=True) for i, share in rows.items()}
+        self.numbers = StepNumbers(Stopwatch(plan.device))
+
+    def write_back(self) -> None:
+        """Weights whose share cannot be seen as rows and columns in place were updated in a copy."""
+        for i, view in self.weights.items():
+            weight = self.plan.shares.weight(i)
+            if view.data_ptr() != weight.data_ptr():
+                weight.copy_(view.view(weight.shape))
+
+    def momentum(self, rects: Sequence[Rect]) -> tuple[list[Tensor], list[Tensor]]:
+        """M <- mu M + G on some rectangles; G and M of each, M before it is rounded to the type it is kept in."""
+        mu = self.group["momentum"]
+        grads, sums = [r.of(self.grads) for r in rects], [r.of(self.sums) for r in rects]
+        if not sums:
+            return [], []
+        if all(m.dtype.itemsize >= 4 for m in sums):
+            torch._foreach_mul_(sums, mu)
+            torch._foreach_add_(sums, grads)
+            return grads, sums
+        exact = [m.to(self.plan.wide).mul_(mu).add_(g) for m, g in zip(sums, grads, strict=True)]
+        for m, e in zip(sums, exact, strict=True):
+            m.copy_(e)
+        return grads, exact
+
+    def direction(self, grad: Tensor, total: Tensor, out: Tensor) -> None:
+        """mu M + G with Nesterov, else M, into `out`."""
+        if self.group["nesterov"]:
+            torch.add(grad, total, alpha=self.group["momentum"], out=out)
+        else:
+            out.copy_(total)
+
+    # ------------------------------------------------------------------------------------------------ local matrices
+
+    def local_batch(self, batch: Batch) -> None:
+        here = [(rect, place) for rect, place in batch.sources if rect.param in self.grads]
+        if not here:
+            return
+        rects = [rect for rect, _ in here]
+        grads, sums = self.momentum(rects)
+        X_BSL = self._new_batch(batch, complete=len(here) == len(batch.sources))
+        for (rect, place), g, m in zip(here, grads, sums, strict=True):
+            self.direction(g, m, batch.part(X_BSL, place, rect.count, rect.rows, rect.cols))
+        busy_B = self._flags(batch)
+        if busy_B is not None:
+            for (rect, place), g in zip(here, grads, strict=True):
+                busy_B[place.slot : place.slot + rect.count] |= (g != 0).flatten(1).any(dim=1)
+        moments = self._moments(batch)
+        for rect, place in here if moments else ():
+            for n, row in enumerate(rect.rows_of(self.moments)):
+                moments[place.slot + n][place.row : place.row + rect.rows] = row
+        O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moments)
+        updates = [batch.part(O_BSL, place, rect.count, rect.rows, rect.cols) for rect, place in here]
+        self._apply(rects, updates, [batch.shapes[place.slot] for _, place in here])
+        for rect, place in here if moments else ():
+            for n, row in enumerate(rect.rows_of(self.moments)):
+                row.copy_(moments[place.slot + n][place.row : place.row + rect.rows])
+
+    # ----------------------------------------------------------------------------------------------- spread matrices
+
+    def send(self, t: Transfer) -> tuple[Message, Message | None]:
+        """Momentum of this rank's rectangles of a bucket; their directions, and riders, set out for the owners."""
+        here = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
+        grads, sums = self.momentum([rect for rect, _ in here])
+        make = torch.empty if len(here) == len(t.outgoing) else torch.zeros
+        buffer = make(sum(t.sends), dtype=self.plan.payload, device=self.plan.device)
+        for (_, segment), g, m in zip(here, grads, sums, strict=True):
+            self.direction(g, m, segment.of(buffer))
+        riders = None
+        if self.plan.flags or self.plan.moments:
+            extra = torch.zeros(sum(t.rider_sends), dtype=torch.float32, device=self.plan.device)
+            for (rect, segment), g in zip(here, grads, strict=True):
+                if self.plan.flags:
+                    extra[segment.rider] = (g != 0).any()
+                if self.plan.moments:
+                    self._rider_rows(extra, segment).copy_(rect.rows_of(self.moments)[0])
+            riders = self._message(t, extra, t.rider_sends, t.rider_receives)
+        return self._message(t, buffer, t.sends, t.receives), riders
+
+    def orthogonalize_owned(self, t: Transfer, messages: tuple[Message, Message | None]) -> Callable[[], None]:
+        """Orthogonalize what arrives here and send it back; the result applies what comes back to this rank."""
+        arrived, extra = messages[0].wait(), messages[1].wait() if messages[1] is not None else None
+        back = torch.empty_like(arrived)
+        for batch in t.owned:
+            self._owned_batch(batch, arrived, extra, back)
+        returned = self._message(t, back, t.receives, t.sends)
+        moments = None
+        if extra is not None and self.plan.moments:
+            moments = self._message(t, extra, t.rider_receives, t.rider_sends)
+
+        def apply() -> None:
+            update, rows = returned.wait(), moments.wait() if moments is not None else None
+            here = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
+            shapes = [segment.shape for _, segment in here]
+            self._apply([rect for rect, _ in here], [segment.of(update) for _, segment in here], shapes)
+            if rows is not None:
+                for rect, segment in here:
+                    rect.rows_of(self.moments)[0] = self._rider_rows(rows, segment)
+
+        return apply
+
+    def _owned_batch(self, batch: Batch, arrived: Tensor, extra: Tensor | None, back: Tensor) -> None:
+        """Matrices that arrived in pieces; `extra` then holds their new riders, `back` their updates."""
+        X_BSL, busy_B, moments = self._new_batch(batch, complete=True), self._flags(batch), self._moments(batch)
+        for segment, place in batch.sources:
+            batch.part(X_BSL, place, 1, segment.rows, segment.cols).copy_(segment.of(arrived))
+            if busy_B is not None and extra is not None:
+                busy_B[place.slot] |= extra[segment.rider] > 0
+            if moments and extra is not None:
+                moments[place.slot][place.row : place.row + segment.rows] = self._rider_rows(extra, segment)
+        O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moments)
+        for segment, place in batch.sources:
+            segment.of(back).copy_(batch.part(O_BSL, place, 1, segment.rows, segment.cols))
+            if moments and extra is not None:
+                self._rider_rows(extra, segment).copy_(moments[place.slot][place.row : place.row + segment.rows])
+
+    def _rider_rows(self, extra: Tensor, segment: Segment) -> Tensor:
+        start = segment.rider + int(self.plan.flags)
+        return extra[start : start + segment.rows]
+
+    def _message(self, t: Transfer, buffer: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Message:
+        message = Message(t.plan.ranks, buffer, sends, receives, t.plan.position)
+        self.numbers.bytes_sent += message.bytes_sent
+        return message
+
+    # ----------------------------------------------------------------------------------------- what both have in common
+
+    def _new_batch(self, batch: Batch, complete: bool) -> Tensor:
+        """A matrix that nothing fills, because its parameter has no gradient, is zero."""
+        make = torch.empty if complete else torch.zeros
+        return make(batch.size, dtype=self.plan.wide, device=self.plan.device)
+
+    def _flags(self, batch: Batch) -> Tensor | None:
+        """Per matrix whether any holder's gradient is anything but zero; None where nobody asks."""
+        return torch.zeros(len(batch.shapes), dtype=torch.bool, device=self.plan.device) if self.plan.flags else None
+
+    def _moments(self, batch: Batch) -> list[Tensor]:
+        """NorMuon's second moment per row of each matrix; empty without NorMuon."""
+        if not self.plan.moments:
+            return []
+        return [torch.zeros(M, dtype=torch.float32, device=self.plan.device) for M, _ in batch.shapes]
+
+    def _orthogonalize(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, moments: list[Tensor]) -> Tensor:
+        """The updates before their factors; new values into `moments`. May overwrite X."""
+        group = self.group
+        with self.numbers.stopwatch:
+            if group["norm"] == "schatten":
+                O_BSL = lmo.schatten(X_BSL, group["schatten_p"])
+            else:
+                O_BSL = newton_schulz(
+                    X_BSL,
+                    group["ns_coefficients"],
+                    group["ns_steps"],
+                    self.plan.dtype,
+                    group["ns_form"],
+                    consume=True,
+                    compile=group["ns_compile"],
+                )
+        if busy_B is not None:
+            O_BSL *= busy_B[:, None, None]
+        busy = busy_B.tolist() if busy_B is not None and moments else [True] * len(moments)
+        for slot, v_M in enumerate(moments):
+            if busy[slot]:  # else its moment rests, as its weights do
+                M, N = batch.shapes[slot]
+                O_MN = O_BSL[slot].mT if M > N else O_BSL[slot]
+                hat_1MN, new_1M = rules.normuon(O_MN[None], v_M[None], group["normuon_beta2"])
+                O_MN.copy_(hat_1MN[0])
+                v_M.copy_(new_1M[0])
+        if group["exact_rms"]:
+            O_BSL = rules.exact_rms(O_BSL)
+        norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.wide)
+        self.numbers.norms.append((norms_B, [self._factor(*shape) for shape in batch.shapes]))
+        self.numbers.elements += O_BSL.numel()
+        return O_BSL
+
+    def _factor(self, M: int, N: int) -> float:
+        """What multiplies an M x N update before the learning rate does."""
+        if self.group["exact_rms"] or self.plan.moments:
+            return float(self.group["update_rms"])
+        return rules.scale_factor(self.group["scale"], M, N, self.group["update_rms"])
+
+    def _apply(self, rects: Sequence[Rect], updates: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
+        """W <- (1 - lr wd) W - lr factor O, with the unscaled lr in the decay."""
+        lr = float(self.group["lr"])
+        by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for rect, update, shape in zip(rects, updates, shapes, strict=True):
+            weights, changes = by_factor.setdefault(self._factor(*shape), ([], []))
+            weights.append(rect.of(self.weights))
+            changes.append(update)
+        for factor, (weights, changes) in by_factor.items():
+            rules.decay_(weights, changes, lr * self.group["weight_decay"], self.group["cautious_weight_decay"])
+            torch._foreach_add_(weights, changes, alpha=-lr * factor)

@@ -1,0 +1,102 @@
+"""Norm-ball steps for what is no hidden matrix: embeddings, head, norms and vectors. Opt-in: algorithm="scion".
+
+    M <- mu M + G                                   a sum, as Muon's; the step depends on its direction alone
+    W <- (1 - lr wd) W - lr update_rms lmo(M)
+
+lmo is the steepest direction under the norm of Scion's tables (arXiv:2502.07529; `ops.lmo`), per parameter in
+group["lmo"]: "row_rms" for embeddings [V, D], "sign" for heads, "rms" for norms and vectors. Each is taken with RMS 1
+(Scion's radius is then update_rms, and update_rms * d_in for "sign", which it divides by d_in), so that one learning
+rate and one update_rms serve matrices and the rest alike: one rule for all parameters, which Moonlight's report names
+as future work.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from earthshine.errors import ConfigError
+from earthshine.ops import lmo
+from earthshine.optim import rules
+from earthshine.optim.exchange import process_group
+from earthshine.optim.layout import read_layout
+from earthshine.optim.shares import Shares
+
+# The directions that group["lmo"] may name.
+KINDS = ("row_rms", "sign", "rms")
+
+
+class ScionPlan:
+    """Over which ranks each vector's norm has to be summed. Raises ConfigError for rows that are cut by columns."""
+
+    def __init__(self, group: Mapping[str, Any], shares: Shares) -> None:
+        self.shares = shares
+        # Ranks -> the "rms" parameters that they share.
+        self.spread: dict[tuple[int, ...], list[int]] = {}
+        for i, kind in enumerate(group["lmo"]):
+            ranks = shares.zero1_ranks(i) or read_layout(shares.params[i], (), shares.names[i]).ranks
+            if kind == "rms" and len(ranks) > 1:
+                self.spread.setdefault(ranks, []).append(i)
+            if (
+                kind == "row_rms"
+                and shares.weight(i).ndim > 1
+                and shares.weight(i).shape[-1] != shares.params[i].shape[-1]
+            ):
+                raise ConfigError(
+                    f"{shares.names[i]}: its rows are cut by columns over the processes {list(ranks)}, so 'row_rms' "
+                    f"cannot measure them: shard it by rows (Shard(0)), or give it to AdamW."
+                )
+
+    def predicted_bytes(self) -> int:
+        return sum(_bytes(len(ranks), len(members)) for ranks, members in self.spread.items())
+
+
+def step_scion(
+    plan: ScionPlan, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
+) -> tuple[Tensor, int, int]:
+    """One step of the shares that have a gradient: (sum of squares of the updates, their elements, bytes sent)."""
+    shares, lr = plan.shares, float(group["lr"])
+    sums = {i: shares.state(states[i]["momentum_sum"]) for i in states}
+    for i, grad in grads.items():
+        sums[i].mul_(group["momentum"]).add_(grad.view(sums[i].shape))
+    squares, sent = _squares(plan, sums)
+    total, elements = torch.zeros(()), 0
+    for i in grads:
+        update = _direction(group["lmo"][i], shares, i, sums[i], squares.get(i)).mul_(group["update_rms"])
+        weight = shares.weight(i)
+        rules.decay_([weight], [update.view(weight.shape)], lr * group["weight_decay"], group["cautious_weight_decay"])
+        weight.add_(update.view(weight.shape), alpha=-lr)
+        total = total + torch.linalg.vector_norm(update, dtype=torch.float32).square().cpu()
+        elements += update.numel()
+    return total, elements, sent
+
+
+def _direction(kind: str, shares: Shares, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
+    """The lmo of a share with RMS 1, as a new tensor."""
+    if kind == "sign":
+        return total.sign().to(torch.promote_types(total.dtype, torch.float32))
+    if kind == "row_rms":
+        return lmo.row_rms(total.view(-1, shares.params[i].shape[-1]))
+    return lmo.rms(total, squares, shares.params[i].numel())
+
+
+def _squares(plan: ScionPlan, sums: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], int]:
+    """Sum of squares over all ranks of each vector that is spread, one all-reduce per shard group; and the bytes sent.
+
+    Of every such vector, whether this rank has a gradient of it or not: all ranks have to take part.
+    """
+    found: dict[int, Tensor] = {}
+    sent = 0
+    for ranks, members in sorted(plan.spread.items()):
+        own = torch.stack([torch.linalg.vector_norm(sums[i], dtype=torch.float32).square() for i in members])
+        dist.all_reduce(own, group=process_group(ranks))
+        found |= dict(zip(members, own.unbind(), strict=True))
+        sent += _bytes(len(ranks), len(members))
+    return found, sent
+
+
+def _bytes(ranks: int, values: int) -> int:
+    """What a ring all-reduce of fp32 values sends from each rank."""
+    return 2 * (ranks - 1) * 4 * values // ranks

@@ -1,0 +1,219 @@
+"""What this process holds of each parameter of a group, whatever spreads it: nothing, DTensor placements, or ZeRO-1.
+
+A *share* is the local tensor of a DTensor, the whole of a plain tensor, or, where Muon was given a process group, this
+rank's rows of a plain tensor, flat. The optimizer's arithmetic sees shares only; so it is the same in every layout.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earthshine.errors import ConfigError
+from earthshine.optim.layout import Layout, read_layout
+from earthshine.optim.matrices import Spec, view_shape
+from earthshine.optim.zero1 import Partition, ShardedState
+
+
+class Shares:
+    """The shares of one group.
+
+    specs: how each parameter divides into matrices; () where that does not matter (it is then seen as rows of
+    dimension 0). process_group: ZeRO-1 over it for the plain parameters; None for none.
+    Raises ConfigError for what cannot be shared so.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        specs: Sequence[Spec],
+        names: Sequence[str],
+        process_group: Any,
+        piece_bytes: int,
+    ) -> None:
+        self.params, self.names = list(params), list(names)
+        self.views = [_view(p, spec) for p, spec in zip(params, specs, strict=True)]
+        self._partitions: list[tuple[Partition, list[int]]] = []
+        self._place: dict[int, tuple[Partition, int]] = {}
+        if process_group is not None:
+            self._partition(process_group, piece_bytes)
+        self.layouts: list[Layout] = []
+        for i, (p, spec, name) in enumerate(zip(params, specs, names, strict=True)):
+            if i in self._place:
+                partition, index = self._place[i]
+                self.layouts.append(partition.layouts[index])
+            else:
+                self.layouts.append(read_layout(p, spec, name) if spec else _whole(self.views[i]))
+
+    def _partition(self, process_group: Any, piece_bytes: int) -> None:
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, p in enumerate(self.params):
+            if not is_dtensor(p) and p.ndim:  # a scalar is kept by every rank
+                if not p.is_contiguous():
+                    raise ConfigError(
+                        f"{self.names[i]} is not contiguous in memory (strides {list(p.stride())}): with a "
+                        f"process_group its rows are cut as they lie; make it contiguous before Muon sees it."
+                    )
+                kinds.setdefault((p.dtype, p.device), []).append(i)
+        for members in kinds.values():
+            part = Partition(
+                [self.params[i] for i in members], [self.views[i] for i in members], process_group, piece_bytes
+            )
+            self._partitions.append((part, members))
+            self._place |= {i: (part, index) for index, i in enumerate(members)}
+
+    def of(self, i: int, tensor: Tensor) -> Tensor:
+        """This process's share of a tensor that is like parameter i: its weight, gradient or unsharded state."""
+        if i in self._place:
+            partition, index = self._place[i]
+            return partition.mine(index, tensor)
+        return local(tensor)
+
+    def state(self, tensor: Tensor) -> Tensor:
+        """This process's share of state made by `new_state`."""
+        return local(tensor)
+
+    def weight(self, i: int) -> Tensor:
+        return self.of(i, self.params[i].detach())
+
+    def gradients(self, reduce: bool) -> tuple[dict[int, Tensor], int]:
+        """The shares of the gradients of the parameters that have one, and the bytes sent for them.
+
+        reduce: average those of ZeRO-1 parameters over their process group.
+        """
+        found: dict[int, Tensor] = {}
+        sent = 0
+        if reduce:
+            for partition, members in self._partitions:
+                parts, n = partition.reduce([self.params[i] for i in members])
+                sent += n
+                found |= {i: part for i, part in zip(members, parts, strict=True) if part is not None}
+        for i, p in enumerate(self.params):
+            if p.grad is None or (reduce and i in self._place):
+                continue
+            found[i] = self.of(i, self._placed(i, p.grad))
+        return found, sent
+
+    def _placed(self, i: int, grad: Tensor) -> Tensor:
+        """The gradient in its parameter's placements: autograd may leave it partial, or otherwise divided."""
+        p: Any = self.params[i]
+        if grad.is_sparse:
+            raise ConfigError("Muon takes dense gradients: build the embedding with sparse=False.")
+        if not is_dtensor(p):
+            return grad
+        if not is_dtensor(grad):
+            raise ConfigError(
+                f"{self.names[i]} is a DTensor but its gradient is a plain tensor of shape {list(grad.shape)}: "
+                f"assign gradients as DTensors (DTensor.from_local or distribute_tensor)."
+            )
+        placed: Any = grad
+        return grad if placed.placements == p.placements else placed.redistribute(placements=p.placements)
+
+    def gather(self) -> int:
+        """ZeRO-1: every rank's updated weights to all. Returns the bytes sent."""
+        return sum(part.gather([self.params[i].detach() for i in members]) for part, members in self._partitions)
+
+    def predicted_bytes(self, reduce: bool) -> dict[str, int]:
+        total: dict[str, int] = {}
+        for partition, _ in self._partitions:
+            for key, n in partition.predicted_bytes(reduce).items():
+                total[key] = total.get(key, 0) + n
+        return total
+
+    def view2d(self, i: int, share: Tensor, per_row: bool = False) -> Tensor:
+        """A share as rows and columns of the parameter's 2-D view: the same memory where strides allow."""
+        layout = self.layouts[i]
+        rows, cols = (sum(b - a for a, b in runs[layout.position]) for runs in (layout.rows, layout.cols))
+        return share.reshape(rows, 1 if per_row else cols)
+
+    def new_state(self, i: int, dtype: torch.dtype, per_row: bool = False) -> Tensor:
+        """Zeros in the parameter's own placement; per_row: one value per row, [..., 1] (conv: [rows, 1, ...])."""
+        p: Any = self.params[i]
+        if i in self._place:
+            share = self.weight(i)
+            return share.new_zeros(share.numel() // max(1, self.views[i][1]) if per_row else share.numel(), dtype=dtype)
+        if not is_dtensor(p):
+            return torch.zeros(self._state_shape(i, p.shape, per_row), dtype=dtype, device=p.device)
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mine = torch.zeros(self._state_shape(i, p.to_local().shape, per_row), dtype=dtype, device=p.device)
+        shape = self._state_shape(i, p.shape, per_row)
+        gone = [d for d, n in enumerate(shape) if n != p.shape[d]]
+        placements = [Replicate() if getattr(q, "dim", None) in gone else q for q in p.placements]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            mine, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+    def state_shape(self, i: int, per_row: bool) -> tuple[int, ...]:
+        """The shape of parameter i's state, whole."""
+        return self._state_shape(i, self.params[i].shape, per_row)
+
+    def can_take(self, i: int, live: Tensor, saved: Tensor) -> bool:
+        """Whether saved state, whole or placed, can be copied into this process's."""
+        if i in self._place:
+            return True  # `enter` says so itself
+        if is_dtensor(live) != is_dtensor(saved):
+            return False
+        a: Any = live
+        b: Any = saved
+        return not is_dtensor(live) or (a.placements == b.placements and a.device_mesh == b.device_mesh)
+
+    def _state_shape(self, i: int, shape: Sequence[int], per_row: bool) -> tuple[int, ...]:
+        if not per_row:
+            return tuple(shape)
+        kept = 1 if self.views[i][0] == self.params[i].shape[0] else len(shape) - 1
+        return (*shape[:kept], *(1,) * (len(shape) - kept))
+
+    def zero1_ranks(self, i: int) -> tuple[int, ...]:
+        """The ranks that divide parameter i by ZeRO-1; () where that does not concern it."""
+        return self._place[i][0].ranks if i in self._place else ()
+
+    @property
+    def zero1(self) -> list[tuple[Partition, list[int]]]:
+        """The partitions of ZeRO-1 and the parameters in each."""
+        return self._partitions
+
+    def leave(self, states: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
+        """State of ZeRO-1 parameters as DTensors, for a checkpoint. Collective."""
+        found: dict[int, Tensor] = {}
+        for partition, members in self._partitions:
+            shapes = [self.state_shape(i, per_row) for i in members]
+            out = ShardedState(partition).leave([states[i] for i in members], shapes)
+            found |= dict(zip(members, out, strict=True))
+        return found
+
+    def enter(self, saved: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
+        """The reverse of `leave`: this rank's shares. Collective."""
+        found: dict[int, Tensor] = {}
+        for partition, members in self._partitions:
+            shapes = [self.state_shape(i, per_row) for i in members]
+            out = ShardedState(partition).enter([saved[i] for i in members], shapes)
+            found |= dict(zip(members, out, strict=True))
+        return found
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor; without importing torch's distributed tensors where nothing did so before."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's local tensor, or the tensor itself. Call without gradients."""
+    mine: Any = tensor
+    return mine.to_local() if is_dtensor(tensor) else tensor
+
+
+def _view(p: Tensor, spec: Spec) -> tuple[int, int]:
+    if spec:
+        return view_shape(p.shape, spec)
+    rows = p.shape[0] if p.ndim else 1
+    return rows, p.numel() // max(1, rows)
+
+
+def _whole(view: tuple[int, int]) -> Layout:
+    """The layout of a parameter of which only its own share matters: nothing of it ever travels by layout."""
+    rows = ((0, view[0]),) if view[0] else ()
+    cols = ((0, view[1]),) if view[1] else ()
+    return Layout(view, (0,), 0, (rows,), (cols,))

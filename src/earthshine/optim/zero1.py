@@ -1,0 +1,260 @@
+"""ZeRO-1 for parameters that every rank holds whole: each rank keeps the optimizer state of its share of the rows.
+
+Moonlight's Distributed Muon (arXiv:2502.16982, Algorithm 1): gradients are reduce-scattered, momentum is updated on
+this rank's share, matrices that a boundary cuts are completed, every rank updates its share, and the parameters are
+gathered. The shares are consecutive rows of the parameters' 2-D views, as even in elements as whole rows allow, so at
+most ranks - 1 matrices are cut. (The completed matrices travel by `optim.exchange`, as those of any sharded layout do;
+each is orthogonalized once, by one of its holders, instead of by all of them.)
+
+A share of a parameter is a run of consecutive elements, because its rows are. Elements travel in pieces of bounded
+size, padded to the longest share, which is at most a few rows more than the others.
+
+State leaves and enters as DTensors that are Shard(0) over the process group, as FSDP2 would hold it: so a checkpoint
+does not depend on where these boundaries are, and resumes on any layout.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from earthshine.errors import CheckpointError
+from earthshine.optim.layout import Layout, partition_rows
+
+
+class Partition:
+    """The shares of `params` (replicated, of one type and device) over the ranks of `group`.
+
+    views: the 2-D view of each parameter, to whose rows the shares are rounded.
+    piece_bytes: the most that one gathered piece takes on a rank.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], views: Sequence[tuple[int, int]], group: Any, piece_bytes: int
+    ) -> None:
+        self.group = group
+        self.ranks = tuple(dist.get_process_group_ranks(group))
+        self.position = dist.get_rank(group)
+        self.layouts: list[Layout] = partition_rows(views, self.ranks, self.position)
+        # Elements [start, stop) of parameter i that position k owns.
+        self.shares = [[_elements(layout, k) for layout in self.layouts] for k in range(len(self.ranks))]
+        longest = max(sum(stop - start for start, stop in share) for share in self.shares)
+        itemsize = params[0].element_size()
+        step = max(1, piece_bytes // (len(self.ranks) * itemsize))
+        self._pieces = [(start, min(start + step, longest)) for start in range(0, longest, step)]
+        self._itemsize = itemsize
+        self.longest = longest
+
+    def mine(self, index: int, tensor: Tensor) -> Tensor:
+        """The share of parameter `index`, of a whole tensor like it: a view [elements]."""
+        start, stop = self.shares[self.position][index]
+        return tensor.view(-1)[start:stop] if tensor.is_contiguous() else tensor.reshape(-1)[start:stop]
+
+    def predicted_bytes(self, reduce: bool) -> dict[str, int]:
+        """Bytes that leave a rank per step, as an all-gather by ring sends them: (ranks - 1) times its share."""
+        others = len(self.ranks) - 1
+        found = {"gather_parameters": others * self.longest * self._itemsize}
+        if reduce:
+            found["reduce_gradients"] = others * self.longest * 4 + 2 * others * len(self.layouts) // len(self.ranks)
+        return found
+
+    def reduce(self, params: Sequence[Tensor]) -> tuple[list[Tensor | None], int]:
+        """The mean over the ranks of this rank's share of every gradient, in fp32, and the bytes sent.
+
+        None for a parameter that has no gradient on any rank; one that some ranks lack counts as zero there. The flags
+        that tell are read on the host, which an accelerator has to be waited for.
+        """
+        n, device = len(self.ranks), params[0].device
+        present = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=device)
+        dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.group)
+        sent = 2 * (n - 1) * len(params) // n
+        share = torch.empty(self.longest, dtype=torch.float32, device=device)
+        for start, stop in self._pieces:
+            whole = torch.zeros(n, stop - start, dtype=torch.float32, device=device)
+            for k in range(n):
+                for where, piece in self._walk(k, start, stop, [p.grad for p in params]):
+                    if piece is not None:
+                        whole[k, where : where + piece.numel()] = piece
+            dist.reduce_scatter_tensor(share[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
+            sent += (n - 1) * (stop - start) * 4
+        share.div_(n)
+        sizes = [stop - start for start, stop in self.shares[self.position]]
+        parts = share[: sum(sizes)].split(sizes)
+        return [part if on else None for part, on in zip(parts, present.tolist(), strict=True)], sent
+
+    def gather(self, params: Sequence[Tensor]) -> int:
+        """Every rank's share of the parameters into all of them, in place. Returns the bytes sent."""
+        n, sent = len(self.ranks), 0
+        for start, stop in self._pieces:
+            own = torch.zeros(stop - start, dtype=params[0].dtype, device=params[0].device)
+            for where, piece in self._walk(self.position, start, stop, params):
+                if piece is not None:
+                    own[where : where + piece.numel()] = piece
+            whole = own.new_empty(n, stop - start)
+            dist.all_gather_into_tensor(whole.view(-1), own, group=self.group)
+            sent += (n - 1) * own.numel() * own.element_size()
+            for k in range(n):
+                if k != self.position:
+                    self._scatter(k, start, stop, whole[k], params)
+        return sent
+
+    def _walk(
+        self, k: int, start: int, stop: int, tensors: Sequence[Tensor | None]
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """What elements start to stop of position k's share are: (offset in the piece, view of a flat tensor)."""
+        for where, index, low, high in self._spans(k, start, stop):
+            tensor = tensors[index]
+            yield where, None if tensor is None else tensor.reshape(-1)[low:high]
+
+    def _scatter(self, k: int, start: int, stop: int, piece: Tensor, params: Sequence[Tensor]) -> None:
+        for where, index, low, high in self._spans(k, start, stop):
+            flat(params[index])[low:high] = piece[where : where + high - low]
+
+    def _spans(self, k: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(offset in the piece, parameter, first element of it, last + 1) for elements start to stop of k's share."""
+        done = 0
+        for index, (low, high) in enumerate(self.shares[k]):
+            first, last = max(start - done, 0), min(stop - done, high - low)
+            if first < last:
+                yield done + first - start, index, low + first, low + last
+            done += high - low
+
+
+def _elements(layout: Layout, position: int) -> tuple[int, int]:
+    """Rows as a range of elements of the flat view: a share's rows are one run, over all columns."""
+    runs = layout.rows[position]
+    start, stop = (runs[0][0], runs[-1][1]) if runs else (0, 0)
+    return start * layout.view[1], stop * layout.view[1]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as one dimension, the same memory."""
+    return tensor.detach().view(-1)
+
+
+class ShardedState:
+    """Moves state of a partition between this rank's shares and DTensors that are Shard(0) over the same ranks.
+
+    Each call is one all-to-all of the whole state: it is for checkpoints, not for steps. Collective.
+    """
+
+    def __init__(self, partition: Partition) -> None:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        self._partition = partition
+        self._mesh: Any = None
+        self._make = DeviceMesh.from_group
+
+    def _mesh_of(self, device: torch.device) -> Any:
+        if self._mesh is None:
+            self._mesh = self._make(self._partition.group, device.type)
+        return self._mesh
+
+    def leave(self, shares: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """DTensors of `shapes` from this rank's flat shares of them."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        part = self._partition
+        ours = [self._rows(i, shapes[i]) for i in range(len(shapes))]
+        theirs = [[_chunk(shape, k, len(part.ranks)) for shape in shapes] for k in range(len(part.ranks))]
+        locals_ = _redistribute(shares, ours, theirs, part)
+        mesh = self._mesh_of(shares[0].device)
+        found: list[Tensor] = []
+        for i, shape in enumerate(shapes):
+            start, stop = theirs[part.position][i]
+            inner = shape[1:]
+            per_row = _size(inner)
+            local = locals_[i].view((stop - start) // max(per_row, 1), *inner)
+            stride = torch.empty(shape, device="meta").stride()
+            found.append(
+                DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+            )
+        return found
+
+    def enter(self, saved: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """This rank's flat shares of saved tensors: DTensors as `leave` makes them, or whole plain tensors."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        part = self._partition
+        ours = [self._rows(i, shapes[i]) for i in range(len(shapes))]
+        if not any(isinstance(t, DTensor) for t in saved):
+            mine = [ours[i][part.position] for i in range(len(shapes))]
+            return [t.reshape(-1)[start:stop] for t, (start, stop) in zip(saved, mine, strict=True)]
+        locals_ = []
+        for tensor in saved:
+            if not isinstance(tensor, DTensor) or tuple(tensor.placements) != (Shard(0),):
+                raise CheckpointError(
+                    "saved state of ZeRO-1 parameters must be whole tensors, or DTensors with Shard(0) over the "
+                    "process group as state_dict() gives them: load it through torch.distributed.checkpoint."
+                )
+            locals_.append(tensor.to_local().reshape(-1))
+        n = len(part.ranks)
+        theirs = [[_chunk(shape, k, n) for k in range(n)] for shape in shapes]
+        return _redistribute(locals_, theirs, [[ours[i][k] for i in range(len(shapes))] for k in range(n)], part)
+
+    def _rows(self, index: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Per position, its share of parameter `index` as elements of a state tensor of `shape`, which has as many
+        rows as the parameter's view and may have fewer columns (one value per row)."""
+        part = self._partition
+        rows, cols = part.layouts[index].view
+        scale = _size(shape) // max(1, rows)
+        return [(lo // max(cols, 1) * scale, hi // max(cols, 1) * scale) for lo, hi in (s[index] for s in part.shares)]
+
+
+def _redistribute(
+    mine: Sequence[Tensor],
+    have: Sequence[Sequence[tuple[int, int]]],
+    want: Sequence[Sequence[tuple[int, int]]],
+    part: Partition,
+) -> list[Tensor]:
+    """Flat pieces from one division of some tensors to another, by one all-to-all.
+
+    mine: this rank's piece of each tensor. have: [tensor][position] -> elements. want: [position][tensor] -> elements.
+    """
+    me, n = part.position, len(part.ranks)
+    dtype, device = mine[0].dtype, mine[0].device
+    sends, outgoing = [], []
+    for k in range(n):
+        pieces = []
+        for i, tensor in enumerate(mine):
+            low, high = _common(have[i][me], want[k][i])
+            pieces.append(tensor[low - have[i][me][0] : high - have[i][me][0]])
+        sends.append(sum(p.numel() for p in pieces))
+        outgoing += pieces
+    receives = []
+    for k in range(n):
+        overlaps = [_common(have[i][k], want[me][i]) for i in range(len(mine))]
+        receives.append(sum(high - low for low, high in overlaps))
+    arrived = torch.empty(sum(receives), dtype=dtype, device=device)
+    dist.all_to_all_single(arrived, torch.cat(outgoing), receives, sends, group=part.group)
+    found = [torch.empty(want[me][i][1] - want[me][i][0], dtype=dtype, device=device) for i in range(len(mine))]
+    at = 0
+    for k in range(n):
+        for i, tensor in enumerate(found):
+            low, high = _common(have[i][k], want[me][i])
+            start = want[me][i][0]
+            tensor[low - start : high - start] = arrived[at : at + high - low]
+            at += high - low
+    return found
+
+
+def _common(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """The common part of two ranges; an empty range inside the first where there is none."""
+    low, high = max(a[0], b[0]), min(a[1], b[1])
+    return (low, high) if low < high else (a[0], a[0])
+
+
+def _chunk(shape: tuple[int, ...], position: int, n: int) -> tuple[int, int]:
+    """Elements of dimension 0's chunk `position` of n, as torch.chunk and Shard(0) divide it."""
+    per_row = _size(shape[1:])
+    size = -(-shape[0] // n)
+    return min(position * size, shape[0]) * per_row, min((position + 1) * size, shape[0]) * per_row
+
+
+def _size(shape: Sequence[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
