@@ -1,34 +1,34 @@
-"""Which parameter gets which algorithm and why; and the logical matrices inside a parameter.
+"""Which parameter gets which algorithm and why.
 
 Moonlight's division (arXiv:2502.16982 section 3, figure 4): Muon for every matrix of the hidden layers, router,
 experts and projections included; AdamW for embeddings, the language-model head, norms, vectors, and matrices of one
-row or one column, which have a single singular value.
+row or one column, which have a single singular value. With rest="scion" these others get the steps of Scion
+(arXiv:2502.07529, its tables of norms) instead: "row_rms" for embeddings, "sign" for the head, also where it is an
+embedding too, "rms" for norms and vectors.
 
-A *logical matrix* is what Newton-Schulz is applied to: it has its own norm and its own sqrt(max(rows, cols)). A
-specification says how a parameter divides into them:
-    ("matrix",)           the parameter is one matrix [rows, cols]
-    ("batch",)            a stack [..., rows, cols], each [rows, cols] its own matrix (experts)
-    ("rows", (n1, n2))    blocks of rows of [n1 + n2, cols], each its own matrix (fused projections)
-    ("flatten", groups)   a convolution kernel [out, in/groups, ...]: per group one matrix [out/groups, in/groups * ...]
-A module that holds fused or stacked matrices says so by `logical_matrices() -> {parameter name: specification}`.
+What Newton-Schulz is applied to are the *logical matrices* in a parameter, by a specification of `optim.matrices`. A
+module that holds fused or stacked matrices says so by `logical_matrices() -> {parameter name: specification}`, and
+attention names the rows of each head by `query_key_heads()`, for heads="split". transformers' expert stacks and routers
+are read by the flags and sizes that these modules carry.
 
 A linear layer is one matrix as it is stored: also where it makes several things at once, as latent attention's q_proj
 (each head's part without and with rotary positions), kv_a_proj_with_mqa (latent and rotary key) and kv_b_proj (each
 head's keys and values) do. Moonlight's released weights are stored so; its paper does not say whether training split
-them, and its spectra take the parts one by one. `matrices={"*.kv_a_proj_with_mqa.weight": ("rows", (512, 64))}` would.
+them, and its spectra take the parts one by one. heads="split" gives each head of q, k, v and kv_b, and each such part
+of it, its own norm, as GLM-5's training does (arXiv:2602.15763, "Muon Split"); kv_a_proj_with_mqa has no heads:
+`matrices={"*.kv_a_proj_with_mqa.weight": ("rows", (512, 64))}` would split it.
 """
 
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
-
-Spec = tuple[Any, ...]
+from earthshine.optim.matrices import Spec, logical_matrices, normalize
 
 _NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
@@ -38,6 +38,11 @@ _NORMS: tuple[type[nn.Module], ...] = (
 )
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHOICES = {"algorithm": ("muon", "adamw"), "rest": ("adamw", "scion"), "router": ("muon", "adamw")} | {
+    "heads": ("whole", "split")
+}
+# Names of a router beside a module named `experts`.
+_ROUTER_NAMES = ("gate", "router")
 # Last names of a language-model head that is a plain linear layer.
 _HEAD_NAMES = ("head", "lm_head", "unembed", "embed_out", "output_projection")
 
@@ -55,13 +60,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One parameter's algorithm ("muon" or "adamw"), its logical matrices and the reason."""
+    """One parameter's algorithm ("muon", "adamw" or "scion"), its logical matrices and the reason.
+
+    lmo: Scion's rule for it, "row_rms", "sign" or "rms"; "" where it is a hidden matrix.
+    """
 
     name: str
     parameter: Tensor
     algorithm: str
     matrices: Spec
     why: str
+    lmo: str = ""
 
 
 def logical_units(shape: Sequence[int], spec: Spec, name: str = "parameter") -> list[Unit]:
@@ -98,27 +107,51 @@ def param_groups(
     freeze: Iterable[str] = (),
     adamw: Iterable[str] = (),
     matrices: Mapping[str, Spec] | None = None,
+    rest: str = "adamw",
+    router: str = "muon",
+    heads: str = "whole",
 ) -> list[dict[str, Any]]:
-    """The parameter groups of `Muon` for any module: at most one with algorithm "muon", one with "adamw".
+    """The parameter groups of `Muon` for any module: at most one each with algorithm "muon", "scion" and "adamw".
 
     algorithm: "adamw" gives every trained parameter to AdamW, without any question.
     freeze: name patterns (fnmatch); matching parameters get requires_grad=False and are left out, as are those
         that are frozen already.
     adamw: name patterns of parameters that go to AdamW whatever they are.
     matrices: name pattern -> specification, for parameters whose module does not say what they hold.
-    Raises ConfigError for a parameter that none of the rules decides, and for a pattern that matches nothing.
+    rest: who gets what is not a hidden matrix: "adamw", or "scion", whose group has an "lmo" per parameter.
+    router: "adamw" gives it the routers' matrices. A router is a module with `is_router = True`, of a class named
+        ...Router, or named `gate` or `router` beside `experts`.
+    heads: "split" makes the rows of each attention head a matrix, where a module declares them by
+        `query_key_heads() -> {"rows": {parameter name: (n, sizes)}, ...}`: n blocks of rows, each of parts of `sizes`.
+    Raises ConfigError for a parameter that none of the rules decides, and for a pattern or an option that matches
+    nothing.
     """
-    if algorithm not in ("muon", "adamw"):
-        raise ConfigError(f"optimizer.algorithm={algorithm!r} must be one of muon, adamw.")
+    for option, value in (("algorithm", algorithm), ("rest", rest), ("router", router), ("heads", heads)):
+        if value not in _CHOICES[option]:
+            raise ConfigError(f"optimizer.{option}={value!r} must be one of {', '.join(_CHOICES[option])}.")
+    if algorithm == "adamw" and rest != "adamw":
+        raise ConfigError(f"optimizer.rest={rest!r} leaves nothing to algorithm='adamw': use algorithm='muon'.")
     everything = ["*"] if algorithm == "adamw" else []
-    assigned = assign(model, freeze=freeze, adamw=[*everything, *adamw], matrices=matrices or {})
+    if algorithm == "adamw":
+        router, heads = "muon", "whole"  # nothing is left for them to decide
+    assigned = assign(
+        model,
+        freeze=freeze,
+        adamw=[*everything, *adamw],
+        matrices=matrices or {},
+        rest=rest,
+        router=router,
+        heads=heads,
+    )
     groups: list[dict[str, Any]] = []
-    for kind in ("muon", "adamw"):
+    for kind in ("muon", "scion", "adamw"):
         members = [a for a in assigned if a.algorithm == kind]
         if members:
             group: dict[str, Any] = {"params": [(a.name, a.parameter) for a in members], "algorithm": kind}
             if kind == "muon":
                 group["matrices"] = tuple(a.matrices for a in members)
+            if kind == "scion":
+                group["lmo"] = tuple(a.lmo for a in members)
             groups.append(group | {"reasons": tuple(a.why for a in members)})
     if not groups:
         raise ConfigError(f"no parameter is left to train: freeze={list(freeze)} or requires_grad covers all of them.")
@@ -126,22 +159,27 @@ def param_groups(
 
 
 def assign(
-    model: nn.Module, *, freeze: Iterable[str], adamw: Iterable[str], matrices: Mapping[str, Spec]
+    model: nn.Module,
+    *,
+    freeze: Iterable[str],
+    adamw: Iterable[str],
+    matrices: Mapping[str, Spec],
+    rest: str = "adamw",
+    router: str = "muon",
+    heads: str = "whole",
 ) -> list[Assignment]:
     """What `param_groups` decides, parameter by parameter in the model's order; freezes what `freeze` matches."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    freeze, adamw = tuple(freeze), tuple(adamw)
-    for option, patterns in (("freeze", freeze), ("adamw", adamw), ("matrices", matrices)):
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise ConfigError(f"{option} pattern {pattern!r} matches none of the {len(names)} parameters.")
-    heads = _heads(model)
-    suspect = _suspected_head(model, heads)
-    found: dict[int, Assignment] = {}
     places = list(_places(model))
+    freeze, adamw = tuple(freeze), tuple(adamw)
+    _check_patterns([name for name, *_ in places], freeze=freeze, adamw=adamw, matrices=matrices)
+    head_ids = _heads(model)
+    suspect = _suspected_head(model, head_ids)
+    routers = _routers(model) if router == "adamw" else set()
+    split = _split_heads(model) if heads == "split" else {}
     for name, _, _, p in places:
         if _matches(name, freeze):
             p.requires_grad_(False)
+    found: dict[int, Assignment] = {}
     for name, module, local, p in places:
         if not p.requires_grad:
             continue
@@ -149,17 +187,20 @@ def assign(
             new = Assignment(name, p, "adamw", (), "asked for")
         elif given := [spec for pattern, spec in matrices.items() if fnmatch.fnmatchcase(name, pattern)]:
             new = _muon(name, p, given[0], "asked for")
+        elif id(p) in routers and p.ndim >= 2:
+            new = Assignment(name, p, "adamw", (), "router")
+        elif name in split and p.ndim >= 2:
+            new = _muon(name, p, *split[name])
         elif name == suspect:
             raise ConfigError(
                 f"{name} {list(p.shape)} may be the head, as it has one row per embedding, or a hidden layer: decide "
                 f"by adamw=[{name!r}] or matrices={{{name!r}: ('matrix',)}}."
             )
         else:
-            new = _decide(name, module, local, p, id(p) in heads)
-        old = found.setdefault(id(p), new)
-        if old.algorithm != new.algorithm:  # one tensor in two places: AdamW is right for an embedding's matrix
-            side = old if old.algorithm == "adamw" else new
-            found[id(p)] = Assignment(old.name, p, "adamw", (), f"{side.why}, tied")
+            new = _decide(name, module, local, p, id(p) in head_ids)
+        if new.algorithm == "rest":
+            new = replace(new, algorithm=rest)
+        found[id(p)] = _tie(found[id(p)], new) if id(p) in found else new
     return list(found.values())
 
 
@@ -170,8 +211,8 @@ def describe(groups: Sequence[Mapping[str, Any]], model: nn.Module | None = None
     """
     lines: dict[tuple[str, ...], list[int]] = {}
 
-    def add(name: str, p: Tensor, algorithm: str, matrices: Spec, why: str) -> None:
-        key = (algorithm, re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name), _matrices_text(tuple(p.shape), matrices), why)
+    def add(name: str, p: Tensor, algorithm: str, holds: str, why: str) -> None:
+        key = (algorithm, re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name), holds, why)
         count = lines.setdefault(key, [0, 0])
         count[0] += 1
         count[1] += p.numel()
@@ -181,15 +222,17 @@ def describe(groups: Sequence[Mapping[str, Any]], model: nn.Module | None = None
         named = _named(group)
         specs = group.get("matrices") or ((),) * len(named)
         reasons = group.get("reasons") or ("",) * len(named)
-        for (name, p), spec, why in zip(named, specs, reasons, strict=True):
+        lmos = group.get("lmo") or ("",) * len(named)
+        for (name, p), spec, lmo, why in zip(named, specs, lmos, reasons, strict=True):
             seen.add(id(p))
-            add(name, p, group.get("algorithm", "muon"), spec, why)
+            holds = _matrices_text(tuple(p.shape), spec) + (f", {lmo}" if lmo else "")
+            add(name, p, group.get("algorithm", "muon"), holds, why)
     for name, p in model.named_parameters() if model is not None else ():
         if id(p) not in seen:
-            add(name, p, "frozen", (), "not trained")
+            add(name, p, "frozen", _matrices_text(tuple(p.shape), ()), "not trained")
     rows = [("algorithm", "parameter", "tensors", "elements", "each holds", "why")]
     rows += [(k[0], k[1], str(n[0]), f"{n[1]:,}", k[2], k[3]) for k, n in lines.items()]
-    for kind in ("muon", "adamw", "frozen"):
+    for kind in ("muon", "scion", "adamw", "frozen"):
         if chosen := [n for k, n in lines.items() if k[0] == kind]:
             rows.append((kind, "in all", str(sum(n[0] for n in chosen)), f"{sum(n[1] for n in chosen):,}", "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -200,26 +243,43 @@ def describe(groups: Sequence[Mapping[str, Any]], model: nn.Module | None = None
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
+def _check_patterns(names: Sequence[str], **options: Iterable[str]) -> None:
+    for option, patterns in options.items():
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(f"{option} pattern {pattern!r} matches none of the {len(names)} parameters.")
+
+
 def _decide(name: str, module: nn.Module, local: str, p: Tensor, is_head: bool) -> Assignment:
+    """By what the module is. The algorithm of what is not a hidden matrix is "rest" here."""
     kind = type(module).__name__
     declare = getattr(module, "logical_matrices", None)
     declared: Mapping[str, Spec] = declare() if callable(declare) else {}
     if local in declared:
         return _muon(name, p, declared[local], f"declared by {kind}")
     if isinstance(module, _EMBEDDINGS):
-        return Assignment(name, p, "adamw", (), f"embedding ({kind})")
+        if is_head:
+            return Assignment(name, p, "rest", (), f"embedding ({kind}), tied", "sign")
+        return Assignment(name, p, "rest", (), f"embedding ({kind})", "row_rms")
     if isinstance(module, _NORMS):
-        return Assignment(name, p, "adamw", (), f"norm ({kind})")
+        return Assignment(name, p, "rest", (), f"norm ({kind})", "rms")
     if p.ndim < 2:
-        return Assignment(name, p, "adamw", (), "vector or scalar")
+        return Assignment(name, p, "rest", (), "vector or scalar", "rms")
     if p.numel() == max(p.shape):
-        return Assignment(name, p, "adamw", (), "matrix of one row or column")
+        return Assignment(name, p, "rest", (), "matrix of one row or column", "rms")
     if is_head:
-        return Assignment(name, p, "adamw", (), "head")
+        return Assignment(name, p, "rest", (), "head", "sign")
     if isinstance(module, nn.Linear) and local == "weight":
         return _muon(name, p, ("matrix",), f"linear layer ({kind})")
     if isinstance(module, _CONVOLUTIONS) and local == "weight":
         return _muon(name, p, ("flatten", module.groups), f"convolution ({kind})")
+    if local == "weight" and _is_router(module) and tuple(p.shape[:-1]) == (getattr(module, "num_experts", None),):
+        return _muon(name, p, ("matrix",), f"router ({kind})")
+    stack = _expert_stack(module)
+    if local in stack:
+        return _muon(name, p, stack[local], f"experts ({kind})")
+    if stack and local in (f"{weight}_bias" for weight in stack) and p.ndim == 2:
+        return Assignment(name, p, "rest", (), f"biases of experts ({kind})", "rms")
     raise ConfigError(
         f"cannot tell which optimizer {name} {list(p.shape)} of {kind} needs: its rows and columns may be several "
         f"fused matrices. Give {kind} a method logical_matrices(), or pass matrices={{{name!r}: specification}} or "
@@ -227,11 +287,85 @@ def _decide(name: str, module: nn.Module, local: str, p: Tensor, is_head: bool) 
     )
 
 
+def _expert_stack(module: nn.Module) -> dict[str, Spec]:
+    """The matrices of transformers' expert stacks, parameter name -> specification; {} for any other module.
+
+    Their modules carry how they are stored, `has_gate`, `is_transposed` (each [in, out], not [out, in]) and
+    `is_concatenated` (gate and up one after the other, not row by row in turns). Not taken are stacks without these
+    flags or of other shapes (shapes alone do not tell the last two apart), and gate and up in turns of columns, as
+    gpt-oss has them: no specification describes these.
+    """
+    gated, transposed, concatenated = (
+        getattr(module, flag, None) for flag in ("has_gate", "is_transposed", "is_concatenated")
+    )
+    into, out = getattr(module, "gate_up_proj" if gated else "up_proj", None), getattr(module, "down_proj", None)
+    if any(not isinstance(flag, bool) for flag in (gated, transposed, concatenated)):
+        return {}
+    if not isinstance(into, Tensor) or not isinstance(out, Tensor) or into.ndim != 3 or out.ndim != 3:
+        return {}
+    experts, width, inner = out.shape
+    if transposed:
+        width, inner = inner, width
+    both = inner * 2 if gated else inner
+    if tuple(into.shape) != ((experts, width, both) if transposed else (experts, both, width)):
+        return {}
+    if not gated:
+        return {"up_proj": ("batch",), "down_proj": ("batch",)}
+    if not concatenated:
+        return {} if transposed else {"gate_up_proj": ("interleaved", inner, (1, 1)), "down_proj": ("batch",)}
+    return {"gate_up_proj": ("cols" if transposed else "rows", (inner, inner)), "down_proj": ("batch",)}
+
+
 def _muon(name: str, p: Tensor, spec: Spec, why: str) -> Assignment:
-    units = logical_units(p.shape, spec, name)
-    if all(min(u.rows, u.cols) == 1 for u in units):
-        return Assignment(name, p, "adamw", (), "matrix of one row or column")
+    spec = normalize(spec)
+    if all(min(m.M, m.N) == 1 for m in logical_matrices(p.shape, spec, name)):
+        return Assignment(name, p, "rest", (), "matrix of one row or column", "rms")
     return Assignment(name, p, "muon", spec, why)
+
+
+def _tie(old: Assignment, new: Assignment) -> Assignment:
+    """One tensor in two places. AdamW is right for an embedding's matrix; as a linear layer's it is the head."""
+    if old.algorithm == new.algorithm:
+        return old
+    side, other = (old, new) if new.algorithm == "muon" or old.algorithm == "adamw" else (new, old)
+    lmo = "sign" if side.lmo == "row_rms" and other.algorithm == "muon" else side.lmo
+    return replace(side, name=old.name, matrices=(), why=f"{side.why}, tied", lmo=lmo)
+
+
+def _is_router(module: nn.Module) -> bool:
+    return getattr(module, "is_router", False) is True or type(module).__name__.endswith("Router")
+
+
+def _routers(model: nn.Module) -> set[int]:
+    """ids of the parameters of routers; ConfigError where there is none."""
+    found = [m for m in model.modules() if _is_router(m)]
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        if "experts" in children:
+            found += [children[name] for name in _ROUTER_NAMES if name in children]
+    if not found:
+        raise ConfigError(
+            f"optimizer.router='adamw' finds no router in {type(model).__name__}: set is_router = True on its class, "
+            f"or name the weights by adamw=[...]; router='muon' is right for a model without experts."
+        )
+    return {id(p) for module in found for p in module.parameters()}
+
+
+def _split_heads(model: nn.Module) -> dict[str, tuple[Spec, str]]:
+    """Full parameter name -> (specification by heads, reason), of all modules that declare their heads."""
+    found: dict[str, tuple[Spec, str]] = {}
+    for prefix, module in model.named_modules():
+        declare = getattr(module, "query_key_heads", None)
+        for local, (n, sizes) in declare()["rows"].items() if callable(declare) else ():
+            spec = ("heads", n) if len(sizes) == 1 else ("heads", n, tuple(sizes))
+            name = f"{prefix}.{local}" if prefix else local
+            found[name] = (spec, f"by heads ({type(module).__name__})")
+    if not found:
+        raise ConfigError(
+            f"optimizer.heads='split' finds no heads in {type(model).__name__}: give its attention a method "
+            f"query_key_heads(), or pass matrices={{'*.q_proj.weight': ('heads', number of heads)}} and heads='whole'."
+        )
+    return found
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -281,10 +415,6 @@ def _matrices_text(shape: tuple[int, ...], spec: Spec) -> str:
     if not spec:
         return " x ".join(map(str, shape)) or "scalar"
     counts: dict[tuple[int, int], int] = {}
-    elements_per_row = 1
-    for n in shape[1:]:
-        elements_per_row *= n
-    for u in logical_units(shape, spec):
-        count = (u.stop - u.start) * elements_per_row // (u.rows * u.cols)
-        counts[u.rows, u.cols] = counts.get((u.rows, u.cols), 0) + count
+    for m in logical_matrices(shape, spec):
+        counts[m.M, m.N] = counts.get((m.M, m.N), 0) + 1
     return " + ".join(f"{count} of {rows} x {cols}" for (rows, cols), count in counts.items())

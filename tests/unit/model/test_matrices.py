@@ -9,7 +9,8 @@ from earthshine.model.config import ModelConfig
 from earthshine.model.matrices import weights
 from earthshine.model.presets import PRESETS, preset
 from earthshine.model.transformer import Transformer
-from earthshine.optim.groups import describe, logical_units, param_groups
+from earthshine.optim.groups import describe, param_groups
+from earthshine.optim.matrices import logical_matrices
 
 
 def built(config: ModelConfig) -> Transformer:
@@ -24,9 +25,9 @@ def assert_the_list_is_the_model(config: ModelConfig) -> None:
     for group in param_groups(model):
         if group["algorithm"] == "muon":
             for (name, p), spec in zip(group["params"], group["matrices"], strict=True):
-                units = logical_units(p.shape, spec)
-                assert len({(u.rows, u.cols) for u in units}) == 1
-                expected[name] = ("muon", len(units), units[0].rows, units[0].cols)
+                matrices = logical_matrices(p.shape, spec)
+                assert len({(m.M, m.N) for m in matrices}) == 1
+                expected[name] = ("muon", len(matrices), matrices[0].M, matrices[0].N)
     listed = {
         w.name: ("muon", w.count, w.rows, w.columns) if w.for_muon else ("adamw", w.elements) for w in weights(config)
     }

@@ -1,4 +1,4 @@
-"""Who gets Muon: a small zoo of modules, refusals, freezing, and logical matrices that must fit."""
+"""Who gets Muon: a small zoo of modules, refusals, freezing, heads, routers and Scion's part."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from earthshine.errors import ConfigError
-from earthshine.optim.groups import describe, logical_units, param_groups
+from earthshine.optim.groups import describe, param_groups
 
 
 class Experts(nn.Module):
@@ -162,39 +162,6 @@ def test_freezing_by_pattern() -> None:
         param_groups(Language(), freeze=["*"])
 
 
-@pytest.mark.parametrize(
-    ("shape", "spec", "matrices"),
-    [
-        ((4, 6), ("matrix",), [(0, 4, 4, 6)]),
-        ((2, 4, 6), ("batch",), [(0, 1, 4, 6), (1, 2, 4, 6)]),
-        ((2, 3, 4, 6), ("batch",), [(0, 1, 4, 6), (1, 2, 4, 6)]),  # three matrices to a unit
-        ((6, 4), ("rows", (4, 2)), [(0, 4, 4, 4), (4, 6, 2, 4)]),
-        ((6, 2, 3, 3), ("flatten", 2), [(0, 3, 3, 18), (3, 6, 3, 18)]),
-    ],
-)
-def test_logical_units(shape: tuple[int, ...], spec: tuple[Any, ...], matrices: list[tuple[int, ...]]) -> None:
-    assert [(u.start, u.stop, u.rows, u.cols) for u in logical_units(shape, spec)] == matrices
-
-
-@pytest.mark.parametrize(
-    ("shape", "spec"),
-    [
-        ((2, 4, 6), ("matrix",)),
-        ((4, 6), ("batch",)),
-        ((6, 4), ("rows", (4, 3))),
-        ((6, 4), ("rows", (6, 0))),
-        ((6, 4), ("rows", (8, -2))),
-        ((6, 4), ("rows",)),
-        ((5, 2, 3), ("flatten", 2)),
-        ((4, 6), ("columns", (3, 3))),
-        ((4, 6), ()),
-    ],
-)
-def test_a_split_that_does_not_fit_is_an_error(shape: tuple[int, ...], spec: tuple[Any, ...]) -> None:
-    with pytest.raises(ConfigError, match="w of shape .* cannot be divided into logical matrices by"):
-        logical_units(shape, spec, "w")
-
-
 def test_the_table_says_who_gets_what_and_why() -> None:
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False), Experts())
     text = describe(param_groups(model, freeze=["2.scale"]), model)
@@ -206,3 +173,137 @@ def test_the_table_says_who_gets_what_and_why() -> None:
     assert "adamw *.thin_EF1 1 18 3 x 6 x 1 matrix of one row or column" in lines
     assert "frozen *.scale 1 3 3 not trained" in lines
     assert "muon in all 4 152" in lines
+
+
+def test_what_scion_takes_from_adamw() -> None:
+    model = nn.ModuleDict({"a": Language(), "b": Language(tied=True), "c": Language(tied=True, head="anything")})
+    muon, scion, adamw = param_groups(model, rest="scion", adamw=["c.norm.weight"])
+    assert [g["algorithm"] for g in (muon, scion, adamw)] == ["muon", "scion", "adamw"]
+    assert "lmo" not in muon and "lmo" not in adamw and "matrices" not in scion
+    assert [n for n, _ in adamw["params"]] == ["c.norm.weight"]  # asked for
+    lmos = dict(zip([n for n, _ in scion["params"]], scion["lmo"], strict=True))
+    assert {n: lmo for n, lmo in lmos.items() if n.startswith("a.")} == {
+        "a.wte.weight": "row_rms",
+        "a.norm.weight": "rms",
+        "a.shared_gate.weight": "rms",
+        "a.up.bias": "rms",
+        "a.lm_head.weight": "sign",
+    }
+    assert lmos["b.wte.weight"] == lmos["c.wte.weight"] == "sign"  # an embedding that is the head too
+    lines = [" ".join(line.split()) for line in describe([muon, scion, adamw], model).splitlines()]
+    assert "scion b.wte.weight 1 96 12 x 8, sign embedding (Embedding), tied" in lines
+    assert "scion in all 12 460" in lines
+    with pytest.raises(ConfigError, match="rest='scion' leaves nothing to algorithm='adamw'"):
+        param_groups(model, rest="scion", algorithm="adamw")
+    with pytest.raises(ConfigError, match="rest='sgd' must be one of adamw, scion"):
+        param_groups(model, rest="sgd")
+
+
+class TopRouter(nn.Module):
+    """As transformers': a bare weight of one row per expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.weight = nn.Parameter(torch.zeros(4, 8))
+        self.bias = nn.Parameter(torch.zeros(4))
+
+
+class Stack(nn.Module):
+    """As transformers': experts in stacks, and the flags that say how they are stored."""
+
+    def __init__(self, gate_up: tuple[int, ...], down: tuple[int, ...], **flags: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(gate_up))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(gate_up[0], 12))
+        self.down_proj = nn.Parameter(torch.zeros(down))
+        for name, value in flags.items():
+            setattr(self, name, value)
+
+
+FLAGS = {"has_gate": True, "is_transposed": False, "is_concatenated": True}
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "down", "flags", "spec"),
+    [
+        ((3, 12, 8), (3, 8, 6), {}, ("rows", (6, 6))),
+        ((3, 12, 6), (3, 6, 6), {}, ("rows", (6, 6))),
+        ((3, 12, 8), (3, 8, 6), {"is_concatenated": False}, ("interleaved", 6, (1, 1))),
+        ((3, 8, 12), (3, 6, 8), {"is_transposed": True}, ("cols", (6, 6))),
+    ],
+)
+def test_expert_stacks_that_say_how_they_are_stored(
+    gate_up: tuple[int, ...], down: tuple[int, ...], flags: dict[str, bool], spec: tuple[Any, ...]
+) -> None:
+    muon, adamw = param_groups(Stack(gate_up, down, **(FLAGS | flags)))
+    assert [n for n, _ in muon["params"]] == ["gate_up_proj", "down_proj"]
+    assert muon["matrices"] == (spec, ("batch",))
+    assert [n for n, _ in adamw["params"]] == ["gate_up_proj_bias"]
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "down", "flags"),
+    [
+        ((3, 8, 12), (3, 6, 8), {"is_transposed": True, "is_concatenated": False}),  # gpt-oss
+        ((3, 8, 12), (3, 6, 8), {}),  # stored otherwise than it says
+        ((3, 12, 8), (3, 8, 6), {"is_transposed": True}),
+        ((3, 12, 8), (2, 8, 6), {}),
+        ((3, 12, 8), (3, 8, 6), {"is_concatenated": None}),  # Llama 4: does not say
+    ],
+)
+def test_other_expert_stacks_are_refused(
+    gate_up: tuple[int, ...], down: tuple[int, ...], flags: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"cannot tell which optimizer gate_up_proj \[3, .* of Stack needs"):
+        param_groups(Stack(gate_up, down, **(FLAGS | flags)))
+
+
+def test_routers() -> None:
+    class Declared(nn.Linear):
+        is_router = True
+
+    class Block(nn.Module):
+        def __init__(self, router: nn.Module) -> None:
+            super().__init__()
+            self.gate = router
+            self.experts = Stack((4, 12, 8), (4, 8, 6), **FLAGS)
+
+    model = nn.ModuleDict(
+        {"a": Block(TopRouter()), "b": Block(nn.Linear(8, 4)), "c": Declared(8, 4), "gate": nn.Linear(8, 4)}
+    )
+    routers = {"a.gate.weight", "b.gate.weight", "c.weight"}
+    assert {n for n, a in chosen(model).items() if a == "muon"} >= routers | {"gate.weight"}
+    groups = param_groups(model, router="adamw", rest="scion")
+    assert {n for n, _ in groups[2]["params"]} == routers and groups[2]["algorithm"] == "adamw"
+    assert {"a.gate.bias", "b.gate.bias", "c.bias"} <= {n for n, _ in groups[1]["params"]}  # vectors like any other
+    with pytest.raises(ConfigError, match=r"router='adamw' finds no router in Bare: .*is_router = True"):
+        param_groups(Bare(), router="adamw")
+    assert set(chosen(model, router="adamw", algorithm="adamw").values()) == {"adamw"}
+
+
+def test_heads_by_themselves() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.kv_b_proj, self.o_proj = nn.Linear(8, 8), nn.Linear(6, 10), nn.Linear(8, 8)
+
+        def query_key_heads(self) -> dict[str, Any]:
+            rows = {"q_proj.weight": (4, (2,)), "q_proj.bias": (4, (2,)), "kv_b_proj.weight": (2, (2, 3))}
+            return {"kind": "gqa", "rows": rows}
+
+    model = nn.ModuleList([Attention(), nn.Linear(8, 8)])
+    groups = param_groups(model, heads="split", matrices={"1.weight": ("cols", [4, 4])})
+    names = [n for n, _ in groups[0]["params"]]
+    assert dict(zip(names, groups[0]["matrices"], strict=True)) == {
+        "0.q_proj.weight": ("heads", 4),
+        "0.kv_b_proj.weight": ("heads", 2, (2, 3)),
+        "0.o_proj.weight": ("matrix",),
+        "1.weight": ("cols", (4, 4)),
+    }
+    lines = [" ".join(line.split()) for line in describe(groups).splitlines()]
+    assert "muon *.q_proj.weight 1 64 4 of 2 x 8 by heads (Attention)" in lines
+    assert "muon *.kv_b_proj.weight 1 60 2 of 2 x 6 + 2 of 3 x 6 by heads (Attention)" in lines
+    assert set(param_groups(model)[0]["matrices"]) == {("matrix",)}
+    with pytest.raises(ConfigError, match="heads='split' finds no heads in Linear: .*query_key_heads"):
+        param_groups(nn.Linear(2, 2), heads="split")
