@@ -30,15 +30,20 @@ def schatten(G_BMN: Tensor, p: float) -> Tensor:
     if G_BMN.numel() == 0:
         return G_BMN.clone()
     finite_B11 = G_BMN.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    # LAPACK stops at a NaN, with the whole batch.
-    U_BMS, s_BS, Vh_BSN = torch.linalg.svd(torch.where(finite_B11, G_BMN, 0), full_matrices=False)
+    # LAPACK stops at a NaN. One matrix at a time, as it does itself: in a batch its last bits depend on the neighbours.
+    clean_BMN = torch.where(finite_B11, G_BMN, 0).reshape(-1, *G_BMN.shape[-2:])
+    O_BMN = torch.stack([_schatten(G_MN, p) for G_MN in clean_BMN]).view(G_BMN.shape)
+    return torch.where(finite_B11, O_BMN, math.nan)
+
+
+def _schatten(G_MN: Tensor, p: float) -> Tensor:
+    U_MS, s_S, Vh_SN = torch.linalg.svd(G_MN, full_matrices=False)
     q = 1.0 if math.isinf(p) else p / (p - 1)
-    largest_B1 = s_BS[..., :1]
-    kept_BS = s_BS > max(G_BMN.shape[-2:]) * torch.finfo(s_BS.dtype).eps * largest_B1
-    ratio_BS = torch.where(kept_BS, s_BS / largest_B1, 0)  # no power of it leaves the range
-    weight_BS = (ratio_BS / torch.linalg.vector_norm(ratio_BS, q, dim=-1, keepdim=True)) ** (q - 1)
-    weight_BS = torch.where(kept_BS, weight_BS, 0)
-    return torch.where(finite_B11, (U_BMS * weight_BS.unsqueeze(-2)) @ Vh_BSN, math.nan)
+    kept_S = s_S > max(G_MN.shape) * torch.finfo(s_S.dtype).eps * s_S[0]
+    ratio_S = torch.where(kept_S, s_S / s_S[0], 0)  # no power of it leaves the range
+    weight_S = torch.where(kept_S, (ratio_S / torch.linalg.vector_norm(ratio_S, q)) ** (q - 1), 0)
+    O_MN: Tensor = (U_MS * weight_S) @ Vh_SN
+    return O_MN
 
 
 def row_rms(G_MN: Tensor) -> Tensor:

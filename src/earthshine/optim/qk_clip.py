@@ -33,7 +33,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.ops.attention import max_logits as _max_logits
@@ -223,15 +222,16 @@ def _check(name: str, module: nn.Module, description: Mapping[str, Any]) -> None
     heads, key_heads = description["heads"], description["key_heads"]
     if key_heads < 1 or heads % key_heads or (description["kind"] == "mla" and heads != key_heads):
         raise ConfigError(f"heads of {name}: {heads} query heads cannot share {key_heads} key heads evenly.")
+    parameters, parts = dict(module.named_parameters()), 2 if description["kind"] == "mla" else 1
     for role, count in (("query", heads), ("key", key_heads)):
         for local in description[role]:
-            if local not in description["rows"]:
-                raise ConfigError(f"heads of {name}: {role} names {local!r}, of which 'rows' says nothing.")
-            n, sizes = description["rows"][local]
-            rows = module.get_parameter(local).shape[0]
-            if n != count or n * sum(sizes) != rows or (description["kind"] == "mla" and len(sizes) != 2):
+            if local not in description["rows"] or local not in parameters:
+                raise ConfigError(f"heads of {name}: {role} {local!r} must be a parameter that 'rows' describes.")
+            (n, sizes), rows = description["rows"][local], parameters[local].shape[0]
+            if n != count or n * sum(sizes) != rows or len(sizes) != parts:
                 raise ConfigError(
-                    f"heads of {name}: {local} has {rows} rows, which are not {count} {role} heads of {tuple(sizes)}."
+                    f"heads of {name}: the {rows} rows of {local} are not {count} {role} heads, each {parts} parts "
+                    f"with {sum(sizes)} rows together, as 'rows' says by {(n, tuple(sizes))}."
                 )
 
 
@@ -239,6 +239,7 @@ def _row_factors(description: Mapping[str, Any], gamma_H: Tensor, alpha: float) 
     """Local parameter name -> what each of its rows is multiplied by."""
     gamma_G = gamma_H.view(description["key_heads"], -1).amin(1)
     key_G = gamma_G ** (1 - alpha)
+    parts: dict[str, tuple[Tensor, ...]]
     if description["kind"] == "mla":
         parts = {"query": (gamma_H**alpha, gamma_H), "key": (key_G, torch.ones_like(key_G))}
     else:
@@ -259,10 +260,8 @@ def _row_factors(description: Mapping[str, Any], gamma_H: Tensor, alpha: float) 
 
 def _scale_rows(name: str, weight: Tensor, factor_R: Tensor) -> None:
     """weight[r] *= factor_R[r] in place, on the rows that this process holds."""
-    local = weight
-    if isinstance(weight, DTensor):
-        layout = read_layout(weight, ("flatten", 1), name)
-        factor_R = torch.cat([factor_R[:0], *(factor_R[start:stop] for start, stop in layout.rows[layout.position])])
-        local = weight.to_local()
+    layout = read_layout(weight, ("flatten", 1), name)
+    factor_R = torch.cat([factor_R[:0], *(factor_R[start:stop] for start, stop in layout.rows[layout.position])])
+    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
     factor_R = factor_R.to(local.device, torch.promote_types(local.dtype, torch.float32))
     local.mul_(factor_R.view(-1, *[1] * (local.ndim - 1)))

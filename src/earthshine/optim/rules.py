@@ -82,7 +82,8 @@ def exact_rms(O_BMN: Tensor) -> Tensor:
     Moonlight's "Update Norm" (arXiv:2502.16982 section 2.2 and its table of controlled experiments: W -= lr 0.2
     O / RMS(O)). Takes [..., M, N]. Norms are in at least fp32. A zero matrix stays zero.
     """
-    return (O_BMN * _inverse_rms(O_BMN, (-2, -1))).to(O_BMN.dtype)
+    O_BMN = O_BMN.contiguous()  # sums in another order would differ in the last bit
+    return (O_BMN * _inverse_rms(O_BMN)).to(O_BMN.dtype)
 
 
 def normuon(O_BMN: Tensor, v_BM: Tensor, beta2: float, eps: float = NORMUON_EPS) -> tuple[Tensor, Tensor]:
@@ -96,11 +97,12 @@ def normuon(O_BMN: Tensor, v_BM: Tensor, beta2: float, eps: float = NORMUON_EPS)
     sqrt(max(rows, cols)); v has no bias correction, as its constant is gone with the norm. Takes [..., M, N] and
     [..., M]; v in float32 or float64, and not written to. Rows of zeros stay zero.
     """
+    O_BMN = O_BMN.contiguous()  # sums in another order would differ in the last bit
     wide = torch.promote_types(O_BMN.dtype, v_BM.dtype)
     squares_BM = torch.linalg.vector_norm(O_BMN, dim=-1, dtype=wide).square_().div_(max(1, O_BMN.shape[-1]))
     v_BM = torch.lerp(squares_BM.to(v_BM.dtype), v_BM, beta2)
     O_hat_BMN = O_BMN / (v_BM.sqrt() + eps).unsqueeze(-1)
-    return O_hat_BMN.mul_(_inverse_rms(O_hat_BMN, (-2, -1))).to(O_BMN.dtype), v_BM
+    return O_hat_BMN.mul_(_inverse_rms(O_hat_BMN)).to(O_BMN.dtype), v_BM
 
 
 def decay_(weights: Sequence[Tensor], updates: Sequence[Tensor], factor: float, cautious: bool) -> None:
@@ -112,17 +114,20 @@ def decay_(weights: Sequence[Tensor], updates: Sequence[Tensor], factor: float, 
     """
     if not factor or not weights:
         return
-    if not cautious:
+    if cautious:
+        for w, u in zip(weights, updates, strict=True):  # one at a time: few temporaries
+            agrees = w.sign().mul(u) >= 0  # the product W U itself underflows
+            torch.where(agrees, w * (1 - factor), w, out=w)
+    elif all(w.is_cpu for w in weights):
+        for w in weights:  # torch's foreach is a loop here, and rounds a bf16 weight's factor to bf16: 0.9999 to 1
+            w.mul_(1 - factor)
+    else:
         torch._foreach_mul_(list(weights), 1 - factor)
-        return
-    # One weight at a time: its four temporaries are then all there are.
-    for w, u in zip(weights, updates, strict=True):
-        agrees = w.sign().mul(u) >= 0  # the product W U itself underflows
-        torch.where(agrees, w * (1 - factor), w, out=w)
 
 
-def _inverse_rms(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """1 / RMS over `dim`, in at least fp32, dimensions kept; 1 where everything is zero."""
-    count = math.prod(x.shape[d] for d in dim)
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.where(norm > 0, math.sqrt(count) / norm, 1.0).to(norm.dtype)
+def _inverse_rms(O_BMN: Tensor) -> Tensor:
+    """1 / RMS of each matrix, [..., 1, 1] in at least fp32; 1 where everything is zero."""
+    wide = torch.promote_types(O_BMN.dtype, torch.float32)
+    norm_B11 = torch.linalg.vector_norm(O_BMN, dim=(-2, -1), keepdim=True, dtype=wide)
+    root = math.sqrt(O_BMN.shape[-2] * O_BMN.shape[-1])
+    return torch.where(norm_B11 > 0, root / norm_B11, 1.0).to(wide)
