@@ -9,6 +9,9 @@ from torch.optim.adamw import adamw
 
 from earthshine.optim.shares import Shares
 
+# The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
+# element's bits would depend on where a shard ends. No vector is longer (16 fp32 of AVX-512, two at a time for bf16).
+_VECTOR = 32
 # Elements of the moments looked at together when the update is measured: they stay in the cache.
 _STATS_ELEMENTS = 1 << 18
 
@@ -23,15 +26,19 @@ def step_adamw(
     members = sorted(grads)
     weights = [shares.weight(i) for i in members]
     moments = [[shares.state(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
+    grads_here = [grads[i].to(w.dtype) for i, w in zip(members, weights, strict=True)]
     # The fused kernel reads and writes everything once; on a CPU torch's default is one loop per operation.
     fused = all(w.is_cpu and w.is_floating_point() for w in weights)
+    columns = [weights, grads_here, *moments]
+    steps = [states[i]["step"] for i in members]
+    pieces, piece_steps, tails = _whole_vectors(columns, steps) if fused else (columns, steps, [])
     adamw(
-        weights,
-        [grads[i].to(w.dtype) for i, w in zip(members, weights, strict=True)],
-        moments[0],
-        moments[1],
+        pieces[0],
+        pieces[1],
+        pieces[2],
+        pieces[3],
         [],
-        [states[i]["step"] for i in members],
+        piece_steps,
         foreach=not fused,
         fused=fused,
         amsgrad=False,
@@ -42,6 +49,8 @@ def step_adamw(
         eps=group["eps"],
         maximize=False,
     )
+    for tensor, padded in tails:
+        tensor.copy_(padded[: tensor.numel()].view(tensor.shape))
     betas, eps = group["betas"], group["eps"]
 
     def squares() -> float:
@@ -51,6 +60,36 @@ def step_adamw(
         )
 
     return sum(w.numel() for w in weights), squares
+
+
+def _whole_vectors(
+    columns: list[list[Tensor]], steps: list[Tensor]
+) -> tuple[list[list[Tensor]], list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The same lists in pieces of whole vectors: a tensor's last few elements in a copy filled up with zeros.
+
+    Returns the pieces, a step count of each, and (last few elements, their copy) to be copied back.
+    """
+    pieces: list[list[Tensor]] = [[] for _ in columns]
+    piece_steps: list[Tensor] = []
+    tails: list[tuple[Tensor, Tensor]] = []
+    for row in zip(*columns, steps, strict=True):
+        *tensors, step = row
+        rest = tensors[0].numel() % _VECTOR
+        if not rest or not all(t.is_contiguous() for t in tensors):
+            for piece, t in zip(pieces, tensors, strict=True):
+                piece.append(t)
+            piece_steps.append(step)
+            continue
+        whole = tensors[0].numel() - rest
+        for k, (piece, t) in enumerate(zip(pieces, tensors, strict=True)):
+            tail = t.view(-1)[whole:]
+            padded = tail.new_zeros(_VECTOR)
+            padded[:rest] = tail
+            piece += [t.view(-1)[:whole], padded]
+            if k != 1:  # all but the gradient
+                tails.append((tail, padded))
+        piece_steps += [step, step.clone()]  # each piece counts its own
+    return pieces, piece_steps, tails
 
 
 def _update_square(m: Tensor, v: Tensor, step: float, betas: tuple[float, float], eps: float) -> float:

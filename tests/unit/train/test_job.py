@@ -21,7 +21,7 @@ from earthshine.model.presets import llama3_tiny, llama3_tiny_e8t2
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops.orthogonalize import newton_schulz_flops
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
-from earthshine.optim.groups import logical_units
+from earthshine.optim.matrices import logical_matrices
 from earthshine.optim.muon import build_optimizer
 from earthshine.train.job import (
     FromCheckpoint,
@@ -258,9 +258,9 @@ def test_newton_schulz_is_counted_as_the_operator_counts_it(form: Any, make_job:
     expected = 0
     for group in (g for g in built.param_groups if g["algorithm"] == "muon"):
         for p, spec in zip(group["params"], group["matrices"], strict=True):
-            for unit in logical_units(p.shape, spec):
+            for matrix in logical_matrices(tuple(p.shape), spec):
                 choices: Any = ("standard", "gram") if form == "auto" else (form,)
-                expected += min(newton_schulz_flops(unit.rows, unit.cols, steps, each) for each in choices)
+                expected += min(newton_schulz_flops(matrix.M, matrix.N, steps, each) for each in choices)
     derived = derive(make_job(init=Scratch(model=model), optimizer=optimizer))
     assert derived.newton_schulz_flops_per_step == expected
 
