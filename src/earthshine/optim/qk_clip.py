@@ -141,7 +141,7 @@ class QKClip:
                 clipped[name] = gamma_H
                 module, description = self.layers[name]
                 for local, factor_R in _row_factors(description, gamma_H, self.alpha).items():
-                    _scale_rows(f"{name}.{local}", module.get_parameter(local), factor_R)
+                    _scale_rows(f"{name}.{local}".lstrip("."), module.get_parameter(local), factor_R)
         return clipped
 
     def _gather(self, max_logits: Mapping[str, Tensor]) -> dict[str, Tensor]:

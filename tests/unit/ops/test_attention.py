@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from earthshine.ops.attention import causal_attention
+from earthshine.ops.attention import causal_attention, max_logits
 
 
 def inputs(B: int, H: int, G: int, S: int, C: int, V: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -70,3 +70,32 @@ def test_a_chunk_after_cached_positions_sees_them_all() -> None:
         whole = causal_attention(q, k, v)
         torch.testing.assert_close(causal_attention(q[:, :, 5:], k, v), whole[:, :, 5:], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(causal_attention(q[:, :, 8:], k, v), whole[:, :, 8:], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "B, H, G, S, C",
+    [(2, 4, 2, 150, 8), (1, 3, 3, 64, 12), (2, 2, 1, 1, 4), (1, 6, 2, 65, 6)],
+    ids=["grouped", "one key each", "one position", "one row over"],
+)
+def test_max_logits_are_those_of_the_attended_pairs(packed: bool, B: int, H: int, G: int, S: int, C: int) -> None:
+    """1e-6: sums of up to 12 float32 terms."""
+    q, k, _ = inputs(B, H, G, S, C, C)
+    documents = torch.arange(S).expand(B, S) // 40 if packed else None
+    scores = 0.3 * q.double() @ k.double().repeat_interleave(H // G, 1).mT
+    attended = torch.ones(B, S, S, dtype=torch.bool).tril()
+    if documents is not None:
+        attended &= documents.unsqueeze(2) == documents.unsqueeze(1)
+    expected = [scores[:, h][attended].max() for h in range(H)]
+    got = max_logits(q, k, 0.3, documents)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, torch.stack(expected).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_max_logits_of_the_last_queries_of_more_keys_and_of_none() -> None:
+    q, k, _ = (x.detach() for x in inputs(1, 4, 2, 9, 4, 4))
+    by_position = [max_logits(q[:, :, i : i + 1], k[:, :, : i + 1]) for i in range(9)]
+    torch.testing.assert_close(max_logits(q[:, :, 5:], k), torch.stack(by_position[5:]).amax(0))
+    assert torch.equal(max_logits(q[:, :, :0], k), torch.full((4,), -math.inf))
+    assert torch.equal(max_logits(q[:0], k[:0]), torch.full((4,), -math.inf))
+    assert max_logits(q.bfloat16(), k.bfloat16()).dtype == torch.float32
