@@ -30,6 +30,12 @@ def process_group(ranks: Sequence[int]) -> Any:
     return group
 
 
+def adopt(ranks: Sequence[int], group: Any) -> None:
+    """Use a group that exists for these ranks (a mesh dimension's), instead of making another communicator."""
+    if dist.get_process_group_ranks(group) == sorted(ranks):
+        _groups[tuple(ranks)] = (dist.group.WORLD, group)
+
+
 def check_agreement(ranks: Sequence[int], fingerprint: str, device: torch.device) -> None:
     """Raise ConfigError, on every rank, unless all `ranks` hold the same fingerprint of their plan.
 

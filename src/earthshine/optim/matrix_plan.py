@@ -141,7 +141,7 @@ class MatrixPlan:
         form, blocks = resolve_form(self._form, rows, cols, self.dtype, self.device, self._steps)
         return newton_schulz_flops(rows, cols, self._steps, form, blocks)
 
-    @property
+    @functools.cached_property
     def flops(self) -> int:
         """Operations of the matrices that this rank orthogonalizes in a step."""
         batches = [*self.local, *(b for t in self.transfers for b in t.owned)]

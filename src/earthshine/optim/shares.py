@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from earthshine.errors import ConfigError
+from earthshine.optim.exchange import adopt
 from earthshine.optim.layout import Layout, read_layout
 from earthshine.optim.matrices import Spec, view_shape
 from earthshine.optim.zero1 import Partition, ShardedState
@@ -45,6 +46,7 @@ class Shares:
                 self.layouts.append(partition.layouts[index])
             else:
                 self.layouts.append(read_layout(p, spec, name) if spec else _whole(self.views[i]))
+                _adopt_group(p, self.layouts[i])
 
     def _partition(self, process_group: Any, piece_bytes: int) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -203,6 +205,14 @@ def local(tensor: Tensor) -> Tensor:
     """A DTensor's local tensor, or the tensor itself. Call without gradients."""
     mine: Any = tensor
     return mine.to_local() if is_dtensor(tensor) else tensor
+
+
+def _adopt_group(p: Any, layout: Layout) -> None:
+    """A parameter that one mesh dimension divides travels over that dimension's own process group."""
+    if len(layout.ranks) > 1:
+        dims = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
+        if len(dims) == 1:
+            adopt(layout.ranks, p.device_mesh.get_group(dims[0]))
 
 
 def _view(p: Tensor, spec: Spec) -> tuple[int, int]:
