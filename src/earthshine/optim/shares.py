@@ -62,6 +62,7 @@ class Shares:
             part = Partition(
                 [self.params[i] for i in members], [self.views[i] for i in members], process_group, piece_bytes
             )
+            adopt(part.ranks, process_group)
             self._partitions.append((part, members))
             self._place |= {i: (part, index) for index, i in enumerate(members)}
 

@@ -44,7 +44,8 @@ class Partition:
         itemsize = params[0].element_size()
         step = max(1, piece_bytes // (len(self.ranks) * itemsize))
         self._pieces = [(start, min(start + step, longest)) for start in range(0, longest, step)]
-        self._itemsize = itemsize
+        self._dtype = params[0].dtype
+        self._wide = torch.promote_types(self._dtype, torch.float32)  # of gradients that are summed
         self.longest = longest
 
     def mine(self, index: int, tensor: Tensor) -> Tensor:
@@ -55,13 +56,14 @@ class Partition:
     def predicted_bytes(self, reduce: bool) -> dict[str, int]:
         """Bytes that leave a rank per step, as an all-gather by ring sends them: (ranks - 1) times its share."""
         others = len(self.ranks) - 1
-        found = {"gather_parameters": others * self.longest * self._itemsize}
+        found = {"gather_parameters": others * self.longest * self._dtype.itemsize}
         if reduce:
-            found["reduce_gradients"] = others * self.longest * 4 + 2 * others * len(self.layouts) // len(self.ranks)
+            flags = 2 * others * len(self.layouts) // len(self.ranks)
+            found["reduce_gradients"] = others * self.longest * self._wide.itemsize + flags
         return found
 
     def reduce(self, params: Sequence[Tensor]) -> tuple[list[Tensor | None], int]:
-        """The mean over the ranks of this rank's share of every gradient, in fp32, and the bytes sent.
+        """The mean over the ranks of this rank's share of every gradient, in at least fp32, and the bytes.
 
         None for a parameter that has no gradient on any rank; one that some ranks lack counts as zero there. The flags
         that tell are read on the host, which an accelerator has to be waited for.
@@ -70,15 +72,15 @@ class Partition:
         present = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=device)
         dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.group)
         sent = 2 * (n - 1) * len(params) // n
-        share = torch.empty(self.longest, dtype=torch.float32, device=device)
+        share = torch.empty(self.longest, dtype=self._wide, device=device)
         for start, stop in self._pieces:
-            whole = torch.zeros(n, stop - start, dtype=torch.float32, device=device)
+            whole = torch.zeros(n, stop - start, dtype=self._wide, device=device)
             for k in range(n):
                 for where, piece in self._walk(k, start, stop, [p.grad for p in params]):
                     if piece is not None:
                         whole[k, where : where + piece.numel()] = piece
             dist.reduce_scatter_tensor(share[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
-            sent += (n - 1) * (stop - start) * 4
+            sent += (n - 1) * (stop - start) * self._wide.itemsize
         share.div_(n)
         sizes = [stop - start for start, stop in self.shares[self.position]]
         parts = share[: sum(sizes)].split(sizes)
