@@ -277,5 +277,5 @@ class _Run:
             weights.append(rect.of(self.weights))
             changes.append(update)
         for factor, (weights, changes) in by_factor.items():
-            rules.decay_(weights, changes, lr * self.group["weight_decay"], self.group["cautious_weight_decay"])
-            torch._foreach_add_(weights, changes, alpha=-lr * factor)
+            decay, cautious = lr * self.group["weight_decay"], self.group["cautious_weight_decay"]
+            rules.step_(weights, changes, lr * factor, decay, cautious)

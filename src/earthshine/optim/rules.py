@@ -125,6 +125,21 @@ def decay_(weights: Sequence[Tensor], updates: Sequence[Tensor], factor: float, 
         torch._foreach_mul_(list(weights), 1 - factor)
 
 
+def step_(weights: Sequence[Tensor], updates: Sequence[Tensor], rate: float, decay: float, cautious: bool) -> None:
+    """W <- W - decay W - rate U in place, as `decay_` and then the update; rounded to W's type once.
+
+    Narrow weights are computed in float32: in bf16 a decay of 1e-4 would round to nothing twice, and the rate as well.
+    """
+    if all(w.dtype.itemsize >= 4 for w in weights):
+        decay_(weights, updates, decay, cautious)
+        torch._foreach_add_(list(weights), list(updates), alpha=-rate)
+        return
+    for w, u in zip(weights, updates, strict=True):
+        exact = w.to(torch.promote_types(w.dtype, torch.float32))
+        decay_([exact], [u], decay, cautious)
+        w.copy_(exact.add_(u.to(exact.dtype), alpha=-rate))
+
+
 def _inverse_rms(O_BMN: Tensor) -> Tensor:
     """1 / RMS of each matrix, [..., 1, 1] in at least fp32; 1 where everything is zero."""
     wide = torch.promote_types(O_BMN.dtype, torch.float32)

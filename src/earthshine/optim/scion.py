@@ -66,8 +66,8 @@ def step_scion(
     for i in grads:
         update = _direction(group["lmo"][i], shares, i, sums[i], squares.get(i)).mul_(group["update_rms"])
         weight = shares.weight(i)
-        rules.decay_([weight], [update.view(weight.shape)], lr * group["weight_decay"], group["cautious_weight_decay"])
-        weight.add_(update.view(weight.shape), alpha=-lr)
+        decay = lr * group["weight_decay"]
+        rules.step_([weight], [update.view(weight.shape)], lr, decay, group["cautious_weight_decay"])
         total = total + torch.linalg.vector_norm(update, dtype=torch.float32).square().cpu()
         elements += update.numel()
     return total, elements, sent
