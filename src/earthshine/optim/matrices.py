@@ -63,18 +63,15 @@ def logical_matrices(shape: Sequence[int], spec: Spec, name: str = "parameter") 
     Raises ConfigError where the specification does not fit the shape: a wrong split would be a silent wrong scale.
     """
     try:
-        matrices = _divide(tuple(shape), normalize(spec))
-    except TypeError:  # not even a tuple of numbers
-        matrices = None
-    if matrices is None:
+        return _divide(tuple(shape), normalize(spec))
+    except (TypeError, ValueError):  # TypeError: not even a tuple of numbers
         raise ConfigError(
             f"{name} of shape {list(shape)} cannot be divided into logical matrices by {spec!r}: use ('matrix',) for "
             f"[rows, cols]; ('batch',) for a stack of three or more dimensions; ('rows', sizes) or ('cols', sizes) "
             f"with sizes that add up to the last but one or the last dimension; ('heads', n) or ('heads', n, sizes) "
             f"with n blocks of rows, of `sizes` each; ('interleaved', n, sizes) with n * sum(sizes) rows; or "
             f"('flatten', groups) for a convolution kernel."
-        )
-    return matrices
+        ) from None
 
 
 def normalize(spec: Iterable[Any]) -> Spec:
@@ -83,8 +80,15 @@ def normalize(spec: Iterable[Any]) -> Spec:
 
 
 @cache
-def _divide(shape: tuple[int, ...], spec: Spec) -> tuple[LogicalMatrix, ...] | None:
-    """The matrices, or None where shape and specification disagree."""
+def _divide(shape: tuple[int, ...], spec: Spec) -> tuple[LogicalMatrix, ...]:
+    """The matrices; ValueError, which is not remembered (2.0 equals 2), where shape and specification disagree."""
+    matrices = _find(shape, spec)
+    if matrices is None:
+        raise ValueError
+    return matrices
+
+
+def _find(shape: tuple[int, ...], spec: Spec) -> tuple[LogicalMatrix, ...] | None:
     kind, args = (spec[0], spec[1:]) if spec else ("", ())
     if kind == "flatten":
         return _flatten(shape, *args) if len(args) == 1 else None

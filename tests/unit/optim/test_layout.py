@@ -197,6 +197,10 @@ def test_layouts_of_torchs_layers(case: str) -> None:
             r"dimension 0 may be uneven; degrees that work: 1, 2, 3, 6\.",
         ),
         (
+            lambda: spread(numbered(3, 6), square("a", "b"), Shard(1), Shard(1)),
+            r"a mesh dimension of size 2 does not divide the 3 of dimension 1, .* degrees that work: 1, 3\.",
+        ),
+        (
             lambda: fsdp_of_tp((9, 4), 0),
             r"w of shape \[9, 4\]: tensor and expert parallelism of degree 2 do not divide the 9 of dimension 0, which "
             r"FSDP2 divides too; degrees that work: 1, 3, 9\.",

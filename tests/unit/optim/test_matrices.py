@@ -119,8 +119,8 @@ def test_matrices_cover_their_parameter_exactly_once(division: tuple[tuple[int, 
         ((6, 4), ("rows", (4, 3))),
         ((6, 4), ("rows", (6, 0))),
         ((6, 4), ("rows", (8, -2))),
-        ((6, 4), ("rows", (5.0, 1.0))),
-        ((6, 4), ("rows", (5, True))),
+        ((77, 4), ("rows", (75.0, 2.0))),
+        ((77, 4), ("rows", (76, True))),
         ((6, 4), ("rows",)),
         ((6, 4), ("rows", 6)),
         ((6, 4), ("rows", ())),
@@ -145,3 +145,9 @@ def test_matrices_cover_their_parameter_exactly_once(division: tuple[tuple[int, 
 def test_a_split_that_does_not_fit_is_an_error(shape: tuple[int, ...], spec: Any) -> None:
     with pytest.raises(ConfigError, match="w of shape .* cannot be divided into logical matrices by"):
         logical_matrices(shape, spec, "w")
+
+
+def test_a_refusal_is_not_remembered_for_what_equals_it() -> None:
+    with pytest.raises(ConfigError):
+        logical_matrices((78, 4), ("heads", 2.0))
+    assert len(logical_matrices((78, 4), ("heads", 2))) == 2

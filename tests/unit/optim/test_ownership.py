@@ -193,6 +193,15 @@ def test_the_costliest_first_to_the_least_loaded() -> None:
     assert plan.imbalance == 216 / 192
 
 
+def test_among_equal_loads_the_one_that_owns_the_fewest_elements() -> None:
+    """It sends the least back."""
+    shapes = [(2, 8), (4, 3), (4, 4)]
+    layouts = [layout_of((shape, ("matrix",), ((2, 0, 1),)), (0, 1), 0) for shape in shapes]
+    matrices = [logical_matrices(shape, ("matrix",)) for shape in shapes]
+    (plan,) = plan_ownership(layouts, matrices, lambda M, N: 1, 1 << 20)
+    assert [(t.M * t.N, t.owner) for t in plan.buckets[0].tasks] == [(16, 0), (12, 1), (16, 1)]
+
+
 def test_among_equals_the_one_that_holds_most() -> None:
     """A cut row of ZeRO-1 does not travel to a third rank."""
     views = [(4, 4), (4, 4)]
