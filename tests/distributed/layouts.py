@@ -26,18 +26,17 @@ _WHOLE_INPUT = ("interleaved", "heads", "gate", "up", "qkv")  # split along thei
 
 @dataclass(frozen=True)
 class Layout:
-    """`spread(model)` shards it in place; `zero1` gives the optimizer the whole world to spread over."""
+    """`spread(model)` shards it in place and may return the process group of ZeRO-1."""
 
     world: int
     sizes: Sizes
-    spread: Callable[[Model], None]
-    zero1: bool = False
+    spread: Callable[[Model], Any]
 
 
 def build(layout: str, **options: Any) -> Model:
-    """The seeded model, spread over the processes as LAYOUTS[layout] says."""
+    """The seeded model, spread over the processes as LAYOUTS[layout] says; the optimizer's group is `model.zero1`."""
     model = Model(LAYOUTS[layout].sizes, **options)
-    LAYOUTS[layout].spread(model)
+    model.zero1 = LAYOUTS[layout].spread(model)
     return model
 
 
@@ -48,6 +47,10 @@ def plain(layout: str) -> str:
 
 def _nothing(model: Model) -> None:
     """Replicas: what DistributedDataParallel leaves the parameters as."""
+
+
+def _zero1(model: Model) -> Any:
+    return dist.group.WORLD
 
 
 def _fsdp(model: Model) -> None:
@@ -87,8 +90,22 @@ def _tp_ddp(model: Model) -> None:
     _tensor_parallel(model, mesh["tp"], COLUMN_WISE, ROW_WISE)
 
 
-def _tp_fsdp(model: Model) -> None:
+def _tp_zero1(model: Model) -> Any:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    _tensor_parallel(model, mesh["tp"], COLUMN_WISE, ROW_WISE)
+    return mesh.get_group("dp")
+
+
+def _tp_fsdp(model: Model) -> None:
+    _tp_fsdp_on(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")))
+
+
+def _tp_fsdp_transposed(model: Model) -> None:
+    """The ranks of a shard group do not ascend: 0, 2, 1, 3."""
+    _tp_fsdp_on(model, DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]), mesh_dim_names=("dp", "tp")))
+
+
+def _tp_fsdp_on(model: Model, mesh: DeviceMesh) -> None:
     _tensor_parallel(model, mesh["tp"], COLUMN_WISE, ROW_WISE)
     _shard_fully(model, mesh["dp"])
 
@@ -122,8 +139,8 @@ LAYOUTS = {
     "plain-halves": Layout(1, HALVES, _nothing),
     "ddp-2": Layout(2, UNEVEN, _nothing),
     "ddp-4": Layout(4, UNEVEN, _nothing),
-    "zero1-2": Layout(2, UNEVEN, _nothing, zero1=True),
-    "zero1-4": Layout(4, UNEVEN, _nothing, zero1=True),
+    "zero1-2": Layout(2, UNEVEN, _zero1),
+    "zero1-4": Layout(4, UNEVEN, _zero1),
     "fsdp-2": Layout(2, UNEVEN, _fsdp),
     "fsdp-4": Layout(4, UNEVEN, _fsdp),
     "hsdp-2x2": Layout(4, UNEVEN, _hsdp),
@@ -138,6 +155,8 @@ LAYOUTS = {
     "ep-2-fsdp-2-dim1": Layout(4, HALVES, lambda model: _ep_fsdp(model, 1)),
     "ep-2-fsdp-2-dim0": Layout(4, EVEN, lambda model: _ep_fsdp(model, 0)),
     "tp-2-fsdp-2": Layout(4, HALVES, _tp_fsdp),
+    "tp-2-fsdp-2-transposed": Layout(4, HALVES, _tp_fsdp_transposed),
+    "tp-2-zero1-2": Layout(4, HALVES, _tp_zero1),
 }
 
 

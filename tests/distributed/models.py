@@ -73,6 +73,7 @@ class Model(nn.Module):
             self.router = nn.Linear(D, sizes.experts, bias=False)
             self.experts = Experts(sizes.experts, sizes.expert_hidden)
             self.lm_head = nn.Linear(D, V, bias=False)
+        self.zero1: Any = None  # a process group, where a layout has the optimizer divide what is replicated
         for name, dtype in (dtypes or {}).items():
             self.get_submodule(name).to(dtype)
 
@@ -99,14 +100,17 @@ def matrices(sizes: Sizes) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def groups(model: nn.Module, sizes: Sizes, **options: Any) -> list[dict[str, Any]]:
-    return param_groups(model, matrices=matrices(sizes), **options)
+def groups(model: nn.Module, sizes: Sizes, by_rows: bool = False, **options: Any) -> list[dict[str, Any]]:
+    """by_rows: nothing is divided by columns, which NorMuon cannot take."""
+    known = matrices(sizes) | ({"cols.weight": ("matrix",)} if by_rows else {})
+    return param_groups(model, matrices=known, **options)
 
 
 def optimizer(model: nn.Module, sizes: Sizes, **options: Any) -> Muon:
     """Muon with a large lr and decay, so that a wrong element cannot hide; fp32 unless an option says otherwise."""
     rest = {"rest": options.pop("rest")} if "rest" in options else {}
-    return Muon(groups(model, sizes, **rest), **({"lr": 0.05, "weight_decay": 0.1, "ns_dtype": "float32"} | options))
+    made = groups(model, sizes, by_rows="normuon_beta2" in options, **rest)
+    return Muon(made, **({"lr": 0.05, "weight_decay": 0.1, "ns_dtype": "float32"} | options))
 
 
 def gradients(model: Model, step: int) -> dict[str, Tensor]:

@@ -45,10 +45,10 @@ class Outcome:
     stats: dict[str, Any] = field(default_factory=dict)
 
 
-def muon(model: nn.Module, layout: str, **options: Any) -> Muon:
+def muon(model: Model, layout: str, **options: Any) -> Muon:
     """The optimizer as the layout asks for it."""
-    if LAYOUTS[layout].zero1:
-        options["process_group"] = dist.group.WORLD
+    if model.zero1 is not None:
+        options["process_group"] = model.zero1
     return optimizer(model, LAYOUTS[layout].sizes, **options)
 
 

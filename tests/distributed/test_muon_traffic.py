@@ -45,7 +45,7 @@ def three_counts(layout: str, options: Options) -> list[tuple[dict[str, int], di
         ("ddp-4", {}),
         ("ep-4", {}),
         ("fsdp-4", {}),
-        ("fsdp-4", {"payload_dtype": "bfloat16", "max_bucket_bytes": 2000}),
+        ("fsdp-4", {"payload_dtype": "bfloat16", "max_bucket_bytes": 500}),
         ("fsdp-4", {"normuon_beta2": 0.95, "skip_idle": True}),
         ("hsdp-2x2", {"skip_idle": True}),
         ("tp-2-fsdp-2", {"normuon_beta2": 0.95}),
@@ -73,7 +73,7 @@ def test_two_messages_per_bucket(worlds: Worlds) -> None:
     """One all-to-all out and one back, whatever the number of matrices; more of them when buckets are bounded."""
     (_, _, _, calls), _ = worlds.run(4, three_counts, "fsdp-4", {})[0]
     assert calls == {"alltoall_base_": 2}
-    (_, _, _, bounded), _ = worlds.run(4, three_counts, "fsdp-4", {"max_bucket_bytes": 2000})[0]
+    (_, _, _, bounded), _ = worlds.run(4, three_counts, "fsdp-4", {"max_bucket_bytes": 500})[0]
     assert bounded["alltoall_base_"] > 4
 
 
