@@ -48,17 +48,6 @@ _HEAD_NAMES = ("head", "lm_head", "unembed", "embed_out", "output_projection")
 
 
 @dataclass(frozen=True)
-class Unit:
-    """The smallest piece of a parameter that is whole matrices: rows start to stop of dimension 0, which hold
-    (stop - start) * elements per row / (rows * cols) matrices of rows x cols, one after the other."""
-
-    start: int
-    stop: int
-    rows: int
-    cols: int
-
-
-@dataclass(frozen=True)
 class Assignment:
     """One parameter's algorithm ("muon", "adamw" or "scion"), its logical matrices and the reason.
 
@@ -71,33 +60,6 @@ class Assignment:
     matrices: Spec
     why: str
     lmo: str = ""
-
-
-def logical_units(shape: Sequence[int], spec: Spec, name: str = "parameter") -> list[Unit]:
-    """The units of a parameter of this shape; together they cover it exactly.
-
-    Raises ConfigError where the specification does not fit the shape: a wrong split would be a silent wrong scale.
-    """
-    kind, args = (spec[0], spec[1:]) if spec else ("", ())
-    if kind == "matrix" and not args and len(shape) == 2:
-        return [Unit(0, shape[0], shape[0], shape[1])]
-    if kind == "batch" and not args and len(shape) >= 3:
-        return [Unit(e, e + 1, shape[-2], shape[-1]) for e in range(shape[0])]
-    if kind == "rows" and len(args) == 1 and len(shape) == 2:
-        sizes = [int(n) for n in args[0]]
-        if sizes and min(sizes) > 0 and sum(sizes) == shape[0]:
-            starts = [sum(sizes[:i]) for i in range(len(sizes))]
-            return [Unit(start, start + n, n, shape[1]) for start, n in zip(starts, sizes, strict=True)]
-    if kind == "flatten" and len(args) == 1 and len(shape) >= 2 and args[0] >= 1 and shape[0] % args[0] == 0:
-        rows, cols = shape[0] // args[0], 1
-        for n in shape[1:]:
-            cols *= n
-        return [Unit(g * rows, (g + 1) * rows, rows, cols) for g in range(args[0])]
-    raise ConfigError(
-        f"{name} of shape {list(shape)} cannot be divided into logical matrices by {spec!r}: use ('matrix',) for "
-        f"[rows, cols], ('batch',) for a stack of three or more dimensions, ('rows', sizes) with sizes that add up to "
-        f"dimension 0, or ('flatten', groups) for a convolution kernel."
-    )
 
 
 def param_groups(

@@ -272,9 +272,9 @@ class Muon(torch.optim.Optimizer):
                 )
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Muon:
-    """The optimizer of a config for any module; freezes the parameters that `config.freeze` names."""
-    groups = param_groups(
+def configured_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The parameter groups of a config for any module; freezes the parameters that `config.freeze` names."""
+    return param_groups(
         model,
         algorithm=config.algorithm,
         rest=config.rest,
@@ -282,8 +282,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Muon:
         heads=config.heads,
         freeze=config.freeze,
     )
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Muon:
+    """The optimizer of a config for any module; freezes as `configured_groups` does."""
     return Muon(
-        groups,
+        configured_groups(model, config),
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,

@@ -23,7 +23,8 @@ from earthshine.errors import ConfigError, DataError, InterruptedRunError, Train
 from earthshine.evaluate.perplexity import heldout_loss
 from earthshine.files import write_json
 from earthshine.model.counts import train_flops_per_token
-from earthshine.optim.groups import describe, param_groups
+from earthshine.optim.groups import describe
+from earthshine.optim.muon import configured_groups
 from earthshine.optim.schedule import learning_rate
 from earthshine.train import run_folder
 from earthshine.train.interrupts import Interrupts
@@ -153,7 +154,7 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     if done < job.num_steps:  # the end of a run that was lengthened since is no end
         (folder / run_folder.EVAL / _AFTER).unlink(missing_ok=True)
     if checkpoint is None:
-        groups = param_groups(state.model, algorithm=job.optimizer.algorithm, freeze=job.optimizer.freeze)
+        groups = configured_groups(state.model, job.optimizer)
         log(f"{derived.table(compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
         for warning in derived.warnings:
             log(f"warning: {warning}")
