@@ -104,8 +104,8 @@ def test_bf16_payload_is_close_to_fp32(worlds: Worlds, one_process: OneProcess) 
         assert torch.equal(got.get(f"{name}/momentum_sum", p), want.get(f"{name}/momentum_sum", p))  # stays exact
         step = want[name] - p
         worst = max(worst, float((got[name] - want[name]).norm() / step.norm()))
-    # bf16 rounds each element by up to 2^-9, twice; Newton-Schulz amplifies that where singular values are small.
-    assert 0 < worst < 0.03, worst
+    # bf16 rounds each element by up to 2^-9 = 0.2 %, twice; measured 0.33 %, more where singular values are small.
+    assert 0 < worst < 0.01, worst
 
 
 # --------------------------------------------------------------------------------------------------- missing gradients
