@@ -109,3 +109,16 @@ def two_worlds_in_one() -> bool:
 
 def test_plain_parameters_need_no_agreement(worlds: Worlds) -> None:
     assert all(worlds.run(2, two_worlds_in_one))
+
+
+def disagree_about_shares(algorithm: str) -> str:
+    """ZeRO-1: parameters in another order on one rank would be gathered into each other."""
+    a, b = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(4, 4))
+    params = [a, b] if dist.get_rank() == 0 else [b, a]
+    return message([{"params": params, "algorithm": algorithm}], process_group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_zero1_over_processes_that_disagree(worlds: Worlds, algorithm: str) -> None:
+    for text in worlds.run(2, disagree_about_shares, algorithm):
+        assert "same" in text and "process" in text, text
