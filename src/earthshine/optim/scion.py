@@ -20,7 +20,7 @@ from torch import Tensor
 from earthshine.errors import ConfigError
 from earthshine.ops import lmo
 from earthshine.optim import rules
-from earthshine.optim.exchange import process_group
+from earthshine.optim.exchange import check_agreement, process_group
 from earthshine.optim.layout import read_layout
 from earthshine.optim.shares import Shares
 
@@ -48,6 +48,10 @@ class ScionPlan:
                     f"{shares.names[i]}: its rows are cut by columns over the processes {list(ranks)}, so 'row_rms' "
                     f"cannot measure them: shard it by rows (Shard(0)), or give it to AdamW."
                 )
+
+        for ranks, members in sorted(self.spread.items()):
+            what = [(shares.names[i], tuple(shares.params[i].shape)) for i in members]
+            check_agreement(ranks, repr(what), shares.params[members[0]].device)
 
     def predicted_bytes(self) -> int:
         return sum(_bytes(len(ranks), len(members)) for ranks, members in self.spread.items())

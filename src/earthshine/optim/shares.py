@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.exchange import adopt
+from earthshine.optim.exchange import adopt, check_agreement
 from earthshine.optim.layout import Layout, read_layout
 from earthshine.optim.matrices import Spec, view_shape
 from earthshine.optim.zero1 import Partition, ShardedState
@@ -63,6 +63,9 @@ class Shares:
                 [self.params[i] for i in members], [self.views[i] for i in members], process_group, piece_bytes
             )
             adopt(part.ranks, process_group)
+            first = self.params[members[0]]
+            what = [(self.names[i], tuple(self.params[i].shape), self.views[i]) for i in members]
+            check_agreement(part.ranks, repr((first.dtype, piece_bytes, what)), first.device)
             self._partitions.append((part, members))
             self._place |= {i: (part, index) for index, i in enumerate(members)}
 

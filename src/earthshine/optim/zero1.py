@@ -79,7 +79,7 @@ class Partition:
                 for where, piece in self._walk(k, start, stop, [p.grad for p in params]):
                     if piece is not None:
                         whole[k, where : where + piece.numel()] = piece
-            dist.reduce_scatter_tensor(share[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
+            dist.reduce_scatter_single(share[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
             sent += (n - 1) * (stop - start) * self._wide.itemsize
         share.div_(n)
         sizes = [stop - start for start, stop in self.shares[self.position]]
@@ -95,7 +95,7 @@ class Partition:
                 if piece is not None:
                     own[where : where + piece.numel()] = piece
             whole = own.new_empty(n, stop - start)
-            dist.all_gather_into_tensor(whole.view(-1), own, group=self.group)
+            dist.all_gather_single(whole.view(-1), own, group=self.group)
             sent += (n - 1) * own.numel() * own.element_size()
             for k in range(n):
                 if k != self.position:
