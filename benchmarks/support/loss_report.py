@@ -1,0 +1,411 @@
+"""What a comparison of two optimizers' runs says: intervals over seeds, the figure and the page.
+
+All intervals are Student's t at 95 % over seeds (Gosset 1908): mean +- t(0.975, n - 1) * s / sqrt(n). A seed decides
+initialisation and order of the data, so runs of one seed are pairs, and the interval of their differences is the one to
+judge by: what makes a seed good or bad for both cancels in it.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from earthshine.console import human_count
+from earthshine.errors import ConfigError
+
+NAMES = {"muon": "Muon", "adamw": "AdamW"}
+COLORS = {"muon": "#0b6e99", "adamw": "#c2571a"}
+PAGE, FIGURE = "muon-vs-adamw.md", "muon-vs-adamw.svg"
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the half-width of its interval; NaN for a single seed."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + (f" ± {self.half:.3f}" if math.isfinite(self.half) else "")
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The t-interval of a mean; infinite values (a diverged run) give an infinite mean and no width."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return Interval(mean, math.nan)
+    from scipy.stats import t
+
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def first_crossing(curve: Sequence[tuple[float, float]], level: float) -> float:
+    """Where a curve of (x, y) first is at `level` or below, linear between its points; NaN when it never is."""
+    before: tuple[float, float] | None = None
+    for x, y in curve:
+        if y <= level:
+            if before is None or before[1] == y:
+                return x
+            return before[0] + (x - before[0]) * (before[1] - level) / (before[1] - y)
+        before = (x, y)
+    return math.nan
+
+
+class Study:
+    """The finished runs of a grid of learning rates and seeds, for two optimizers.
+
+    Raises ConfigError when runs that are compared differ in more than optimizer, learning rate and seed, or when two
+    runs of one seed did not see the same samples or did not begin at the same loss.
+    """
+
+    def __init__(self, results: Sequence[dict[str, Any]], text: dict[str, Any]) -> None:
+        self.text = text
+        self.runs = {(r["algorithm"], r["lr"], r["seed"]): r for r in results}
+        self.algorithms = [a for a in NAMES if any(key[0] == a for key in self.runs)]
+        self.seeds = sorted({key[2] for key in self.runs})
+        self._check_alike()
+
+    def _check_alike(self) -> None:
+        shared = []
+        for result in self.runs.values():
+            job = {key: value for key, value in result["job"].items() if key not in ("name", "seed", "optimizer")}
+            optimizer = {k: v for k, v in result["job"]["optimizer"].items() if k not in ("algorithm", "lr")}
+            shared.append((job, optimizer))
+        if any(one != shared[0] for one in shared):
+            raise ConfigError("the runs differ in more than optimizer, learning rate and seed: use one --dir for each.")
+        for seed in self.seeds:
+            whole = [r for key, r in self.runs.items() if key[2] == seed and not r["diverged"]]
+            starts = {(r["samples"], r["heldout"][0][1]) for r in whole}
+            if len(starts) > 1:
+                raise ConfigError(f"runs of seed {seed} differ in their samples or in their loss before step 1.")
+
+    @property
+    def job(self) -> dict[str, Any]:
+        return dict(next(iter(self.runs.values()))["job"])
+
+    @property
+    def tokens_per_step(self) -> int:
+        return int(self.job["seq_len"] * self.job["sequences_per_step"])
+
+    def lrs(self, algorithm: str) -> list[float]:
+        return sorted({key[1] for key in self.runs if key[0] == algorithm})
+
+    def finals(self, algorithm: str, lr: float) -> list[float]:
+        """The held-out loss after the last step, by seed; infinite for a run that diverged."""
+        runs = [self.runs[algorithm, lr, seed] for seed in self.seeds]
+        return [math.inf if r["diverged"] else r["heldout"][-1][1] for r in runs]
+
+    def best_lr(self, algorithm: str) -> float:
+        """The learning rate with the lowest mean final loss."""
+        return min(self.lrs(algorithm), key=lambda lr: interval(self.finals(algorithm, lr)).mean)
+
+    def at_edge(self, algorithm: str) -> bool:
+        lrs = self.lrs(algorithm)
+        return self.best_lr(algorithm) in (lrs[0], lrs[-1])
+
+    def heldout(self, algorithm: str, seed: int) -> list[tuple[float, float]]:
+        """(step, held-out loss) of a seed's run at the optimizer's best learning rate."""
+        found = self.runs[algorithm, self.best_lr(algorithm), seed]["heldout"]
+        return [(step, loss) for step, loss in found]
+
+    def curve(self, algorithm: str) -> list[tuple[float, Interval]]:
+        """The mean held-out curve at the best learning rate."""
+        by_seed = [self.heldout(algorithm, seed) for seed in self.seeds]
+        return [(points[0][0], interval([y for _, y in points])) for points in zip(*by_seed, strict=True)]
+
+    def training(self, algorithm: str) -> list[float]:
+        """The mean over seeds of the training loss of each step at the best learning rate."""
+        lr = self.best_lr(algorithm)
+        rows = [self.runs[algorithm, lr, seed]["train_loss"] for seed in self.seeds]
+        return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+
+    def difference(self) -> list[tuple[float, Interval]]:
+        """Muon's held-out loss minus AdamW's, each at its best learning rate, paired by seed, at every evaluation."""
+        pairs = [
+            [(s, m - a) for (s, m), (_, a) in zip(self.heldout("muon", n), self.heldout("adamw", n), strict=True)]
+            for n in self.seeds
+        ]
+        return [(points[0][0], interval([d for _, d in points])) for points in zip(*pairs, strict=True)]
+
+    def leader(self) -> tuple[str, str]:
+        """The optimizer with the lower final loss at its best learning rate, and the other."""
+        first, second = sorted(NAMES, key=lambda a: interval(self.finals(a, self.best_lr(a))).mean)
+        return first, second
+
+    def token_share(self) -> list[float]:
+        """By seed: the leader's tokens until it has the other's final held-out loss, over the other's tokens."""
+        leader, other = self.leader()
+        shares = []
+        for seed in self.seeds:
+            last_step, level = self.heldout(other, seed)[-1]
+            shares.append(first_crossing(self.heldout(leader, seed), level) / last_step)
+        return shares
+
+    def plan(self, algorithm: str) -> dict[str, Any]:
+        """What `train.job.derive` says of the optimizer's runs."""
+        return dict(next(r for key, r in self.runs.items() if key[0] == algorithm)["plan"])
+
+    def newton_schulz_share(self) -> float:
+        """FLOPs of Newton-Schulz over those of forward and backward, per step."""
+        plan = self.plan("muon")
+        return float(plan["newton_schulz_flops_per_step"] / plan["forward_backward_flops_per_step"])
+
+    def seconds_per_step(self, algorithm: str) -> float:
+        """The fastest of all steps of all runs: what else a machine does only makes steps longer."""
+        return min(s for key, r in self.runs.items() if key[0] == algorithm for s in r["seconds"])
+
+
+def write_report(study: Study, out: Path) -> Path:
+    """Write the figure and the page into the folder `out`; returns the page's path."""
+    if study.algorithms != list(NAMES):
+        raise ConfigError(f"the report compares {' and '.join(NAMES)}; there are runs of {study.algorithms} only.")
+    out.mkdir(parents=True, exist_ok=True)
+    draw(study, out / FIGURE)
+    page = out / PAGE
+    page.write_text("\n".join(_page(study)) + "\n", encoding="utf-8")
+    return page
+
+
+def draw(study: Study, path: Path) -> None:
+    """Held-out loss by tokens; the paired difference; and the final loss by learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+        "grid.linewidth": 0.7,
+        "axes.axisbelow": True,
+        "figure.facecolor": "white",
+        "axes.titlesize": 10.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "svg.hashsalt": "earthshine",  # the same runs give the same bytes
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplot_mosaic(
+            [["curves", "curves"], ["difference", "rates"]],
+            figsize=(9, 8),
+            height_ratios=(1.25, 1),
+            layout="constrained",
+        )
+        _draw_curves(study, axes["curves"])
+        _draw_difference(study, axes["difference"])
+        _draw_rates(study, axes["rates"])
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=110, metadata=metadata)
+        plt.close(figure)
+
+
+def _thousands(study: Study, steps: Sequence[float]) -> list[float]:
+    return [step * study.tokens_per_step / 1000 for step in steps]
+
+
+def _draw_curves(study: Study, axes: Any) -> None:
+    last = 0.0
+    for algorithm in NAMES:
+        color, name = COLORS[algorithm], NAMES[algorithm]
+        training = study.training(algorithm)
+        x = _thousands(study, range(1, len(training) + 1))
+        axes.plot(x, training, color=color, alpha=0.3, linewidth=0.8, zorder=1.5)  # below the held-out curves
+        points = study.curve(algorithm)
+        x, mean = _thousands(study, [s for s, _ in points]), [i.mean for _, i in points]
+        label = f"{name}, learning rate {study.best_lr(algorithm):g}"
+        axes.plot(x, mean, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
+        low, high = [i.mean - i.half for _, i in points], [i.mean + i.half for _, i in points]
+        axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+        last = max(last, x[-1])
+    leader, other = study.leader()
+    level, share = study.curve(other)[-1][1].mean, interval(study.token_share()).mean
+    if math.isfinite(share):
+        axes.plot([share * last, last], [level, level], color="#444444", linewidth=1, linestyle="--")
+        axes.plot([share * last], [level], marker="v", color="#444444", markersize=6)
+        axes.annotate(
+            f"{NAMES[other]}'s last loss, by {NAMES[leader]}\nafter {share:.0%} of the tokens",
+            (share * last, level),
+            xytext=(-14, -12),  # below and left of both curves, which fall
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color="#333333",
+        )
+    lowest = study.curve(leader)[-1][1].mean
+    axes.set_ylim(lowest - 0.15, study.curve(leader)[0][1].mean + 0.1)
+    axes.set_xlim(0, last * 1.01)
+    axes.set_xlabel("tokens (thousands)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(
+        f"Held-out loss at the best learning rate: mean and 95 % interval of {len(study.seeds)} seeds (thin: training)"
+    )
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_difference(study: Study, axes: Any) -> None:
+    points = study.difference()[1:]  # before the first step both are the same model
+    x, mean = _thousands(study, [s for s, _ in points]), [i.mean for _, i in points]
+    axes.axhline(0, color="#444444", linewidth=1)
+    axes.errorbar(x, mean, yerr=[i.half for _, i in points], color="#333333", marker="o", markersize=3.5, capsize=2.5)
+    axes.set_xlim(0, x[-1] * 1.03)
+    axes.set_xlabel("tokens (thousands)")
+    axes.set_ylabel("Muon - AdamW (nats per token)")
+    axes.set_title("Held-out difference, paired by seed")
+
+
+def _draw_rates(study: Study, axes: Any) -> None:
+    ticks = sorted({lr for algorithm in NAMES for lr in study.lrs(algorithm)})
+    for algorithm in NAMES:
+        color = COLORS[algorithm]
+        lrs = [lr for lr in study.lrs(algorithm) if math.isfinite(sum(study.finals(algorithm, lr)))]
+        found = [interval(study.finals(algorithm, lr)) for lr in lrs]
+        mean, half = [i.mean for i in found], [i.half for i in found]
+        axes.errorbar(lrs, mean, yerr=half, color=color, marker="o", markersize=4, capsize=2.5, label=NAMES[algorithm])
+        for lr in lrs:
+            finals = study.finals(algorithm, lr)
+            axes.plot([lr] * len(finals), finals, ".", color=color, alpha=0.5, markersize=4)
+        best = study.best_lr(algorithm)
+        lowest = interval(study.finals(algorithm, best)).mean
+        axes.plot(
+            [best], [lowest], "o", markersize=11, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.4
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{1000 * lr:g}" for lr in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("peak learning rate (thousandths)")
+    axes.set_ylabel("final held-out loss (nats per token)")
+    axes.set_title("Final loss by learning rate (ring: best)")
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _page(study: Study) -> list[str]:
+    steps = round(study.heldout("muon", study.seeds[0])[-1][0])
+    seeds, per_step = len(study.seeds), study.tokens_per_step
+    lines = [
+        "# Muon and AdamW on a small mixture of experts",
+        "",
+        f"{steps} steps of {per_step:,} tokens from scratch, each optimizer at its best of "
+        f"{len(study.lrs('muon'))} (Muon) and {len(study.lrs('adamw'))} (AdamW) learning rates, {seeds} seeds. "
+        f"± is Student's t-interval at 95 % over seeds, here and in the figure.",
+        "",
+        f"![Loss curves, their difference, and the final loss by learning rate]({FIGURE})",
+        "",
+        *_findings(study),
+        "",
+        "## All runs",
+        "",
+        f"Held-out loss after step {steps}, nats per token; the best mean of each optimizer in bold.",
+        "",
+        f"| optimizer | peak learning rate | {' | '.join(f'seed {s}' for s in study.seeds)} | mean |",
+        "|---|---|" + "---|" * (seeds + 1),
+    ]
+    for algorithm in NAMES:
+        for lr in study.lrs(algorithm):
+            finals = study.finals(algorithm, lr)
+            mean = str(interval(finals)) if math.isfinite(sum(finals)) else "-"
+            mean = f"**{mean}**" if lr == study.best_lr(algorithm) else mean
+            shown = " | ".join(f"{f:.4f}" if math.isfinite(f) else "diverged" for f in finals)
+            lines.append(f"| {NAMES[algorithm]} | {lr:g} | {shown} | {mean} |")
+    return [*lines, "", *_setting(study), "", *_limits(study)]
+
+
+def _findings(study: Study) -> list[str]:
+    leader, other = study.leader()
+    best = {a: study.best_lr(a) for a in NAMES}
+    final = {a: interval(study.finals(a, best[a])) for a in NAMES}
+    step, gap = study.difference()[-1]
+    shares = study.token_share()
+    where = {a: "at the edge of its grid" if study.at_edge(a) else "inside its grid" for a in NAMES}
+    seconds = {a: study.seconds_per_step(a) for a in NAMES}
+    rows = [
+        "| | Muon | AdamW |",
+        "|---|---|---|",
+        f"| best peak learning rate | {best['muon']:g}, {where['muon']} | {best['adamw']:g}, {where['adamw']} |",
+        f"| final held-out loss, nats per token | {final['muon']} | {final['adamw']} |",
+        f"| difference paired by seed, Muon - AdamW | {gap} | |",
+        f"| FLOPs of a step, in those of forward and backward | {1 + study.newton_schulz_share():.2f} | 1.00 |",
+        f"| seconds of the fastest step | {seconds['muon']:.2f} | {seconds['adamw']:.2f} |",
+    ]
+    if all(math.isfinite(s) for s in shares):
+        listed = ", ".join(f"{s:.3f}" for s in shares)
+        rows += [
+            "",
+            f"Tokens to equal loss: {NAMES[leader]} has {NAMES[other]}'s final held-out loss after "
+            f"**{interval(shares)}** of {NAMES[other]}'s tokens (by seed: {listed}; linear between evaluations). "
+            f"{_in_flops(study, interval(shares).mean)}"
+            f"{NAMES[leader]}'s learning rate has not come down yet at that point, as {NAMES[other]}'s has at its end: "
+            f"a run of {NAMES[leader]} that is planned to end there was not measured.",
+        ]
+    return rows
+
+
+def _in_flops(study: Study, share: float) -> str:
+    """The sentence that turns a share of the tokens into one of FLOPs."""
+    cost = 1 + study.newton_schulz_share()
+    times = cost if study.leader()[0] == "muon" else 1 / cost
+    return f"With Newton-Schulz counted that is {share * times:.2f} of the FLOPs. "
+
+
+def _setting(study: Study) -> list[str]:
+    job, text = study.job, study.text
+    model, schedule, optimizer = job["init"]["model"], job["schedule"], job["optimizer"]
+    moe, environment = model["moe"], next(iter(study.runs.values()))["environment"]
+    train, plan = text["train"], study.plan("muon")
+    lrs = {a: " ".join(f"{lr:g}" for lr in study.lrs(a)) for a in NAMES}
+    seeds = " ".join(map(str, study.seeds))
+    steps = job["num_steps"]
+    seen = steps * study.tokens_per_step / train["tokens"]
+    return [
+        "## Setting",
+        "",
+        f"- **Text**: {text['name'] or 'the files given'}; {text['files']} documents, {text['bytes']:,} bytes, sha256 "
+        f"of all in the order of their names `{text['sha256'][:16]}...`. Every tenth document is held out; of each of "
+        f"these {text['heldout']['documents']} an excerpt from its middle is evaluated, "
+        f"{text['heldout']['tokens']:,} tokens in all, the same in every run. The other {train['documents']} give "
+        f"{human_count(train['tokens'])} tokens of a byte-level BPE of {model['vocab_size']:,} entries trained on "
+        f"them; a run sees {seen:.0%} of these{', none twice' if seen <= 1 else ''}.",
+        f"- **Model**: the recipe `tiny_moe`'s with a fourth layer: hidden size {model['hidden_size']}, "
+        f"{model['num_hidden_layers']} layers, {moe['num_experts']} experts of {moe['intermediate_size']} with top-"
+        f"{moe['top_k']} in each; {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active for "
+        f"a token; float32.",
+        f"- **Both**: {job['sequences_per_step']} sequences of {job['seq_len']} a step; {schedule['kind']} schedule to "
+        f"{schedule['final_fraction']:g} of the peak after {schedule['warmup_steps']} steps of warm-up; weight decay "
+        f"{optimizer['weight_decay']:g}; gradient norm clipped at {job['clip_grad_norm']:g}; sequence-wise balance "
+        f"loss {job['balance']['coefficient']:g}. A seed decides initialisation and order of the samples; the report "
+        f"checks that both optimizers began at the same loss and saw the same samples.",
+        f"- **AdamW**: betas {optimizer['beta1']:g} and {optimizer['beta2']:g}, epsilon {optimizer['eps']:g}, for all "
+        f"parameters. **Muon**: momentum {optimizer['momentum']:g} (Nesterov), update RMS {optimizer['update_rms']:g}, "
+        f"{optimizer['ns_steps']} Newton-Schulz steps, for the matrices of the layers; the same AdamW, with the same "
+        f"learning rate, for embeddings and norms.",
+        f"- **Machine**: {environment['cpu']}, one thread a run, two runs at a time on a machine that did other "
+        f"work, too, so its seconds are rough; torch {environment['versions']['torch']}, Python "
+        f"{environment['versions']['python']}, earthshine {environment['versions']['earthshine']}.",
+        "",
+        "```",
+        f"python benchmarks/loss_muon_adamw.py --text DOCUMENTS/*.txt --steps {steps} --seeds {seeds} --jobs 2 \\",
+        f"    --lrs-muon {lrs['muon']} --lrs-adamw {lrs['adamw']}",
+        "```",
+    ]
+
+
+def _limits(study: Study) -> list[str]:
+    return [
+        "## Limits",
+        "",
+        f"- {study.job['num_steps']} steps, a tiny model, one text: this says nothing about longer runs or larger "
+        "models, where Moonlight (arXiv:2502.16982) measured about half of AdamW's compute for equal loss.",
+        f"- {len(study.seeds)} seeds: the intervals are about other seeds of this setting, on this held-out text, not "
+        "about other texts.",
+        "- The learning rate is chosen, in factors of two, on the held-out text that is reported, for both alike. "
+        "Weight decay, betas, momentum, schedule and warm-up are tuned for neither.",
+        f"- Tokens are compared, not time. With so few tokens a step, Newton-Schulz adds "
+        f"{study.newton_schulz_share():.0%} to the FLOPs of a step; it costs the same for any number of tokens, so its "
+        f"share falls as steps grow ([performance.md](performance.md)).",
+    ]
