@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from earthshine.optim import rules
 from earthshine.optim.shares import Shares
 
 # The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
@@ -26,12 +27,12 @@ def step_adamw(
     members = sorted(grads)
     weights = [shares.weight(i) for i in members]
     moments = [[shares.state(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
-    grads_here = [grads[i].to(w.dtype) for i, w in zip(members, weights, strict=True)]
+    before = [w.clone() for w in weights] if group["cautious_weight_decay"] else []
+    columns = [weights, [grads[i].to(w.dtype) for i, w in zip(members, weights, strict=True)], *moments]
+    steps = [states[i]["step"] for i in members]
     # The fused kernel reads and writes everything once; on a CPU torch's default is one loop per operation.
     fused = all(w.is_cpu and w.is_floating_point() for w in weights)
-    columns = [weights, grads_here, *moments]
-    steps = [states[i]["step"] for i in members]
-    pieces, piece_steps, tails = _whole_vectors(columns, steps) if fused else (columns, steps, [])
+    pieces, piece_steps, copies = _whole_vectors(columns, steps) if fused else (columns, steps, [])
     adamw(
         pieces[0],
         pieces[1],
@@ -45,12 +46,17 @@ def step_adamw(
         beta1=group["betas"][0],
         beta2=group["betas"][1],
         lr=float(group["lr"]),
-        weight_decay=group["weight_decay"],
+        weight_decay=0.0 if before else group["weight_decay"],
         eps=group["eps"],
         maximize=False,
     )
-    for tensor, padded in tails:
-        tensor.copy_(padded[: tensor.numel()].view(tensor.shape))
+    for tensor, copy in copies:
+        tensor.copy_(copy.view(-1)[: tensor.numel()].view(tensor.shape))
+    for w, old, m in zip(weights, before, moments[0], strict=False):
+        # The update has the first moment's signs. What decay takes off is the same before and after the update.
+        decayed = old.clone()
+        rules.decay_([decayed], [m], float(group["lr"]) * group["weight_decay"], cautious=True)
+        w.add_(decayed.sub_(old))
     betas, eps = group["betas"], group["eps"]
 
     def squares() -> float:
@@ -65,31 +71,31 @@ def step_adamw(
 def _whole_vectors(
     columns: list[list[Tensor]], steps: list[Tensor]
 ) -> tuple[list[list[Tensor]], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The same lists in pieces of whole vectors: a tensor's last few elements in a copy filled up with zeros.
+    """The same lists in pieces that the kernel may take: contiguous, and a tensor's last few elements in a copy filled
+    up with zeros to a whole vector.
 
-    Returns the pieces, a step count of each, and (last few elements, their copy) to be copied back.
+    The kernel walks through memory, whatever the strides: tensors in another order are copied. Returns the pieces, a
+    step count of each, and (tensor, copy) of what has to be copied back.
     """
     pieces: list[list[Tensor]] = [[] for _ in columns]
     piece_steps: list[Tensor] = []
-    tails: list[tuple[Tensor, Tensor]] = []
+    copies: list[tuple[Tensor, Tensor]] = []
     for row in zip(*columns, steps, strict=True):
         *tensors, step = row
-        rest = tensors[0].numel() % _VECTOR
-        if not rest or not all(t.is_contiguous() for t in tensors):
-            for piece, t in zip(pieces, tensors, strict=True):
-                piece.append(t)
-            piece_steps.append(step)
-            continue
-        whole = tensors[0].numel() - rest
-        for k, (piece, t) in enumerate(zip(pieces, tensors, strict=True)):
-            tail = t.view(-1)[whole:]
-            padded = tail.new_zeros(_VECTOR)
-            padded[:rest] = tail
-            piece += [t.view(-1)[:whole], padded]
-            if k != 1:  # all but the gradient
-                tails.append((tail, padded))
-        piece_steps += [step, step.clone()]  # each piece counts its own
-    return pieces, piece_steps, tails
+        ordered = [t.contiguous() for t in tensors]
+        copies += [(t, o) for k, (t, o) in enumerate(zip(tensors, ordered, strict=True)) if k != 1 and o is not t]
+        whole = tensors[0].numel() - tensors[0].numel() % _VECTOR
+        tails = [t.view(-1)[whole:] for t in ordered]
+        padded = [tail.new_zeros(_VECTOR) for tail in tails] if len(tails[0]) else []
+        for k, (piece, t) in enumerate(zip(pieces, ordered, strict=True)):
+            piece.append(t.view(-1)[:whole])
+            if padded:
+                padded[k][: len(tails[k])] = tails[k]
+                piece.append(padded[k])
+                if k != 1:  # all but the gradient
+                    copies.insert(0, (tails[k], padded[k]))  # before the copy that it is a part of
+        piece_steps += [step, step.clone()] if padded else [step]  # each piece counts its own
+    return pieces, piece_steps, copies
 
 
 def _update_square(m: Tensor, v: Tensor, step: float, betas: tuple[float, float], eps: float) -> float:
@@ -98,5 +104,9 @@ def _update_square(m: Tensor, v: Tensor, step: float, betas: tuple[float, float]
     total = 0.0
     for part_m, part_v in zip(m.reshape(-1).split(_STATS_ELEMENTS), v.reshape(-1).split(_STATS_ELEMENTS), strict=True):
         update = part_m / (part_v.sqrt().div_(correction2**0.5).add_(eps))
-        total += float(torch.linalg.vector_norm(update, dtype=torch.float32)) ** 2
+        total += float(torch.linalg.vector_norm(update, dtype=_wide(update))) ** 2
     return float(total / correction1**2)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

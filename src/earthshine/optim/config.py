@@ -81,9 +81,9 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ConfigError(f"optimizer.{name}={value} must be at least 0 and below 1.")
-        if not 0 <= self.ns_steps <= 100:
+        if not isinstance(self.ns_steps, int) or not 0 <= self.ns_steps <= 100:
             raise ConfigError(
-                f"optimizer.ns_steps={self.ns_steps} must be between 1 and 100, or 0 for the table's own."
+                f"optimizer.ns_steps={self.ns_steps} must be a whole number from 1 to 100, or 0 for the table's own."
             )
         choices = {
             "algorithm": ("muon", "adamw"),

@@ -20,14 +20,29 @@ _groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
 def process_group(ranks: Sequence[int]) -> Any:
-    """The process group of these global ranks. Called by all of them, in the same order of groups everywhere."""
-    key, world = tuple(ranks), dist.group.WORLD
-    known_world, group = _groups.get(key, (None, None))
-    if group is None or known_world is not world:
-        whole = sorted(key) == list(range(dist.get_world_size()))
-        group = world if whole else dist.new_group(sorted(key), use_local_synchronization=True)
-        _groups[key] = (world, group)
-    return group
+    """The process group of these global ranks: one that `adopt` or `connect` made known, or the world."""
+    world, group = _groups.get(tuple(ranks), (None, None))
+    return group if world is dist.group.WORLD and group is not None else dist.group.WORLD
+
+
+def connect(ranks: Sequence[int], parts: Sequence[Any], device: torch.device) -> None:
+    """Make the process group of these ranks known, a new one if need be. Collective among them.
+
+    parts: process groups that together connect the ranks: the mesh dimensions that they span.
+    """
+    if sorted(ranks) == list(range(dist.get_world_size())):
+        return
+    if _groups.get(tuple(ranks), (None, None))[0] is dist.group.WORLD:
+        return
+    # torch names a group that only its members make by how many groups they have, and waits for ever where they have
+    # not equally many: give everybody as many as the one with the most.
+    names = torch.tensor([len(dist.distributed_c10d._world.pg_names)], device=device)
+    most = names.clone()
+    for part in parts:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=part)
+    for _ in range(int(most) - int(names)):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    _groups[tuple(ranks)] = (dist.group.WORLD, dist.new_group(sorted(ranks), use_local_synchronization=True))
 
 
 def adopt(ranks: Sequence[int], group: Any) -> None:

@@ -41,6 +41,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHOICES = {"algorithm": ("muon", "adamw"), "rest": ("adamw", "scion"), "router": ("muon", "adamw")} | {
     "heads": ("whole", "split")
 }
+# Parts of a name that wrappers add (torch.compile, activation checkpointing, FSDP1): a checkpoint has none of them.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # Names of a router beside a module named `experts`.
 _ROUTER_NAMES = ("gate", "router")
 # Last names of a language-model head that is a plain linear layer.
@@ -88,6 +90,8 @@ def param_groups(
     Raises ConfigError for a parameter that none of the rules decides, and for a pattern or an option that matches
     nothing.
     """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module  # names of groups, as of checkpoints, are the model's own
     for option, value in (("algorithm", algorithm), ("rest", rest), ("router", router), ("heads", heads)):
         if value not in _CHOICES[option]:
             raise ConfigError(f"optimizer.{option}={value!r} must be one of {', '.join(_CHOICES[option])}.")
@@ -334,7 +338,8 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
     """(full name, owning module, local name, parameter), a tied parameter once per place."""
     for prefix, module in model.named_modules():
         for local, p in module.named_parameters(recurse=False):
-            yield f"{prefix}.{local}" if prefix else local, module, local, p
+            name = f"{prefix}.{local}" if prefix else local
+            yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module, local, p
 
 
 def _heads(model: nn.Module) -> set[int]:

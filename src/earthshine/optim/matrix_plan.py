@@ -113,18 +113,20 @@ class MatrixPlan:
 
     def __init__(self, group: Mapping[str, Any], shares: Shares, max_bucket_bytes: int) -> None:
         self.shares = shares
-        self.device = shares.params[0].device
+        self.device = shares.params[0].device if shares.params else torch.device("cpu")
         self.dtype = resolve_dtype(group["ns_dtype"], self.device)
         self.wide = functools.reduce(torch.promote_types, (p.dtype for p in shares.params), torch.float32)
         self.payload = self._payload(group["payload_dtype"])
         self.flags, self.moments = bool(group["skip_idle"]), group["normuon_beta2"] > 0
         self._form, self._steps = group["ns_form"], group["ns_steps"]
+        self._costs: dict[tuple[int, int], int] = {}
         matrices = [
             logical_matrices(tuple(p.shape), spec, name)
             for p, spec, name in zip(shares.params, group["matrices"], shares.names, strict=True)
         ]
-        self.plans = plan_ownership(shares.layouts, matrices, self._cost, max_bucket_bytes)
-        options = repr([(key, group[key]) for key in sorted(group) if key not in _NOT_COMPARED])
+        self.plans = plan_ownership(shares.layouts, matrices, self.cost, max_bucket_bytes, self.wide.itemsize)
+        types = (self.dtype, self.wide, self.payload)  # ns_dtype="auto" is a measurement on a CPU
+        options = repr([types, *((key, group[key]) for key in sorted(group) if key not in _NOT_COMPARED)])
         for plan in self.plans:
             if len(plan.ranks) > 1:
                 check_agreement(plan.ranks, plan.fingerprint() + options, self.device)
@@ -137,15 +139,15 @@ class MatrixPlan:
             return self.wide if self.dtype.itemsize >= 4 else torch.bfloat16
         return torch.bfloat16 if requested == "bfloat16" else self.wide
 
-    def _cost(self, rows: int, cols: int) -> int:
+    def cost(self, rows: int, cols: int) -> int:
+        """Operations of Newton-Schulz on one matrix."""
+        if (rows, cols) not in self._costs:
+            self._costs[rows, cols] = self._count(rows, cols)
+        return self._costs[rows, cols]
+
+    def _count(self, rows: int, cols: int) -> int:
         form, blocks = resolve_form(self._form, rows, cols, self.dtype, self.device, self._steps)
         return newton_schulz_flops(rows, cols, self._steps, form, blocks)
-
-    @functools.cached_property
-    def flops(self) -> int:
-        """Operations of the matrices that this rank orthogonalizes in a step."""
-        batches = [*self.local, *(b for t in self.transfers for b in t.owned)]
-        return sum(self._cost(*shape) for batch in batches for shape in batch.shapes)
 
     @property
     def imbalance(self) -> float:
@@ -179,15 +181,18 @@ class MatrixPlan:
         outgoing: list[tuple[Rect, Segment]] = []
         sends, riders = [0] * len(order), [0] * len(order)
         at = rider_at = 0
+        by_owner: dict[int, list[Task]] = {}
+        for task in bucket.tasks:
+            by_owner.setdefault(task.owner, []).append(task)
         for k in order:
-            for task in bucket.tasks:
-                for b in plan.pieces(task, me) if task.owner == k else ():
+            for task in by_owner.get(k, ()):
+                for b in plan.pieces(task, me):
                     rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols)
                     outgoing.append((rect, Segment(at, rider_at, b.rows, b.cols, (task.M, task.N))))
                     at, rider_at = at + b.rows * b.cols, rider_at + self._rider_size(b.rows)
                     sends[k] += b.rows * b.cols
                     riders[k] += self._rider_size(b.rows)
-        mine = [task for task in bucket.tasks if task.owner == me]
+        mine = by_owner.get(me, [])
         receives, rider_receives = [0] * len(order), [0] * len(order)
         segments: dict[int, list[tuple[Segment, int, int]]] = {n: [] for n in range(len(mine))}
         at = rider_at = 0

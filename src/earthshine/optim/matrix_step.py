@@ -26,20 +26,25 @@ from earthshine.optim.matrix_plan import Batch, MatrixPlan, Rect, Segment, Trans
 class StepNumbers:
     """What a step of one group did on this rank.
 
-    norms: per batch, (Frobenius norm, factor) of each matrix's update. elements: of those matrices.
+    norms: per batch, the Frobenius norm of each matrix's update, and (factor, elements) of each.
     """
 
     stopwatch: Stopwatch
-    norms: list[tuple[Tensor, list[float]]] = field(default_factory=list)
-    elements: int = 0
+    norms: list[tuple[Tensor, list[tuple[float, int]]]] = field(default_factory=list)
     bytes_sent: int = 0
+    flops: int = 0
 
-    def squares(self) -> float:
-        """Sum of squares of the update's elements, before the learning rate. Waits for the device."""
-        total = 0.0
-        for norms, factors in self.norms:
-            total += sum((norm * factor) ** 2 for norm, factor in zip(norms.tolist(), factors, strict=True))
-        return total
+    def update(self) -> tuple[float, int]:
+        """Sum of squares of the update's elements, before the learning rate, and their number. Waits for the device.
+
+        A matrix whose update is zero, as that of one without a gradient, is not counted.
+        """
+        total, elements = 0.0, 0
+        for norms, of_each in self.norms:
+            for norm, (factor, size) in zip(norms.tolist(), of_each, strict=True):
+                if norm != 0:
+                    total, elements = total + (norm * factor) ** 2, elements + size
+        return total, elements
 
 
 def step_matrices(
@@ -53,19 +58,23 @@ def step_matrices(
     states, grads: by the parameter's index in the group; a gradient is this process's share of it.
     """
     run = _Run(plan, group, states, grads)
-    travelling = [run.send(t) for t in plan.transfers[:1]]
-    for batch in plan.local:
-        run.local_batch(batch)
-    apply: Callable[[], None] | None = None
-    for number, transfer in enumerate(plan.transfers):
-        messages = travelling.pop()
-        travelling += [run.send(t) for t in plan.transfers[number + 1 : number + 2]]
-        apply_next = run.orthogonalize_owned(transfer, messages)
+    # One shard group after the other: ranks may share several, and each has its own communicator.
+    for count, shard_group in enumerate(plan.plans):
+        transfers = [t for t in plan.transfers if t.plan is shard_group]
+        travelling = [run.send(t) for t in transfers[:1]]
+        if count == 0:
+            for batch in plan.local:
+                run.local_batch(batch)
+        apply: Callable[[], None] | None = None
+        for number, transfer in enumerate(transfers):
+            messages = travelling.pop()
+            travelling += [run.send(t) for t in transfers[number + 1 : number + 2]]
+            apply_next = run.orthogonalize_owned(transfer, messages)
+            if apply is not None:
+                apply()
+            apply = apply_next
         if apply is not None:
             apply()
-        apply = apply_next
-    if apply is not None:
-        apply()
     run.write_back()
     return run.numbers
 
@@ -86,7 +95,8 @@ class _Run:
         self.weights = {i: shares.view2d(i, shares.weight(i)) for i in grads}
         self.moments: dict[int, Tensor] = {}
         if plan.moments:
-            rows = {i: shares.state(states[i]["row_second_moment"]) for i in grads}
+            # Of every parameter: copies of a row's moment must stay alike where only some holders have a gradient.
+            rows = {i: shares.state(state["row_second_moment"]) for i, state in states.items()}
             self.moments = {i: shares.view2d(i, share, per_row=True) for i, share in rows.items()}
         self.numbers = StepNumbers(Stopwatch(plan.device))
 
@@ -158,11 +168,10 @@ class _Run:
         riders = None
         if self.plan.flags or self.plan.moments:
             extra = torch.zeros(sum(t.rider_sends), dtype=torch.float32, device=self.plan.device)
-            for (rect, segment), g in zip(here, grads, strict=True):
-                if self.plan.flags:
-                    extra[segment.rider] = (g != 0).any()
-                if self.plan.moments:
-                    self._rider_rows(extra, segment).copy_(rect.rows_of(self.moments)[0])
+            for (_, segment), g in zip(here, grads, strict=True) if self.plan.flags else ():
+                extra[segment.rider] = (g != 0).any()
+            for rect, segment in t.outgoing if self.plan.moments else ():
+                self._rider_rows(extra, segment).copy_(rect.rows_of(self.moments)[0])
             riders = self._message(t, extra, t.rider_sends, t.rider_receives)
         return self._message(t, buffer, t.sends, t.receives), riders
 
@@ -183,7 +192,7 @@ class _Run:
             shapes = [segment.shape for _, segment in here]
             self._apply([rect for rect, _ in here], [segment.of(update) for _, segment in here], shapes)
             if rows is not None:
-                for rect, segment in here:
+                for rect, segment in t.outgoing:
                     rect.rows_of(self.moments)[0] = self._rider_rows(rows, segment)
 
         return apply
@@ -232,10 +241,15 @@ class _Run:
     def _orthogonalize(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, moments: list[Tensor]) -> Tensor:
         """The updates before their factors; new values into `moments`. May overwrite X."""
         group = self.group
+        # NorMuon's moment rests where nobody has a gradient, and where the update is left out.
+        moving_B = X_BSL.flatten(1).any(dim=1) if moments else None
+        if moving_B is not None and busy_B is not None:
+            moving_B &= busy_B
         with self.numbers.stopwatch:
             if group["norm"] == "schatten":
                 O_BSL = lmo.schatten(X_BSL, group["schatten_p"])
             else:
+                self.numbers.flops += sum(self.plan.cost(M, N) for M, N in batch.shapes)
                 O_BSL = newton_schulz(
                     X_BSL,
                     group["ns_coefficients"],
@@ -247,9 +261,9 @@ class _Run:
                 )
         if busy_B is not None:
             O_BSL *= busy_B[:, None, None]
-        busy = busy_B.tolist() if busy_B is not None and moments else [True] * len(moments)
+        moving = moving_B.tolist() if moving_B is not None else []
         for slot, v_M in enumerate(moments):
-            if busy[slot]:  # else its moment rests, as its weights do
+            if moving[slot]:
                 M, N = batch.shapes[slot]
                 O_MN = O_BSL[slot].mT if M > N else O_BSL[slot]
                 hat_1MN, new_1M = rules.normuon(O_MN[None], v_M[None], group["normuon_beta2"])
@@ -258,8 +272,7 @@ class _Run:
         if group["exact_rms"]:
             O_BSL = rules.exact_rms(O_BSL)
         norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.wide)
-        self.numbers.norms.append((norms_B, [self._factor(*shape) for shape in batch.shapes]))
-        self.numbers.elements += O_BSL.numel()
+        self.numbers.norms.append((norms_B, [(self._factor(M, N), M * N) for M, N in batch.shapes]))
         return O_BSL
 
     def _factor(self, M: int, N: int) -> float:

@@ -24,6 +24,7 @@ shrinks, weights still decay).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -34,8 +35,16 @@ from earthshine.ops.orthogonalize import Form
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.group_plan import GroupPlan, GroupStep
 from earthshine.optim.groups import param_groups
-from earthshine.optim.options import check_group, group_differences, name_of, resolve_group, state_keys
-from earthshine.optim.rules import ScaleRule
+from earthshine.optim.options import (
+    check_group,
+    check_keys,
+    group_differences,
+    name_of,
+    resolve_group,
+    scheduled_keys,
+    state_keys,
+)
+from earthshine.optim.rules import ScaleRule, scale_name
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,21 +99,25 @@ class Muon(torch.optim.Optimizer):
         options = dict(locals())
         own = ("process_group", "reduce_gradients", "max_bucket_bytes")
         defaults = {k: v for k, v in options.items() if k not in ("self", "params", "__class__", *own)}
+        defaults["scale"] = scale_name(scale)
         if reduce_gradients and process_group is None:
             raise ConfigError("reduce_gradients=True needs process_group: the ranks to average gradients over.")
         if max_bucket_bytes < 1:
             raise ConfigError(f"max_bucket_bytes={max_bucket_bytes} must be positive; the default is 256 MiB.")
         self._process_group, self._reduce, self._bucket_bytes = process_group, reduce_gradients, max_bucket_bytes
+        self._stepped = False
         self._forget()
         super().__init__(params, {"algorithm": "muon"} | defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
             raise ConfigError("a Muon with a process_group cannot be copied or pickled: use its state_dict().")
-        return super().__getstate__() | {"_reduce": self._reduce, "_bucket_bytes": self._bucket_bytes}
+        own = ("_reduce", "_bucket_bytes", "_stepped")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it here; later groups would have an option more
         self._process_group = None
         self._forget()
 
@@ -114,24 +127,41 @@ class Muon(torch.optim.Optimizer):
         self._last: list[GroupStep] = []
 
     def _plan(self, index: int) -> GroupPlan:
-        """The static plan of group `index`; made at construction, and again after unpickling."""
-        if index not in self._known:
-            self._known[index] = GroupPlan(self.param_groups[index], self._process_group, self._bucket_bytes)
-        return self._known[index]
+        """The static plan of group `index`; made at construction, and again after unpickling.
+
+        Also when somebody exchanged, moved or cast its parameters since, as trainers do that wrap a model after its
+        optimizer was made. Raises ConfigError where that would lose momentum.
+        """
+        group = self.param_groups[index]
+        known = self._known.get(index)
+        if known is not None and known.holds(group):
+            return known
+        plan = GroupPlan(group, self._process_group, self._bucket_bytes)
+        for i, p in enumerate(group["params"]):
+            state = self.state.get(p)
+            if state and all(plan.fits(i, key, value, group) for key, value in state.items()):
+                continue
+            if self._stepped and (known is not None or state):
+                raise ConfigError(
+                    f"{name_of(group, i)} was exchanged, moved or cast after steps were made, and its momentum would "
+                    f"be lost: make the optimizer when the model is where it trains, then load_state_dict()."
+                )
+            self.state[p] = {key: plan.new_state(i, key, group) for key in state_keys(group)}
+        self._known[index] = plan
+        return plan
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, now or later, with its state. Raises ConfigError where a parameter does not fit it."""
+        check_keys(param_group, self.defaults)
+        self._known.pop(len(self.param_groups), None)  # of a group that was removed
         super().add_param_group({k: v for k, v in param_group.items() if k != "reasons"})
-        group = self.param_groups[-1]
         try:
-            resolve_group(group)
-            check_group(group)
-            plan = self._plan(len(self.param_groups) - 1)
-        except ConfigError:
+            resolve_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
+            self._plan(len(self.param_groups) - 1)
+        except BaseException:
             self.param_groups.pop()
             raise
-        for i, p in enumerate(group["params"]):
-            self.state[p] = {key: plan.new_state(i, key, group) for key in state_keys(group)}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -148,9 +178,11 @@ class Muon(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             plan = self._plan(index)
             grads, sent = plan.shares.gradients(self._reduce)
-            numbers = plan.step(group, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
+            with _without_autocast(plan.shares.params):
+                numbers = plan.step(group, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
             numbers.sent |= {"reduce_gradients": sent, "gather_parameters": plan.shares.gather()}
             self._last.append(numbers)
+        self._stepped = True
         return loss
 
     def predicted_bytes(self) -> dict[str, int]:
@@ -180,7 +212,7 @@ class Muon(torch.optim.Optimizer):
         by_group: list[float | None] = []
         sent: dict[str, int] = {}
         for step in self._last:
-            squares, elements = step.squares(), step.elements
+            squares, elements = step.update()
             by_group.append((squares / elements) ** 0.5 if elements else None)
             if elements:
                 known = total.setdefault(step.algorithm, [0.0, 0.0])
@@ -238,26 +270,50 @@ class Muon(torch.optim.Optimizer):
         for index, saved in enumerate(state_dict["param_groups"]):
             for i, number in enumerate(saved["params"]):
                 self._check_saved_state(index, i, state_dict["state"].get(number, {}))
+        arrived = [
+            self._arrived(index, [state_dict["state"][number] for number in saved["params"]])
+            for index, saved in enumerate(state_dict["param_groups"])
+        ]
         for index, saved in enumerate(state_dict["param_groups"]):
-            states = [state_dict["state"][number] for number in saved["params"]]
-            self._take_over(index, states)
-            self.param_groups[index] |= {k: saved[k] for k in ("lr", "initial_lr") if k in saved}
+            self._take_over(index, arrived[index])
+            for key in scheduled_keys(saved):
+                self._set(index, key, saved[key])
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    @torch.no_grad()
-    def _take_over(self, index: int, states: list[Mapping[str, Tensor]]) -> None:
-        group, shares = self.param_groups[index], self._plan(index).shares
+    def _arrived(self, index: int, states: list[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """This process's shares of a group's saved state."""
+        shares = self._plan(index).shares
         moved = self._moved(index, "enter", states) if shares.zero1 else {}
-        for i, p in enumerate(group["params"]):
+        return [
+            {key: moved.get(key, {}).get(i, shares.state(value)) for key, value in state.items()}
+            for i, state in enumerate(states)
+        ]
+
+    @torch.no_grad()
+    def _take_over(self, index: int, arrived: list[dict[str, Tensor]]) -> None:
+        shares = self._plan(index).shares
+        for p, saved in zip(self.param_groups[index]["params"], arrived, strict=True):
             for key, live in self.state[p].items():
-                saved = moved.get(key, {}).get(i)
-                shares.state(live).copy_(shares.state(states[i][key]) if saved is None else saved)
+                shares.state(live).copy_(saved[key])
+
+    def _set(self, index: int, key: str, value: Any) -> None:
+        """A saved entry of a group; a tensor by value, because schedulers fill tensors in place."""
+        live = self.param_groups[index].get(key)
+        if isinstance(live, Tensor) and live is not value:
+            live.copy_(value) if isinstance(value, Tensor) else live.fill_(value)
+        else:
+            self.param_groups[index][key] = value.clone() if isinstance(value, Tensor) else value
 
     def _check_saved_state(self, index: int, i: int, saved: Mapping[str, Any]) -> None:
         group = self.param_groups[index]
         for key in state_keys(group):
             expected = self._plan(index).whole_shape(i, key)
+            if key in saved and not isinstance(saved[key], Tensor):
+                raise CheckpointError(
+                    f"the saved optimizer state {key} of parameter {name_of(group, i)} is a "
+                    f"{type(saved[key]).__name__}, not a tensor: the checkpoint is of another optimizer."
+                )
             got = f"has shape {list(saved[key].shape)}" if key in saved else "is missing"
             if key not in saved or tuple(saved[key].shape) != expected:
                 raise CheckpointError(
@@ -270,6 +326,12 @@ class Muon(torch.optim.Optimizer):
                     f"the saved optimizer state {key} of parameter {name_of(group, i)} is placed otherwise than the "
                     f"parameter: load through torch.distributed.checkpoint, which moves it to where it belongs."
                 )
+
+
+def _without_autocast(params: list[Tensor]) -> AbstractContextManager[None]:
+    """Autocast would turn the products of Newton-Schulz into bf16, whatever type was asked for."""
+    device = params[0].device.type if params else "cpu"
+    return torch.autocast(device, enabled=False) if device != "meta" else nullcontext()
 
 
 def configured_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

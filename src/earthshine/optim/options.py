@@ -1,7 +1,10 @@
 """The options of a parameter group: filled in, checked, and compared with those of a checkpoint."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from earthshine.errors import ConfigError
 from earthshine.ops.orthogonalize import coefficient_steps, default_steps
@@ -9,8 +12,32 @@ from earthshine.optim import rules, scion
 from earthshine.optim.config import NS_STEPS, OptimizerConfig
 from earthshine.optim.matrices import logical_matrices, normalize
 
-# Group entries that a checkpoint may hold at another value: the loop sets lr, torch's schedulers initial_lr.
-_FREE = ("params", "lr", "initial_lr")
+# What a group may hold beside the options: what it is of, and what torch's schedulers and other people's tools note.
+_KEPT = ("params", "param_names", "algorithm", "matrices", "lmo")
+_NOTED = ("reasons", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+# The options of a group that a checkpoint must agree on; lr is the loop's.
+_OPTIONS = (
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "betas",
+    "eps",
+    "update_rms",
+    "scale",
+    "exact_rms",
+    "norm",
+    "schatten_p",
+    "ns_coefficients",
+    "ns_steps",
+    "ns_dtype",
+    "ns_form",
+    "ns_compile",
+    "momentum_dtype",
+    "normuon_beta2",
+    "cautious_weight_decay",
+    "skip_idle",
+    "payload_dtype",
+)
 
 
 def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -25,18 +52,49 @@ def name_of(group: Mapping[str, Any], i: int) -> str:
     return str(group["param_names"][i]) if "param_names" in group else f"parameter {i}"
 
 
+def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """ConfigError for an entry of a group that nobody would read."""
+    known = {*_KEPT, *_NOTED, *defaults}
+    for key in group:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            raise ConfigError(
+                f"a parameter group has the unknown option {key!r}"
+                + (f": did you mean {close[0]!r}?" if close else ".")
+            )
+
+
+def scheduled_keys(saved: Mapping[str, Any]) -> tuple[str, ...]:
+    """Entries of a saved group that the loop or a scheduler sets, and that are therefore taken over."""
+    cycled = ("betas",) if "base_momentum" in saved else ()  # OneCycleLR and CyclicLR move AdamW's first beta
+    return tuple(key for key in ("lr", "initial_lr", *cycled) if key in saved)
+
+
 def resolve_group(group: dict[str, Any]) -> None:
     """Options in the form that is kept and saved: numbers for None, names for functions, tuples for lists."""
     group["scale"] = rules.scale_name(group["scale"])
+    if not isinstance(group["lr"], int | float | Tensor):
+        raise ConfigError(f"lr={group['lr']!r} must be a number or a tensor of one.")
+    for key in ("nesterov", "exact_rms", "cautious_weight_decay", "skip_idle", "ns_compile"):
+        if not isinstance(group[key], bool):
+            raise ConfigError(f"{key}={group[key]!r} must be True or False.")
     group["schatten_p"] = float(group["schatten_p"] or 0)
     group["normuon_beta2"] = float(group["normuon_beta2"] or 0) if group["algorithm"] == "muon" else 0.0
-    group["betas"] = tuple(group["betas"])
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ConfigError(f"betas={betas!r} must be two numbers: AdamW's, (0.9, 0.95) for Moonlight.")
+    group["betas"] = tuple(betas)
     table = group["ns_coefficients"]
     if not isinstance(table, str):
-        group["ns_coefficients"] = table = tuple(tuple(float(x) for x in row) for row in table)
+        try:
+            group["ns_coefficients"] = table = coefficient_steps(table)
+        except TypeError as e:
+            raise ConfigError(f"ns_coefficients={table!r} must be a table's name or rows (a, b, c).") from e
     group["ns_steps"] = group["ns_steps"] or default_steps(table)
     if group["algorithm"] == "muon":
         specs = group.get("matrices") or (("matrix",),) * len(group["params"])
+        if any(isinstance(spec, str) for spec in specs):
+            raise ConfigError(f"matrices={specs!r} must hold a tuple per parameter, such as ('matrix',).")
         group["matrices"] = tuple(normalize(spec) for spec in specs)
     if group["algorithm"] == "scion":
         group["lmo"] = tuple(group.get("lmo") or ())
@@ -102,7 +160,7 @@ def _check_matrices(group: Mapping[str, Any]) -> None:
                 f"{name_of(group, i)} of shape {list(p.shape)} is not one matrix: give it algorithm='adamw' or say in "
                 f"'matrices' what it holds; param_groups(model) does both."
             )
-        if group["normuon_beta2"] and spec[0] == "cols":
+        if group["normuon_beta2"] and spec[:1] == ("cols",):
             raise ConfigError(
                 f"{name_of(group, i)} is divided by columns ({spec!r}): NorMuon keeps one number per row of a "
                 f"parameter, which would belong to several matrices. Divide it by rows, or leave normuon_beta2 out."
@@ -117,7 +175,9 @@ def group_differences(current: Sequence[Mapping[str, Any]], saved: Sequence[Mapp
         return [f"parameters per group: {sizes[0]} (saved) -> {sizes[1]}"]
     lines = []
     for index, (new, old) in enumerate(zip(current, saved, strict=True)):
-        for key in sorted((set(new) | set(old)) - set(_FREE)):
+        # Entries that are neither ours nor what we keep are a scheduler's.
+        compared = {*_KEPT, *_OPTIONS} - {"params", *scheduled_keys(old)}
+        for key in sorted(key for key in compared if key in new or key in old):
             was, now = _plain(old.get(key, "(absent)")), _plain(new.get(key, "(absent)"))
             if was != now and isinstance(was, tuple) and isinstance(now, tuple) and len(was) == len(now):
                 first = next(i for i, (a, b) in enumerate(zip(was, now, strict=True)) if a != b)

@@ -22,7 +22,7 @@ from earthshine.ops import lmo
 from earthshine.optim import rules
 from earthshine.optim.exchange import check_agreement, process_group
 from earthshine.optim.layout import read_layout
-from earthshine.optim.shares import Shares
+from earthshine.optim.shares import Shares, connect_holders
 
 # The directions that group["lmo"] may name.
 KINDS = ("row_rms", "sign", "rms")
@@ -36,9 +36,16 @@ class ScionPlan:
         # Ranks -> the "rms" parameters that they share.
         self.spread: dict[tuple[int, ...], list[int]] = {}
         for i, kind in enumerate(group["lmo"]):
-            ranks = shares.zero1_ranks(i) or read_layout(shares.params[i], (), shares.names[i]).ranks
+            layout = read_layout(shares.params[i], (), shares.names[i])
+            connect_holders(shares.params[i], layout)
+            ranks = shares.zero1_ranks(i) or layout.ranks
             if kind == "rms" and len(ranks) > 1:
                 self.spread.setdefault(ranks, []).append(i)
+            if kind == "row_rms" and shares.params[i].ndim < 2:
+                raise ConfigError(
+                    f"{shares.names[i]} of shape {list(shares.params[i].shape)} has no rows: 'row_rms' is for "
+                    f"embeddings [V, D]; use 'rms'."
+                )
             if (
                 kind == "row_rms"
                 and shares.weight(i).ndim > 1
@@ -59,22 +66,26 @@ class ScionPlan:
 
 def step_scion(
     plan: ScionPlan, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
-) -> tuple[Tensor, int, int]:
-    """One step of the shares that have a gradient: (sum of squares of the updates, their elements, bytes sent)."""
+) -> tuple[list[Tensor], int, int]:
+    """One step of the shares that have a gradient: (norms of the updates, their elements, bytes sent)."""
     shares, lr = plan.shares, float(group["lr"])
     sums = {i: shares.state(states[i]["momentum_sum"]) for i in states}
     for i, grad in grads.items():
-        sums[i].mul_(group["momentum"]).add_(grad.view(sums[i].shape))
+        kept, wide = sums[i], torch.promote_types(sums[i].dtype, torch.float32)
+        sums[i] = kept.to(wide).mul_(group["momentum"]).add_(grad.reshape(kept.shape))  # rounded once, after use
+        if sums[i] is not kept:
+            kept.copy_(sums[i])
     squares, sent = _squares(plan, sums)
-    total, elements = torch.zeros(()), 0
+    norms: list[Tensor] = []
+    elements = 0
     for i in grads:
         update = _direction(group["lmo"][i], shares, i, sums[i], squares.get(i)).mul_(group["update_rms"])
         weight = shares.weight(i)
         decay = lr * group["weight_decay"]
         rules.step_([weight], [update.view(weight.shape)], lr, decay, group["cautious_weight_decay"])
-        total = total + torch.linalg.vector_norm(update, dtype=torch.float32).square().cpu()
+        norms.append(torch.linalg.vector_norm(update))
         elements += update.numel()
-    return total, elements, sent
+    return norms, elements, sent
 
 
 def _direction(kind: str, shares: Shares, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
@@ -94,7 +105,7 @@ def _squares(plan: ScionPlan, sums: Mapping[int, Tensor]) -> tuple[dict[int, Ten
     found: dict[int, Tensor] = {}
     sent = 0
     for ranks, members in sorted(plan.spread.items()):
-        own = torch.stack([torch.linalg.vector_norm(sums[i], dtype=torch.float32).square() for i in members])
+        own = torch.stack([torch.linalg.vector_norm(sums[i].float()).square() for i in members])
         dist.all_reduce(own, group=process_group(ranks))
         found |= dict(zip(members, own.unbind(), strict=True))
         sent += _bytes(len(ranks), len(members))

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.exchange import adopt, check_agreement
+from earthshine.optim.exchange import adopt, check_agreement, connect
 from earthshine.optim.layout import Layout, read_layout
 from earthshine.optim.matrices import Spec, view_shape
 from earthshine.optim.zero1 import Partition, ShardedState
@@ -37,6 +38,9 @@ class Shares:
         self.views = [_view(p, spec) for p, spec in zip(params, specs, strict=True)]
         self._partitions: list[tuple[Partition, list[int]]] = []
         self._place: dict[int, tuple[Partition, int]] = {}
+        self._process_group = process_group
+        # With a process group: what every rank keeps whole.
+        self._scalars = [i for i, p in enumerate(params) if process_group is not None and not p.ndim]
         if process_group is not None:
             self._partition(process_group, piece_bytes)
         self.layouts: list[Layout] = []
@@ -46,7 +50,7 @@ class Shares:
                 self.layouts.append(partition.layouts[index])
             else:
                 self.layouts.append(read_layout(p, spec, name) if spec else _whole(self.views[i]))
-                _adopt_group(p, self.layouts[i])
+                connect_holders(p, self.layouts[i])
 
     def _partition(self, process_group: Any, piece_bytes: int) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -90,16 +94,30 @@ class Shares:
         """
         found: dict[int, Tensor] = {}
         sent = 0
+        placed = {i: self._placed(i, p.grad) for i, p in enumerate(self.params) if p.grad is not None}
         if reduce:
             for partition, members in self._partitions:
-                parts, n = partition.reduce([self.params[i] for i in members])
+                parts, n = partition.reduce([placed.get(i) for i in members])
                 sent += n
                 found |= {i: part for i, part in zip(members, parts, strict=True) if part is not None}
-        for i, p in enumerate(self.params):
-            if p.grad is None or (reduce and i in self._place):
-                continue
-            found[i] = self.of(i, self._placed(i, p.grad))
+            for i in self._scalars:
+                sent += self._reduce_scalar(i, placed)
+        for i, grad in placed.items():
+            if not (reduce and i in self._place):
+                found[i] = self.of(i, grad)
         return found, sent
+
+    def _reduce_scalar(self, i: int, placed: dict[int, Tensor]) -> int:
+        """A scalar is not divided: every rank takes the mean of its gradients. Returns the bytes sent."""
+        p, group = self.params[i], self._process_group
+        wide = torch.promote_types(p.dtype, torch.float32)
+        both = torch.zeros(2, dtype=wide, device=p.device)  # the sum, and how many ranks have a gradient
+        if i in placed:
+            both[0], both[1] = placed[i], 1
+        dist.all_reduce(both, group=group)
+        if both[1] > 0:
+            placed[i] = both[0] / dist.get_world_size(group)
+        return _scalar_bytes(both, dist.get_world_size(group))
 
     def _placed(self, i: int, grad: Tensor) -> Tensor:
         """The gradient in its parameter's placements: autograd may leave it partial, or otherwise divided."""
@@ -125,6 +143,10 @@ class Shares:
         for partition, _ in self._partitions:
             for key, n in partition.predicted_bytes(reduce).items():
                 total[key] = total.get(key, 0) + n
+        for i in self._scalars if reduce else ():
+            both = torch.empty(2, dtype=torch.promote_types(self.params[i].dtype, torch.float32), device="meta")
+            n = _scalar_bytes(both, dist.get_world_size(self._process_group))
+            total["reduce_gradients"] = total.get("reduce_gradients", 0) + n
         return total
 
     def view2d(self, i: int, share: Tensor, per_row: bool = False) -> Tensor:
@@ -159,7 +181,7 @@ class Shares:
     def can_take(self, i: int, live: Tensor, saved: Tensor) -> bool:
         """Whether saved state, whole or placed, can be copied into this process's."""
         if i in self._place:
-            return True  # `enter` says so itself
+            return self._place[i][0].can_enter(saved)
         if is_dtensor(live) != is_dtensor(saved):
             return False
         a: Any = live
@@ -211,12 +233,20 @@ def local(tensor: Tensor) -> Tensor:
     return mine.to_local() if is_dtensor(tensor) else tensor
 
 
-def _adopt_group(p: Any, layout: Layout) -> None:
-    """A parameter that one mesh dimension divides travels over that dimension's own process group."""
-    if len(layout.ranks) > 1:
+def connect_holders(p: Any, layout: Layout) -> None:
+    """Make the process group known over which a spread parameter travels: a mesh dimension's own, if one divides it."""
+    if len(layout.ranks) > 1 and is_dtensor(p):
         dims = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
-        if len(dims) == 1:
-            adopt(layout.ranks, p.device_mesh.get_group(dims[0]))
+        parts = [p.device_mesh.get_group(d) for d in dims]
+        if len(parts) == 1 and dist.get_process_group_ranks(parts[0]) == sorted(layout.ranks):
+            adopt(layout.ranks, parts[0])
+        else:
+            connect(layout.ranks, parts, p.device)
+
+
+def _scalar_bytes(both: Tensor, ranks: int) -> int:
+    """What a ring all-reduce of it sends from each rank."""
+    return 2 * (ranks - 1) * both.numel() * both.element_size() // ranks
 
 
 def _view(p: Tensor, spec: Spec) -> tuple[int, int]:

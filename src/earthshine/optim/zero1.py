@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from earthshine.errors import CheckpointError
+from earthshine.errors import CheckpointError, ConfigError
 from earthshine.optim.layout import Layout, partition_rows
 
 
@@ -34,19 +34,45 @@ class Partition:
     def __init__(
         self, params: Sequence[Tensor], views: Sequence[tuple[int, int]], group: Any, piece_bytes: int
     ) -> None:
+        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+            raise ConfigError(
+                f"process_group={group!r} must be a torch.distributed process group that this process (rank "
+                f"{dist.get_rank() if dist.is_initialized() else 0}) is in: dist.group.WORLD, or mesh.get_group('dp')."
+            )
         self.group = group
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.position = dist.get_rank(group)
         self.layouts: list[Layout] = partition_rows(views, self.ranks, self.position)
         # Elements [start, stop) of parameter i that position k owns.
         self.shares = [[_elements(layout, k) for layout in self.layouts] for k in range(len(self.ranks))]
-        longest = max(sum(stop - start for start, stop in share) for share in self.shares)
-        itemsize = params[0].element_size()
-        step = max(1, piece_bytes // (len(self.ranks) * itemsize))
-        self._pieces = [(start, min(start + step, longest)) for start in range(0, longest, step)]
-        self._dtype = params[0].dtype
+        self.longest = max(sum(stop - start for start, stop in share) for share in self.shares)
+        self._dtype, self._device = params[0].dtype, params[0].device
         self._wide = torch.promote_types(self._dtype, torch.float32)  # of gradients that are summed
-        self.longest = longest
+        self._step = max(1, piece_bytes // (len(self.ranks) * params[0].element_size()))
+        # Per piece and position: (offset in the piece, parameter, first element of it, last + 1).
+        self._spans: list[list[list[tuple[int, int, int, int]]]] = [
+            [[] for _ in self.ranks] for _ in range(0, self.longest, self._step)
+        ]
+        for k, share in enumerate(self.shares):
+            self._cut(k, share)
+
+    def _cut(self, k: int, share: Sequence[tuple[int, int]]) -> None:
+        done = 0
+        for index, (low, high) in enumerate(share):
+            while low < high:
+                piece, offset = divmod(done, self._step)
+                n = min(high - low, self._step - offset)
+                self._spans[piece][k].append((offset, index, low, low + n))
+                low, done = low + n, done + n
+
+    def can_enter(self, saved: Tensor) -> bool:
+        """Whether saved state is whole, or divided as `ShardedState.leave` does it."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        if not isinstance(saved, DTensor):
+            return True
+        ranks = tuple(saved.device_mesh.mesh.flatten().tolist())
+        return tuple(saved.placements) == (Shard(0),) and ranks == self.ranks
 
     def mine(self, index: int, tensor: Tensor) -> Tensor:
         """The share of parameter `index`, of a whole tensor like it: a view [elements]."""
@@ -62,23 +88,30 @@ class Partition:
             found["reduce_gradients"] = others * self.longest * self._wide.itemsize + flags
         return found
 
-    def reduce(self, params: Sequence[Tensor]) -> tuple[list[Tensor | None], int]:
+    def _sizes(self) -> Iterator[tuple[int, int, list[list[tuple[int, int, int, int]]]]]:
+        """Each piece: its first element, its last + 1, and its spans per position."""
+        for piece, spans in enumerate(self._spans):
+            yield piece * self._step, min((piece + 1) * self._step, self.longest), spans
+
+    def reduce(self, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
         """The mean over the ranks of this rank's share of every gradient, in at least fp32, and the bytes.
 
         None for a parameter that has no gradient on any rank; one that some ranks lack counts as zero there. The flags
         that tell are read on the host, which an accelerator has to be waited for.
         """
-        n, device = len(self.ranks), params[0].device
-        present = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=device)
+        n, device = len(self.ranks), self._device
+        present = torch.tensor([grad is not None for grad in grads], dtype=torch.uint8, device=device)
         dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.group)
-        sent = 2 * (n - 1) * len(params) // n
+        sent = 2 * (n - 1) * len(grads) // n
         share = torch.empty(self.longest, dtype=self._wide, device=device)
-        for start, stop in self._pieces:
+        flat_grads = [None if grad is None else grad.reshape(-1) for grad in grads]
+        for start, stop, spans in self._sizes():
             whole = torch.zeros(n, stop - start, dtype=self._wide, device=device)
             for k in range(n):
-                for where, piece in self._walk(k, start, stop, [p.grad for p in params]):
-                    if piece is not None:
-                        whole[k, where : where + piece.numel()] = piece
+                for offset, index, low, high in spans[k]:
+                    grad = flat_grads[index]
+                    if grad is not None:
+                        whole[k, offset : offset + high - low] = grad[low:high]
             dist.reduce_scatter_single(share[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
             sent += (n - 1) * (stop - start) * self._wide.itemsize
         share.div_(n)
@@ -89,39 +122,17 @@ class Partition:
     def gather(self, params: Sequence[Tensor]) -> int:
         """Every rank's share of the parameters into all of them, in place. Returns the bytes sent."""
         n, sent = len(self.ranks), 0
-        for start, stop in self._pieces:
-            own = torch.zeros(stop - start, dtype=params[0].dtype, device=params[0].device)
-            for where, piece in self._walk(self.position, start, stop, params):
-                if piece is not None:
-                    own[where : where + piece.numel()] = piece
+        for start, stop, spans in self._sizes():
+            own = torch.zeros(stop - start, dtype=self._dtype, device=self._device)
+            for offset, index, low, high in spans[self.position]:
+                own[offset : offset + high - low] = flat(params[index])[low:high]
             whole = own.new_empty(n, stop - start)
             dist.all_gather_single(whole.view(-1), own, group=self.group)
             sent += (n - 1) * own.numel() * own.element_size()
             for k in range(n):
-                if k != self.position:
-                    self._scatter(k, start, stop, whole[k], params)
+                for offset, index, low, high in spans[k] if k != self.position else ():
+                    flat(params[index])[low:high] = whole[k, offset : offset + high - low]
         return sent
-
-    def _walk(
-        self, k: int, start: int, stop: int, tensors: Sequence[Tensor | None]
-    ) -> Iterator[tuple[int, Tensor | None]]:
-        """What elements start to stop of position k's share are: (offset in the piece, view of a flat tensor)."""
-        for where, index, low, high in self._spans(k, start, stop):
-            tensor = tensors[index]
-            yield where, None if tensor is None else tensor.reshape(-1)[low:high]
-
-    def _scatter(self, k: int, start: int, stop: int, piece: Tensor, params: Sequence[Tensor]) -> None:
-        for where, index, low, high in self._spans(k, start, stop):
-            flat(params[index])[low:high] = piece[where : where + high - low]
-
-    def _spans(self, k: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """(offset in the piece, parameter, first element of it, last + 1) for elements start to stop of k's share."""
-        done = 0
-        for index, (low, high) in enumerate(self.shares[k]):
-            first, last = max(start - done, 0), min(stop - done, high - low)
-            if first < last:
-                yield done + first - start, index, low + first, low + last
-            done += high - low
 
 
 def _elements(layout: Layout, position: int) -> tuple[int, int]:
@@ -177,7 +188,7 @@ class ShardedState:
 
     def enter(self, saved: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """This rank's flat shares of saved tensors: DTensors as `leave` makes them, or whole plain tensors."""
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor
 
         part = self._partition
         ours = [self._rows(i, shapes[i]) for i in range(len(shapes))]
@@ -186,7 +197,7 @@ class ShardedState:
             return [t.reshape(-1)[start:stop] for t, (start, stop) in zip(saved, mine, strict=True)]
         locals_ = []
         for tensor in saved:
-            if not isinstance(tensor, DTensor) or tuple(tensor.placements) != (Shard(0),):
+            if not isinstance(tensor, DTensor) or not part.can_enter(tensor):
                 raise CheckpointError(
                     "saved state of ZeRO-1 parameters must be whole tensors, or DTensors with Shard(0) over the "
                     "process group as state_dict() gives them: load it through torch.distributed.checkpoint."

@@ -88,7 +88,6 @@ def test_copies_have_rates_and_state_of_their_own() -> None:
     assert float(twin.param_groups[0]["lr"]) == pytest.approx(LR)
 
 
-@pytest.mark.xfail(strict=True, reason="torch adds differentiable to the defaults of a copy, and it is compared")
 def test_a_copy_takes_groups_and_checkpoints_like_the_original() -> None:
     _, optimizer = one_matrix()
     twin = pickle.loads(pickle.dumps(optimizer))
@@ -98,7 +97,6 @@ def test_a_copy_takes_groups_and_checkpoints_like_the_original() -> None:
     optimizer.load_state_dict(twin.state_dict())
 
 
-@pytest.mark.xfail(strict=True, reason="the defaults hold the function, not its name")
 def test_an_optimizer_with_a_registered_function_is_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "_REGISTERED", {})
     half = lambda rows, cols: 0.5  # noqa: E731 - which pickle cannot find again

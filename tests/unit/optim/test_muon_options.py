@@ -233,10 +233,7 @@ TABLES: dict[str, tuple[tuple[float, float, float], ...]] = {
 }
 
 
-MISSING = pytest.mark.xfail(reason="the tables but keller5 are not in ops.orthogonalize yet")
-
-
-@pytest.mark.parametrize("name", ["keller5", *(pytest.param(n, marks=MISSING) for n in TABLES if n != "keller5")])
+@pytest.mark.parametrize("name", list(TABLES))
 def test_coefficient_tables_with_their_own_number_of_steps(name: str) -> None:
     """1e-5 for ten steps of which eight enlarge what is small by 3.4 each, and for polar_express's first by 8."""
     optimizer = compare(lambda W: Expected(W, polynomial(TABLES[name])), {"ns_coefficients": name}, tolerance=1e-5)
@@ -255,7 +252,6 @@ def test_a_table_of_the_users(form: str) -> None:
     compare(lambda W: Expected(W, polynomial(exactly[:2])), options | {"ns_steps": 2}, tolerance=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="a row of two numbers fails at the first step only")
 def test_a_row_of_a_table_is_three_numbers() -> None:
     with pytest.raises(ConfigError, match="ns_coefficients"):
         Muon([nn.Parameter(torch.zeros(2, 3))], lr=LR, ns_coefficients=((2.0, -1.5),))
@@ -277,7 +273,6 @@ def test_one_row_is_the_normalised_row_times_the_polynomial_of_one() -> None:
 # --------------------------------------------------------------------------------------------------------- Scion's rest
 
 
-@pytest.mark.xfail(strict=True, reason="fp64 parameters: the norm of the update is asked for in fp32")
 @pytest.mark.parametrize(
     ("kind", "shape", "lmo"),
     [
@@ -304,7 +299,6 @@ def test_scion_for_embeddings_heads_and_norms(kind: str, shape: tuple[int, ...],
     assert optimizer.last_stats["update_rms"]["scion"] == pytest.approx(0.3, rel=1e-6)  # summed in fp32
 
 
-@pytest.mark.xfail(strict=True, reason="fp64 parameters: the norm of the update is asked for in fp32")
 def test_scion_decays_cautiously_and_leaves_rows_without_gradient_alone() -> None:
     table = nn.Parameter(normal(4, 3, seed=1))
     before = table.detach().clone()
@@ -319,7 +313,6 @@ def test_scion_decays_cautiously_and_leaves_rows_without_gradient_alone() -> Non
         torch.testing.assert_close(table[row].detach(), before[row] * (1 - LR * 0.5), rtol=1e-13, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="rounded twice, and before its use")
 def test_scions_momentum_in_bf16_is_rounded_once_a_step_and_after_its_use() -> None:
     W = normal(7, 5, seed=1)
     p, M = nn.Parameter(W.clone()), torch.zeros_like(W)

@@ -7,7 +7,7 @@ import pytest
 
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError
-from earthshine.optim.config import OptimizerConfig, ScheduleConfig
+from earthshine.optim.config import NS_STEPS, OptimizerConfig, ScheduleConfig
 from earthshine.optim.schedule import learning_rate
 
 
@@ -64,9 +64,14 @@ def test_schedules_that_contradict_themselves(options: dict[str, object], messag
         ({"lr": -1.0}, r"optimizer\.lr=-1\.0 must be a finite"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"beta2": 1.0}, r"beta2=1\.0 must be at least 0 and below 1"),
-        ({"ns_steps": 0}, "ns_steps=0 must be between 1 and 100"),
+        ({"ns_steps": -1}, "ns_steps=-1 must be a whole number from 1 to 100"),
         ({"ns_coefficients": "keller6"}, "ns_coefficients='keller6' must be one of keller5"),
-        ({"ns_form": "gram", "ns_dtype": "bfloat16"}, "diverges"),
+        ({"ns_coefficients": "table"}, 'both ns_coefficients="table" and rows'),
+        ({"ns_table": ((2.0, -1.5, 0.5),)}, 'both ns_coefficients="table" and rows'),
+        ({"norm": "schatten"}, "norm='schatten' needs schatten_p"),
+        ({"schatten_p": 2.0}, "norm='spectral' none"),
+        ({"exact_rms": True, "scale": "original"}, "would mean nothing"),
+        ({"exact_rms": True, "normuon_beta2": 0.95}, "exact already"),
     ],
 )
 def test_optimizer_options_out_of_range(options: dict[str, object], message: str) -> None:
@@ -79,7 +84,14 @@ def test_configs_survive_json_and_their_defaults_are_moonlights() -> None:
     assert decode(OptimizerConfig, encode(config)) == config
     assert decode(ScheduleConfig, encode(ScheduleConfig())) == ScheduleConfig()
     assert (config.lr, config.weight_decay, config.momentum, config.update_rms) == (4.2e-4, 0.1, 0.95, 0.2)
-    assert (config.beta1, config.beta2, config.eps, config.ns_steps) == (0.9, 0.95, 1e-8, 5)
+    assert (config.beta1, config.beta2, config.eps, config.newton_schulz_steps) == (0.9, 0.95, 1e-8, 5)
+
+
+def test_the_tables_have_the_steps_that_the_operator_gives_them() -> None:
+    from earthshine.ops.newton_schulz_tables import COEFFICIENTS, default_steps
+
+    assert {name: default_steps(name) for name in COEFFICIENTS} == NS_STEPS
+    assert OptimizerConfig(ns_coefficients="table", ns_table=((2.0, -1.5, 0.5),) * 3).newton_schulz_steps == 3
 
 
 def test_configs_and_schedule_do_not_load_torch() -> None:
