@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earthshine.ops.orthogonalize import matrices_per_batch, newton_schulz_flops, resolve_form
+from earthshine.ops.orthogonalize import matrices_per_batch, resolve_method
 from earthshine.optim.exchange import check_agreement, send_order
 from earthshine.optim.matrices import logical_matrices
 from earthshine.optim.ownership import Block, Bucket, ShardGroupPlan, Task, plan_ownership
@@ -118,7 +118,7 @@ class MatrixPlan:
         self.wide = functools.reduce(torch.promote_types, (p.dtype for p in shares.params), torch.float32)
         self.payload = self._payload(group["payload_dtype"])
         self.flags, self.moments = bool(group["skip_idle"]), group["normuon_beta2"] > 0
-        self._form, self._steps = group["ns_form"], group["ns_steps"]
+        self._form, self._table, self._steps = group["ns_form"], group["ns_coefficients"], group["ns_steps"]
         self._costs: dict[tuple[int, int], int] = {}
         matrices = [
             logical_matrices(tuple(p.shape), spec, name)
@@ -146,8 +146,8 @@ class MatrixPlan:
         return self._costs[rows, cols]
 
     def _count(self, rows: int, cols: int) -> int:
-        form, blocks = resolve_form(self._form, rows, cols, self.dtype, self.device, self._steps)
-        return newton_schulz_flops(rows, cols, self._steps, form, blocks)
+        method = resolve_method(self._form, rows, cols, self.dtype, self.device, self._table, self._steps)
+        return method.flops(rows, cols)
 
     @property
     def imbalance(self) -> float:
