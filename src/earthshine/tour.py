@@ -244,7 +244,7 @@ def _job(tokens: Path, steps: int, tokens_per_step: int) -> TrainJob:
         sequences_per_step=sequences,
         sequences_per_micro_batch=max(n for n in (1, 2, 4, 8) if sequences % n == 0),
         num_steps=steps,
-        optimizer=OptimizerConfig(lr=LEARNING_RATE, ns_form="auto"),
+        optimizer=OptimizerConfig(lr=LEARNING_RATE),
         schedule=ScheduleConfig(kind="cosine"),
         checkpoint=CheckpointConfig(every_steps=0, keep=1),
     )
