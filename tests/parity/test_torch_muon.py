@@ -28,7 +28,7 @@ def test_updates_point_the_same_way(kind: str, rows: int, cols: int) -> None:
     g = torch.Generator().manual_seed(rows + cols)
     start = 0.02 * torch.randn(rows, cols, generator=g)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a = Muon([ours], lr=LR, weight_decay=0.1, momentum=MU, ns_dtype="bfloat16")
+    a = Muon([ours], lr=LR, weight_decay=0.1, momentum=MU, ns_dtype="bfloat16", ns_form="standard")
     b = torch.optim.Muon([theirs], lr=LR, weight_decay=0.1, momentum=MU, adjust_lr_fn="match_rms_adamw")
     average = torch.zeros(rows, cols)  # torch's momentum is an average: ours times (1 - mu)
     for _ in range(4):
@@ -54,7 +54,7 @@ def test_any_gaussian_gradient_agrees_within_the_noise_of_bf16(rows: int, cols: 
     G = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
     ours, theirs = nn.Parameter(torch.zeros(rows, cols)), nn.Parameter(torch.zeros(rows, cols))
     ours.grad, theirs.grad = G.clone(), G.clone()
-    Muon([ours], lr=LR, momentum=MU, ns_dtype="bfloat16").step()
+    Muon([ours], lr=LR, momentum=MU, ns_dtype="bfloat16", ns_form="standard").step()
     torch.optim.Muon([theirs], lr=LR, momentum=MU, adjust_lr_fn="match_rms_adamw").step()
     moved = [p.detach().double().flatten() for p in (ours, theirs)]
     assert torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0) >= 0.9995

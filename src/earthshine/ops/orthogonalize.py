@@ -6,30 +6,56 @@ Two forms of the same polynomial. "standard" iterates on X: per step X X^T, its 
 "gram" iterates on R = X X^T alone (Dao-AILab's gram-newton-schulz): with S_k = a + b R_k + c R_k^2,
     R_{k+1} = S_k R_k S_k,    Q_{k+1} = S_k Q_k,    O = Q X_0,
 so the long side appears in two products instead of ten. All factors are polynomials in one matrix and commute, hence
-every product of the gram form is symmetric and half of it can be left out, by blocks. In bf16 the gram form squares
-rounding errors into singular values above 2, so it is offered in fp32 and fp64 only, where it needs no restarts.
+every product of the gram form is symmetric and half of it can be left out, by blocks. Rounding leaves R with small
+negative eigenvalues that grow by a^2 per step; a restart (X <- Q X, R = X X^T) before they matter keeps the result as
+accurate as the standard form's (`newton_schulz_tables.gram_restarts`): rarely needed in fp32, always below.
+
+From fp32 on the square is completed, c (A + b/2c)^2 + (a - b^2/4c), with both constants added on the diagonal: a
+product that adds another matrix first copies it. Below fp32 a constant on the diagonal would lose its digits to
+rounding, so there the products add, as torch.optim.Muon's do.
 
 How we differ from torch.optim.Muon: normalisation is in at least fp32, before any cast, with a floor of 1e-30 instead
-of 1e-7 (which shrinks small gradients); the type is the caller's; the input is never written to or returned.
+of 1e-7 (which shrinks small gradients); the type is the caller's; the input is written to only when it may be.
+
+In fp32 on a CPU each matrix's result has the same bits alone and in any batch, on one thread and on several: Muon's
+promise that a layout over processes changes nothing rests on it. MKL keeps it except for tiny sides (see _MIN_SIDE).
 
 Legend: B matrices, M rows, N columns; turned so that S = min(M, N), L = max(M, N).
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from earthshine.errors import ConfigError
+from earthshine.ops.newton_schulz_tables import (
+    COEFFICIENTS,
+    Coefficients,
+    coefficient_steps,
+    default_steps,
+    gram_restarts,
+)
+
+__all__ = [
+    "COEFFICIENTS",
+    "Coefficients",
+    "Form",
+    "Method",
+    "choose_form",
+    "coefficient_steps",
+    "default_steps",
+    "matrices_per_batch",
+    "newton_schulz",
+    "newton_schulz_flops",
+    "resolve_form",
+    "resolve_method",
+]
 
 Form = Literal["standard", "gram", "auto"]
-Coefficients = tuple[tuple[float, float, float], ...]
-
-# (a, b, c) per step; the last row repeats for steps beyond the table.
-COEFFICIENTS: dict[str, Coefficients] = {
-    # K. Jordan: the largest slope at 0 that keeps singular values within about 0.7 to 1.2.
-    "keller5": ((3.4445, -4.7750, 2.0315),),
-}
 
 # A Frobenius norm below this is treated as this: an all-zero matrix stays zero instead of becoming NaN.
 EPS = 1e-30
@@ -43,29 +69,45 @@ _ACCELERATOR_BATCH_BYTES = 512 << 20
 # loses more than it saves, and beyond 4 blocks the saving, (p - 1) / 2p, hardly grows.
 _MIN_BLOCK_ROWS = 128
 _MAX_BLOCKS = 4
+# In bf16, where thin products lose more: 1.15x at 2048 x 2048 and 1.09x at 1408 x 2048, nothing at 352 rows.
+_MIN_ROWS_FOR_BLOCKS_BELOW_FP32 = 1024
+
+# Below fp32 the gram form from this aspect ratio on, measured: 1.39x at 4, 1.23x at 2.75, a loss at 1.
+_MIN_ASPECT_BELOW_FP32 = 2.5
+# ... and where restarts leave at least this saving, counted: 0.8 for keller5 at that ratio.
+_MAX_COST_BELOW_FP32 = 0.85
+
+# b^2 / 4c, added and subtracted when the square is completed: 2.8 for keller5, 8 for Polar Express. Far larger ones, of
+# a table whose c is next to nothing, would cost digits.
+_LARGEST_COMPLETION = 32.0
+
+# A smaller side is filled up to this with zeros, which Newton-Schulz keeps: MKL computes products of fewer than 12 rows
+# in an order that depends on the batch, the threads and the alignment, larger ones not (measured up to 300 rows).
+_MIN_SIDE = 32
 
 
-def coefficient_steps(coefficients: str | Coefficients, steps: int) -> Coefficients:
-    """The (a, b, c) of each of `steps` steps. Raises ConfigError for an unknown name or an empty table."""
-    if isinstance(coefficients, str):
-        if coefficients not in COEFFICIENTS:
-            known = ", ".join(sorted(COEFFICIENTS))
-            raise ConfigError(f"ns_coefficients={coefficients!r} is not a known table; known: {known}.")
-        coefficients = COEFFICIENTS[coefficients]
-    if not coefficients or steps < 1:
-        raise ConfigError(f"Newton-Schulz needs a row of coefficients and steps={steps} of at least 1.")
-    return tuple(coefficients[min(k, len(coefficients) - 1)] for k in range(steps))
+@dataclass(frozen=True)
+class Method:
+    """What is computed for a matrix of a shape.
+
+    table: (a, b, c) per step. blocks: rows of symmetric products are cut in so many. restarts: the gram form's.
+    """
+
+    form: Literal["standard", "gram"]
+    table: Coefficients
+    blocks: int
+    restarts: tuple[int, ...]
+
+    def flops(self, M: int, N: int) -> int:
+        """Floating-point operations of an M x N matrix's products."""
+        return newton_schulz_flops(M, N, len(self.table), self.form, self.blocks, len(self.restarts))
 
 
-def default_steps(coefficients: str | Coefficients) -> int:
-    """How many steps a table is made for."""
-    return 5 if isinstance(coefficients, str) else len(coefficients)
-
-
+@torch.no_grad()
 def newton_schulz(
     G_BMN: Tensor,
-    coefficients: str | Coefficients = "keller5",
-    steps: int = 5,
+    coefficients: str | Sequence[Sequence[float]] = "keller5",
+    steps: int | None = None,
     dtype: torch.dtype = torch.float32,
     form: Form = "standard",
     *,
@@ -75,26 +117,37 @@ def newton_schulz(
     """Orthogonalize each matrix of [B, M, N], or one [M, N]; the result has G's shape and type `dtype`.
 
     Singular values become those of the polynomial (keller5: about 0.7 to 1.2), not 1. A zero matrix stays zero; a
-    matrix that is not finite becomes NaN. Batches are cut to fit the cache; each matrix's result does not depend on
-    that beyond the rounding of the matrix products. Raises ConfigError for form="gram" outside fp32 and fp64.
+    matrix that is not finite becomes NaN. Batches are cut to fit the cache, which no result depends on. Gradients do
+    not flow through it.
+
+    coefficients, steps: as `coefficient_steps` takes them. form: see `resolve_form`.
+    consume: G may be overwritten, and may be the result: saves memory of G's size where G has type `dtype`.
+    compile: run each batch through torch.compile.
+    Raises ConfigError for what these do not allow.
     """
     if G_BMN.ndim == 2:
-        return newton_schulz(G_BMN[None], coefficients, steps, dtype, form)[0]
+        return newton_schulz(G_BMN[None], coefficients, steps, dtype, form, consume=consume, compile=compile)[0]
     if G_BMN.ndim != 3:
         raise ConfigError(f"newton_schulz takes [M, N] or [B, M, N], not {list(G_BMN.shape)}.")
-    table = coefficient_steps(coefficients, steps)
-    B, M, N = G_BMN.shape
-    form, blocks = resolve_form(form, M, N, dtype, G_BMN.device, steps)
+    M, N = G_BMN.shape[1:]
+    method = resolve_method(form, M, N, dtype, G_BMN.device, coefficients, steps)
     if G_BMN.numel() == 0:
         return G_BMN.to(dtype, copy=True)
-    chunk = matrices_per_batch(M, N, dtype, G_BMN.device)
-    if chunk >= B:
-        return _orthogonalize(G_BMN, table, dtype, form, blocks)
-    O_BMN = torch.empty(G_BMN.shape, dtype=dtype, device=G_BMN.device)
+    turned = M > N
+    G_BSL = G_BMN.mT if turned else G_BMN
+    B, S, L = G_BSL.shape
+    if S < _MIN_SIDE:
+        filled = G_BSL.new_zeros(B, _MIN_SIDE, max(L, _MIN_SIDE))
+        filled[:, :S, :L] = G_BSL
+        filled = newton_schulz(filled, coefficients, steps, dtype, method.form, consume=True, compile=compile)
+        O_BSL = filled[:, :S, :L].contiguous()
+        return O_BSL.mT if turned else O_BSL
+    in_place = consume and G_BSL.dtype == dtype and G_BSL.is_contiguous()
+    O_BSL = G_BSL if in_place else torch.empty((B, S, L), dtype=dtype, device=G_BSL.device)
+    chunk = matrices_per_batch(S, L, dtype, G_BSL.device)
     for start in range(0, B, chunk):
-        part = slice(start, start + chunk)
-        O_BMN[part] = _orthogonalize(G_BMN[part], table, dtype, form, blocks)
-    return O_BMN
+        _orthogonalize(G_BSL[start : start + chunk], O_BSL[start : start + chunk], method, compile)
+    return O_BSL.mT if turned else O_BSL
 
 
 def matrices_per_batch(M: int, N: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -105,116 +158,240 @@ def matrices_per_batch(M: int, N: int, dtype: torch.dtype, device: torch.device)
     return max(1, budget // max(1, per_matrix))
 
 
-def newton_schulz_flops(M: int, N: int, steps: int = 5, form: Form = "standard", blocks: int = 1) -> int:
-    """Floating-point operations (2 per multiply-add) of one matrix's products; `blocks` as in `resolve_form`."""
+def newton_schulz_flops(
+    M: int, N: int, steps: int = 5, form: Form = "standard", blocks: int = 1, restarts: int = 0
+) -> int:
+    """Floating-point operations (2 per multiply-add) of one matrix's products.
+
+    blocks as in `resolve_form`; restarts: how many the gram form makes.
+    """
     S, L = min(M, N), max(M, N)
     # p block rows compute (p + 1) / 2p of a symmetric product.
     square, gram = S**3 * (blocks + 1) // blocks, S * S * L * (blocks + 1) // blocks
     if form == "gram":
-        return (4 * steps - 3) * square + gram + 2 * S * S * L
+        segments = restarts + 1
+        return (4 * steps - 3 * segments) * square + segments * (gram + 2 * S * S * L)
     return steps * (gram + square + 2 * S * S * L)
 
 
+def resolve_method(
+    form: Form,
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    coefficients: str | Sequence[Sequence[float]] = "keller5",
+    steps: int | None = None,
+) -> Method:
+    """What `newton_schulz` computes for an M x N matrix with these options. Raises ConfigError as it does."""
+    table = coefficient_steps(coefficients, steps)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ConfigError(f"Newton-Schulz in {dtype} is not possible: use float32, bfloat16, float16 or float64.")
+    restarts = gram_restarts(table, torch.finfo(dtype).eps)
+    blocks = 1
+    if form == "auto":
+        form, blocks = _choose(M, N, dtype, device, len(table), len(restarts))
+    elif form == "gram":
+        blocks = _blocks(form, min(M, N), dtype, device)
+    elif form != "standard":
+        raise ConfigError(f"ns_form={form!r} must be one of standard, gram, auto.")
+    return Method("gram" if form == "gram" else "standard", table, blocks, restarts if form == "gram" else ())
+
+
 def resolve_form(
-    form: Form, M: int, N: int, dtype: torch.dtype, device: torch.device, steps: int = 5
+    form: Form,
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: int | None = None,
+    coefficients: str | Sequence[Sequence[float]] = "keller5",
 ) -> tuple[Form, int]:
     """What is computed for an M x N matrix: ("standard" or "gram", number of row blocks of symmetric products).
 
-    "standard" is never blocked: it keeps torch.optim.Muon's operations. "auto" is `choose_form`.
-    Raises ConfigError for "gram" in a type where it is not accurate.
+    "standard" is never blocked: it keeps torch.optim.Muon's products. "auto" is `choose_form`.
     """
-    if form == "auto":
-        return choose_form(M, N, dtype, device, steps)
-    if form == "gram" and dtype not in (torch.float32, torch.float64):
-        raise ConfigError(
-            f'ns_form="gram" with ns_dtype={dtype} diverges (singular values above 2): use float32, or "standard".'
-        )
-    if form not in ("standard", "gram"):
-        raise ConfigError(f"ns_form={form!r} must be one of standard, gram, auto.")
-    return form, _blocks(min(M, N), device) if form == "gram" else 1
+    method = resolve_method(form, M, N, dtype, device, coefficients, steps)
+    return method.form, method.blocks
 
 
-def choose_form(M: int, N: int, dtype: torch.dtype, device: torch.device, steps: int = 5) -> tuple[Form, int]:
-    """The cheaper form by counted operations, for form="auto": (form, row blocks of symmetric products).
+def choose_form(
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    steps: int | None = None,
+    coefficients: str | Sequence[Sequence[float]] = "keller5",
+) -> tuple[Form, int]:
+    """The rule of form="auto": (form, row blocks of symmetric products).
 
-    Below fp32 always ("standard", 1): the gram form is not accurate there. In fp32 and fp64 the one with fewer
-    operations, symmetric products halved by blocks on a CPU where S >= 384; without blocks the gram form wins from an
-    aspect ratio L/S of 1.5 (5 steps), with four from about 1.1.
+    In fp32 and fp64 the form with fewer counted operations, symmetric products cut in blocks on a CPU where S >= 384:
+    without blocks and restarts the gram form wins from an aspect ratio L/S of 1.5 on, with four blocks from about 1.1.
+    Below fp32 the gram form, with its restarts, from an aspect ratio of 2.5 on where that leaves at most 0.85 of the
+    operations; else the standard form, in blocks on a CPU where S >= 1024. On an accelerator nothing is cut.
     """
-    if dtype not in (torch.float32, torch.float64):
-        return "standard", 1
-    blocks = _blocks(min(M, N), device)
-    gram = newton_schulz_flops(M, N, steps, "gram", blocks)
-    standard = newton_schulz_flops(M, N, steps, "standard", blocks)
-    return ("gram" if gram < standard else "standard"), blocks
+    return resolve_form("auto", M, N, dtype, device, steps, coefficients)
 
 
-def _blocks(S: int, device: torch.device) -> int:
+def _choose(M: int, N: int, dtype: torch.dtype, device: torch.device, steps: int, restarts: int) -> tuple[Form, int]:
+    S, L = min(M, N), max(M, N)
+    blocks = {form: _blocks(form, S, dtype, device) for form in ("standard", "gram")}
+    gram = newton_schulz_flops(M, N, steps, "gram", blocks["gram"], restarts)
+    standard = newton_schulz_flops(M, N, steps, "standard", blocks["standard"])
+    if dtype.itemsize >= 4:
+        form: Form = "gram" if gram < standard else "standard"
+    else:
+        plain = newton_schulz_flops(M, N, steps, "standard")
+        wide = L >= _MIN_ASPECT_BELOW_FP32 * S
+        form = "gram" if wide and gram <= _MAX_COST_BELOW_FP32 * plain else "standard"
+    return form, blocks[form]
+
+
+def _blocks(form: Form, S: int, dtype: torch.dtype, device: torch.device) -> int:
     """Row blocks of a symmetric S x S product; 1 where halving does not pay."""
+    if device.type != "cpu":
+        return 1
+    if dtype.itemsize < 4:
+        # Not in the gram form: what commutes exactly does so only nearly when rounded, and mirroring one half of it
+        # doubled the largest singular value.
+        return _MAX_BLOCKS if form == "standard" and S >= _MIN_ROWS_FOR_BLOCKS_BELOW_FP32 else 1
     blocks = min(_MAX_BLOCKS, S // _MIN_BLOCK_ROWS)
-    return blocks if device.type == "cpu" and blocks >= 3 else 1
+    return blocks if blocks >= 3 else 1
 
 
-def _orthogonalize(G_BMN: Tensor, table: Coefficients, dtype: torch.dtype, form: Form, blocks: int) -> Tensor:
-    """One batch, of a resolved form; always a new tensor."""
-    X_BMN = _normalized(G_BMN).to(dtype)
-    tall = X_BMN.shape[-2] > X_BMN.shape[-1]
-    X_BSL = X_BMN.mT if tall else X_BMN
-    O_BSL = _gram(X_BSL, table, blocks) if form == "gram" else _standard(X_BSL, table, blocks)
-    return O_BSL.mT if tall else O_BSL
+_Iterate = Callable[[Tensor, Tensor, Method], Tensor]
 
 
-def _normalized(G_BMN: Tensor) -> Tensor:
-    """G / max(||G||_F, EPS) in at least fp32, as a new tensor.
+@functools.cache
+def _compiled(iterate: _Iterate) -> _Iterate:
+    # For any size: a model has more shapes than the 8 versions of a function that torch keeps.
+    compiled: _Iterate = torch.compile(iterate, dynamic=True)
+    return compiled
+
+
+def _orthogonalize(G_BSL: Tensor, O_BSL: Tensor, method: Method, compile: bool) -> None:
+    """One batch into O, which may be G itself. Each product with X moves it to the other of two places, last to O."""
+    moves = len(method.table) if method.form == "standard" else len(method.restarts) + 1
+    other_BSL = torch.empty_like(O_BSL)
+    X_BSL, Y_BSL = (other_BSL, O_BSL) if moves % 2 else (O_BSL, other_BSL)
+    _normalize(G_BSL, X_BSL)
+    iterate = _gram if method.form == "gram" else _standard
+    result_BSL = (_compiled(iterate) if compile else iterate)(X_BSL, Y_BSL, method)
+    if result_BSL is not O_BSL:
+        O_BSL.copy_(result_BSL)
+
+
+def _normalize(G_BSL: Tensor, out_BSL: Tensor) -> None:
+    """G / max(||G||_F, EPS) in at least fp32, cast to the type of `out`, which may be G.
 
     Divided by the largest element first: the squares of numbers below 1e-19 or above 1e19 leave fp32's range. Where
-    that element is at least EPS the second norm is at least 1, so its floor of 1 is the floor EPS of the first.
+    that element is at least EPS the second norm is at least 1, so its floor of 1 is the floor EPS of the first. The
+    norm is summed by rows, then over rows: threads would share out the sum of a whole single matrix.
     """
-    wide = torch.promote_types(G_BMN.dtype, torch.float32)
-    G_BMN = G_BMN.to(wide)
-    largest_B11 = torch.linalg.vector_norm(G_BMN, ord=float("inf"), dim=(-2, -1), keepdim=True).clamp_(min=EPS)
-    X_BMN: Tensor = G_BMN / largest_B11
-    return X_BMN.div_(torch.linalg.vector_norm(X_BMN, dim=(-2, -1), keepdim=True).clamp_(min=1))
+    wide = torch.promote_types(G_BSL.dtype, torch.float32)
+    X_BSL = out_BSL if out_BSL.dtype == wide else torch.empty_like(out_BSL, dtype=wide)
+    largest_B11 = torch.linalg.vector_norm(G_BSL, ord=float("inf"), dim=(-2, -1), keepdim=True, dtype=wide)
+    torch.div(G_BSL, largest_B11.clamp_(min=EPS), out=X_BSL)
+    norm_BS1 = torch.linalg.vector_norm(X_BSL, dim=-1, keepdim=True)
+    X_BSL.div_(torch.linalg.vector_norm(norm_BS1, dim=-2, keepdim=True).clamp_(min=1))
+    if X_BSL is not out_BSL:
+        out_BSL.copy_(X_BSL)
 
 
-def _standard(X_BSL: Tensor, table: Coefficients, blocks: int) -> Tensor:
-    for a, b, c in table:
-        A_BSS = _symmetric(X_BSL, X_BSL.mT, blocks)
-        X_BSL = torch.baddbmm(X_BSL, _polynomial(A_BSS, b, c, blocks), X_BSL, beta=a)
+def _standard(X_BSL: Tensor, Y_BSL: Tensor, method: Method) -> Tensor:
+    """The result in Y after an odd number of steps, in X after an even one; both are overwritten."""
+    B, S, _ = X_BSL.shape
+    A_BSS, P_BSS = X_BSL.new_empty(B, S, S), X_BSL.new_empty(B, S, S)
+    for a, b, c in method.table:
+        A_BSS = _product(X_BSL, X_BSL.mT, A_BSS, method.blocks)
+        P_BSS, rest = _polynomial(A_BSS, P_BSS, a, b, c, method.blocks)
+        X_BSL, Y_BSL = _times(P_BSS, X_BSL, rest, Y_BSL), X_BSL
     return X_BSL
 
 
-def _gram(X_BSL: Tensor, table: Coefficients, blocks: int) -> Tensor:
-    R_BSS = _symmetric(X_BSL, X_BSL.mT, blocks)
-    Q_BSS: Tensor | None = None
-    for k, (a, b, c) in enumerate(table):
-        S_BSS = _polynomial(R_BSS, b, c, blocks)
-        S_BSS.diagonal(dim1=-2, dim2=-1).add_(a)
-        Q_BSS = S_BSS if Q_BSS is None else _symmetric(S_BSS, Q_BSS, blocks)
-        if k + 1 < len(table):
-            R_BSS = _symmetric(S_BSS, _symmetric(S_BSS, R_BSS, blocks), blocks)
-    assert Q_BSS is not None  # coefficient_steps gives at least one row
-    return torch.bmm(Q_BSS, X_BSL)
+def _gram(X_BSL: Tensor, Y_BSL: Tensor, method: Method) -> Tensor:
+    """The result in Y without restarts; every restart swaps the two. Both are overwritten."""
+    B, S, _ = X_BSL.shape
+    R_BSS, P_BSS, Q_BSS, T_BSS = (X_BSL.new_empty(B, S, S) for _ in range(4))
+    blocks, last = method.blocks, len(method.table)
+    first = True  # of its segment: Q is still the identity
+    R_BSS = _product(X_BSL, X_BSL.mT, R_BSS, blocks)
+    for k, (a, b, c) in enumerate(method.table, start=1):
+        diagonal_BS = R_BSS.diagonal(dim1=-2, dim2=-1).clone()
+        P_BSS, rest = _polynomial(R_BSS, P_BSS, a, b, c, blocks)
+        R_BSS.diagonal(dim1=-2, dim2=-1).copy_(diagonal_BS)  # what the polynomial added would have cost digits
+        ends = k == last or k in method.restarts
+        if not ends:
+            T_BSS = _times(P_BSS, R_BSS, rest, T_BSS, blocks)
+            R_BSS = _times(P_BSS, T_BSS, rest, R_BSS, blocks)
+        if not first:
+            Q_BSS, T_BSS = _times(P_BSS, Q_BSS, rest, T_BSS, blocks), Q_BSS
+        elif not ends:
+            P_BSS.diagonal(dim1=-2, dim2=-1).add_(rest)
+            Q_BSS, P_BSS = P_BSS, Q_BSS
+        if ends:  # a segment of one step is a step of the standard form
+            X_BSL, Y_BSL = (_times(P_BSS, X_BSL, rest, Y_BSL) if first else _product(Q_BSS, X_BSL, Y_BSL)), X_BSL
+            if k < last:
+                R_BSS = _product(X_BSL, X_BSL.mT, R_BSS, blocks)
+        first = ends
+    return X_BSL
 
 
-def _polynomial(A_BSS: Tensor, b: float, c: float, blocks: int) -> Tensor:
-    """b A + c A^2 of a symmetric A, as a new tensor."""
+def _polynomial(A_BSS: Tensor, out_BSS: Tensor, a: float, b: float, c: float, blocks: int) -> tuple[Tensor, float]:
+    """b A + c A^2 of a symmetric A, and what is left to add: a I of the factor a I + b A + c A^2.
+
+    From fp32 on a I is added here, by completing the square, and nothing is left; A's diagonal is overwritten.
+    """
+    if A_BSS.dtype.itemsize < 4:
+        return _product(A_BSS, A_BSS, out_BSS, blocks, c, A_BSS, b), a
+    if c == 0:
+        P_BSS = A_BSS * b
+    elif b * b > _LARGEST_COMPLETION * 4 * abs(c):
+        P_BSS = _product(A_BSS, A_BSS, out_BSS, blocks, c, A_BSS, b)
+    else:
+        A_BSS.diagonal(dim1=-2, dim2=-1).add_(b / (2 * c))
+        P_BSS = _product(A_BSS, A_BSS, out_BSS, blocks, c)
+        a -= b * b / (4 * c)
+    P_BSS.diagonal(dim1=-2, dim2=-1).add_(a)
+    return P_BSS, 0.0
+
+
+def _times(P_BSS: Tensor, X_BSK: Tensor, rest: float, out_BSK: Tensor, blocks: int = 1) -> Tensor:
+    """(P + rest I) X; with blocks the product is known to be symmetric."""
+    return _product(P_BSS, X_BSK, out_BSK, blocks, 1.0, X_BSK if rest else None, rest)
+
+
+def _product(
+    A_BSK: Tensor,
+    C_BKS: Tensor,
+    out_BSS: Tensor,
+    blocks: int = 1,
+    alpha: float = 1.0,
+    add_BSS: Tensor | None = None,
+    beta: float = 0.0,
+) -> Tensor:
+    """alpha A C + beta add, in `out`; a new tensor when compiled, where torch 2.13 gets reused buffers wrong.
+
+    With p > 1 blocks the result is known to be symmetric: of p block rows those right of the diagonal are computed,
+    and mirrored.
+    """
     if blocks == 1:
-        return torch.baddbmm(A_BSS, A_BSS, A_BSS, beta=b, alpha=c)
-    return _symmetric(A_BSS, A_BSS, blocks).mul_(c).add_(A_BSS, alpha=b)
-
-
-def _symmetric(A_BSK: Tensor, C_BKS: Tensor, blocks: int) -> Tensor:
-    """A @ C where the product is known to be symmetric: with p > 1 block rows, those right of the diagonal and the
-    mirror image."""
-    if blocks == 1:
-        return torch.bmm(A_BSK, C_BKS)
-    B, S, _ = A_BSK.shape
+        if not torch.compiler.is_compiling():
+            added_BSS = out_BSS if add_BSS is None else add_BSS
+            return torch.baddbmm(added_BSS, A_BSK, C_BKS, beta=beta, alpha=alpha, out=out_BSS)
+        if add_BSS is None:
+            return torch.bmm(A_BSK, C_BKS) * alpha
+        return torch.baddbmm(add_BSS, A_BSK, C_BKS, beta=beta, alpha=alpha)
+    S = A_BSK.shape[1]
     rows = -(-S // blocks)
-    P_BSS = A_BSK.new_empty(B, S, S)
+    if torch.compiler.is_compiling():
+        out_BSS = torch.empty_like(out_BSS)
     for start in range(0, S, rows):
         stop = min(start + rows, S)
-        upper_BrS = torch.bmm(A_BSK[:, start:stop], C_BKS[:, :, start:])
-        P_BSS[:, start:stop, start:] = upper_BrS
-        P_BSS[:, stop:, start:stop] = upper_BrS[:, :, stop - start :].mT
-    return P_BSS
+        added_BrS = None if add_BSS is None else add_BSS[:, start:stop, start:]
+        upper_BrS = out_BSS[:, start:stop, start:]
+        computed_BrS = _product(A_BSK[:, start:stop], C_BKS[:, :, start:], upper_BrS, 1, alpha, added_BrS, beta)
+        if computed_BrS is not upper_BrS:
+            upper_BrS.copy_(computed_BrS)
+        out_BSS[:, stop:, start:stop].copy_(computed_BrS[:, :, stop - start :].mT)
+    return out_BSS
