@@ -122,3 +122,53 @@ def disagree_about_shares(algorithm: str) -> str:
 def test_zero1_over_processes_that_disagree(worlds: Worlds, algorithm: str) -> None:
     for text in worlds.run(2, disagree_about_shares, algorithm):
         assert "same" in text and "process" in text, text
+
+
+def outside_of_the_group() -> str:
+    """A group of ranks 0 and 1, in the hands of the others."""
+    group = dist.new_group([0, 1])
+    p = nn.Parameter(torch.ones(4, 4))
+    if dist.get_rank() < 2:
+        Muon([p], lr=0.1, process_group=group)
+        return ""
+    return message([p], process_group=group)
+
+
+def test_a_process_outside_the_zero1_group_is_refused(worlds: Worlds) -> None:
+    texts = worlds.run(4, outside_of_the_group)
+    assert texts[:2] == ["", ""]
+    assert all("process_group=" in text and "that this process (rank" in text for text in texts[2:])
+
+
+def scalars() -> tuple[float, float]:
+    """A scalar and its mean gradient, of which one rank has none."""
+    p = nn.Parameter(torch.tensor(1.0))
+    optimizer = Muon(
+        [{"params": [p], "algorithm": "adamw"}], lr=0.1, process_group=dist.group.WORLD, reduce_gradients=True
+    )
+    p.grad = torch.tensor(float(dist.get_rank())) if dist.get_rank() else None
+    optimizer.step()
+    assert optimizer.last_stats["bytes_sent"] == optimizer.predicted_bytes()
+    return p.item(), float(optimizer.state[p]["exp_avg"])
+
+
+def test_scalars_are_averaged_though_not_divided(worlds: Worlds) -> None:
+    found = worlds.run(4, scalars)
+    assert len(set(found)) == 1
+    assert found[0][1] == pytest.approx((1 - 0.9) * (0 + 1 + 2 + 3) / 4, rel=1e-6)  # of fp32
+
+
+def groups_of_another_number() -> bool:
+    """Half of the world on a mesh of two dimensions, whose ranks have made unequally many groups before."""
+    if dist.get_rank() in (0, 3):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("pp", "dp", "tp"))["dp", "tp"]
+    p = nn.Parameter(distribute_tensor(torch.randn(8, 8), mesh, [Shard(0), Shard(1)]))
+    optimizer = Muon([p], lr=0.1, ns_dtype="float32")
+    p.grad = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0), Shard(1)])
+    optimizer.step()
+    return optimizer.last_stats["bytes_sent"] == optimizer.predicted_bytes()
+
+
+def test_ranks_with_other_groups_besides_do_not_wait_for_each_other(worlds: Worlds) -> None:
+    assert all(worlds.run(4, groups_of_another_number))

@@ -209,3 +209,12 @@ def test_another_process_goes_on_from_a_file_of_weights_only(tmp_path: Path) -> 
     subprocess.run([sys.executable, tmp_path / "other.py", file, result], check=True, timeout=120)
     for n, value in torch.load(result, weights_only=True).items():
         assert torch.equal(value, ps[n]), n
+
+
+@pytest.mark.filterwarnings("default")  # torch warns of itself when dynamo is imported
+def test_a_wrapped_models_checkpoint_is_the_bare_ones() -> None:
+    """torch.compile puts _orig_mod. before every name; nothing is compiled before a forward."""
+    bare, wrapped = Small(), torch.compile(Small())
+    one, other = muon(bare), muon(wrapped)
+    assert other.param_groups[0]["param_names"] == one.param_groups[0]["param_names"] == ["up.weight", "down.weight"]
+    one.load_state_dict(other.state_dict())

@@ -333,3 +333,34 @@ def test_scion_groups_say_what_each_parameter_is() -> None:
         Muon([{"params": [nn.Parameter(torch.zeros(3))], "algorithm": "scion"}], lr=LR)
     with pytest.raises(ConfigError, match=r"lmo=\('l2',\)"):
         Muon([{"params": [nn.Parameter(torch.zeros(3))], "algorithm": "scion", "lmo": ("l2",)}], lr=LR)
+
+
+@pytest.mark.parametrize(("option", "value"), [("skip_idle", True), ("ns_steps", 3), ("normuon_beta2", 0.9)])
+def test_what_plan_and_state_were_made_for_cannot_change_afterwards(option: str, value: Any) -> None:
+    p = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([p], lr=0.1, ns_dtype="float32")
+    optimizer.param_groups[0][option] = value
+    p.grad = torch.ones(4, 6)
+    with pytest.raises(ConfigError, match=f"{option} of a parameter group was changed .* after construction"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(4, 6))
+
+
+def test_cautious_decay_of_adamws_parameters() -> None:
+    """AdamW's own step without decay, and decay where update and weight have one sign (arXiv:2510.12402)."""
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(37, dtype=torch.float64, generator=g)
+    cautious, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours = Muon([{"params": [cautious], "algorithm": "adamw"}], lr=0.1, weight_decay=0.5, cautious_weight_decay=True)
+    theirs = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0, betas=(0.9, 0.95))
+    for _ in range(4):
+        before = plain.detach().clone()
+        cautious.grad = torch.randn(37, dtype=torch.float64, generator=g)
+        plain.grad = cautious.grad.clone()
+        ours.step()
+        theirs.step()
+        with torch.no_grad():
+            update = before - plain  # its sign is all that matters
+            plain -= 0.1 * 0.5 * before * (update * before >= 0)
+        # Rounding of fp64, with room for the order of decay and update.
+        torch.testing.assert_close(cautious.detach(), plain.detach(), rtol=1e-12, atol=1e-13)
