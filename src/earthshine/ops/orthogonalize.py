@@ -10,10 +10,6 @@ every product of the gram form is symmetric and half of it can be left out, by b
 negative eigenvalues that grow by a^2 per step; a restart (X <- Q X, R = X X^T) before they matter keeps the result as
 accurate as the standard form's (`newton_schulz_tables.gram_restarts`): rarely needed in fp32, always below.
 
-From fp32 on the square is completed, c (A + b/2c)^2 + (a - b^2/4c), with both constants added on the diagonal: a
-product that adds another matrix first copies it. Below fp32 a constant on the diagonal would lose its digits to
-rounding, so there the products add, as torch.optim.Muon's do.
-
 How we differ from torch.optim.Muon: normalisation is in at least fp32, before any cast, with a floor of 1e-30 instead
 of 1e-7 (which shrinks small gradients); the type is the caller's; the input is written to only when it may be.
 
@@ -76,10 +72,6 @@ _MIN_ROWS_FOR_BLOCKS_BELOW_FP32 = 1024
 _MIN_ASPECT_BELOW_FP32 = 2.5
 # ... and where restarts leave at least this saving, counted: 0.8 for keller5 at that ratio.
 _MAX_COST_BELOW_FP32 = 0.85
-
-# b^2 / 4c, added and subtracted when the square is completed: 2.8 for keller5, 8 for Polar Express. Far larger ones, of
-# a table whose c is next to nothing, would cost digits.
-_LARGEST_COMPLETION = 32.0
 
 # A smaller side is filled up to this with zeros, which Newton-Schulz keeps: MKL computes products of fewer than 12 rows
 # in an order that depends on the batch, the threads and the alignment, larger ones not (measured up to 300 rows).
@@ -184,6 +176,20 @@ def resolve_method(
     steps: int | None = None,
 ) -> Method:
     """What `newton_schulz` computes for an M x N matrix with these options. Raises ConfigError as it does."""
+    rows = coefficients if isinstance(coefficients, str) else tuple(map(tuple, coefficients))
+    return _resolve(form, M, N, dtype, device, rows, steps)
+
+
+@functools.lru_cache(maxsize=1024)  # asked for every batch of every step
+def _resolve(
+    form: Form,
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    coefficients: str | tuple[tuple[float, ...], ...],
+    steps: int | None,
+) -> Method:
     table = coefficient_steps(coefficients, steps)
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ConfigError(f"Newton-Schulz in {dtype} is not possible: use float32, bfloat16, float16 or float64.")
@@ -209,7 +215,7 @@ def resolve_form(
 ) -> tuple[Form, int]:
     """What is computed for an M x N matrix: ("standard" or "gram", number of row blocks of symmetric products).
 
-    "standard" is never blocked: it keeps torch.optim.Muon's products. "auto" is `choose_form`.
+    "standard" is never blocked: it keeps torch.optim.Muon's operations. "auto" is `choose_form`.
     """
     method = resolve_method(form, M, N, dtype, device, coefficients, steps)
     return method.form, method.blocks
@@ -304,61 +310,40 @@ def _standard(X_BSL: Tensor, Y_BSL: Tensor, method: Method) -> Tensor:
     A_BSS, P_BSS = X_BSL.new_empty(B, S, S), X_BSL.new_empty(B, S, S)
     for a, b, c in method.table:
         A_BSS = _product(X_BSL, X_BSL.mT, A_BSS, method.blocks)
-        P_BSS, rest = _polynomial(A_BSS, P_BSS, a, b, c, method.blocks)
-        X_BSL, Y_BSL = _times(P_BSS, X_BSL, rest, Y_BSL), X_BSL
+        P_BSS = _product(A_BSS, A_BSS, P_BSS, method.blocks, c, A_BSS, b)
+        X_BSL, Y_BSL = _product(P_BSS, X_BSL, Y_BSL, 1, 1.0, X_BSL, a), X_BSL
     return X_BSL
 
 
 def _gram(X_BSL: Tensor, Y_BSL: Tensor, method: Method) -> Tensor:
-    """The result in Y without restarts; every restart swaps the two. Both are overwritten."""
+    """The result in Y without restarts; every restart swaps the two. Both are overwritten.
+
+    S = a I + P is only made where it is the first factor of Q: below fp32 a constant on the diagonal costs the digits
+    of what it is added to.
+    """
     B, S, _ = X_BSL.shape
     R_BSS, P_BSS, Q_BSS, T_BSS = (X_BSL.new_empty(B, S, S) for _ in range(4))
     blocks, last = method.blocks, len(method.table)
     first = True  # of its segment: Q is still the identity
     R_BSS = _product(X_BSL, X_BSL.mT, R_BSS, blocks)
     for k, (a, b, c) in enumerate(method.table, start=1):
-        diagonal_BS = R_BSS.diagonal(dim1=-2, dim2=-1).clone()
-        P_BSS, rest = _polynomial(R_BSS, P_BSS, a, b, c, blocks)
-        R_BSS.diagonal(dim1=-2, dim2=-1).copy_(diagonal_BS)  # what the polynomial added would have cost digits
+        P_BSS = _product(R_BSS, R_BSS, P_BSS, blocks, c, R_BSS, b)
         ends = k == last or k in method.restarts
         if not ends:
-            T_BSS = _times(P_BSS, R_BSS, rest, T_BSS, blocks)
-            R_BSS = _times(P_BSS, T_BSS, rest, R_BSS, blocks)
+            T_BSS = _product(P_BSS, R_BSS, T_BSS, blocks, 1.0, R_BSS, a)
+            R_BSS = _product(P_BSS, T_BSS, R_BSS, blocks, 1.0, T_BSS, a)
         if not first:
-            Q_BSS, T_BSS = _times(P_BSS, Q_BSS, rest, T_BSS, blocks), Q_BSS
+            Q_BSS, T_BSS = _product(P_BSS, Q_BSS, T_BSS, blocks, 1.0, Q_BSS, a), Q_BSS
         elif not ends:
-            P_BSS.diagonal(dim1=-2, dim2=-1).add_(rest)
+            P_BSS.diagonal(dim1=-2, dim2=-1).add_(a)
             Q_BSS, P_BSS = P_BSS, Q_BSS
-        if ends:  # a segment of one step is a step of the standard form
-            X_BSL, Y_BSL = (_times(P_BSS, X_BSL, rest, Y_BSL) if first else _product(Q_BSS, X_BSL, Y_BSL)), X_BSL
+        if ends:
+            moved_BSL = _product(Q_BSS, X_BSL, Y_BSL) if not first else _product(P_BSS, X_BSL, Y_BSL, 1, 1.0, X_BSL, a)
+            X_BSL, Y_BSL = moved_BSL, X_BSL
             if k < last:
                 R_BSS = _product(X_BSL, X_BSL.mT, R_BSS, blocks)
         first = ends
     return X_BSL
-
-
-def _polynomial(A_BSS: Tensor, out_BSS: Tensor, a: float, b: float, c: float, blocks: int) -> tuple[Tensor, float]:
-    """b A + c A^2 of a symmetric A, and what is left to add: a I of the factor a I + b A + c A^2.
-
-    From fp32 on a I is added here, by completing the square, and nothing is left; A's diagonal is overwritten.
-    """
-    if A_BSS.dtype.itemsize < 4:
-        return _product(A_BSS, A_BSS, out_BSS, blocks, c, A_BSS, b), a
-    if c == 0:
-        P_BSS = A_BSS * b
-    elif b * b > _LARGEST_COMPLETION * 4 * abs(c):
-        P_BSS = _product(A_BSS, A_BSS, out_BSS, blocks, c, A_BSS, b)
-    else:
-        A_BSS.diagonal(dim1=-2, dim2=-1).add_(b / (2 * c))
-        P_BSS = _product(A_BSS, A_BSS, out_BSS, blocks, c)
-        a -= b * b / (4 * c)
-    P_BSS.diagonal(dim1=-2, dim2=-1).add_(a)
-    return P_BSS, 0.0
-
-
-def _times(P_BSS: Tensor, X_BSK: Tensor, rest: float, out_BSK: Tensor, blocks: int = 1) -> Tensor:
-    """(P + rest I) X; with blocks the product is known to be symmetric."""
-    return _product(P_BSS, X_BSK, out_BSK, blocks, 1.0, X_BSK if rest else None, rest)
 
 
 def _product(
