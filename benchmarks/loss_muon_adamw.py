@@ -237,7 +237,9 @@ def main() -> None:
             for _ in pool.map(lambda run: start(run, root, chosen.steps), runs):
                 pass
     results = [_read(root / run.name / RESULT) | {"plan": _read(root / run.name / "plan.json")} for run in runs]
-    study = Study(results, text=text | {"name": chosen.text_name})
+    named = {run.name for run in runs}
+    outside = [_read(path) for path in sorted(root.glob(f"*/{RESULT}")) if path.parent.name not in named]
+    study = Study(results, text=text | {"name": chosen.text_name}, outside=outside)
     print(write_report(study, chosen.out or root))
 
 

@@ -62,8 +62,11 @@ class Study:
     runs of one seed did not see the same samples or did not begin at the same loss.
     """
 
-    def __init__(self, results: Sequence[dict[str, Any]], text: dict[str, Any]) -> None:
-        self.text = text
+    def __init__(
+        self, results: Sequence[dict[str, Any]], text: dict[str, Any], outside: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """outside: finished runs that are no part of the grid, which are only listed."""
+        self.text, self.outside = text, outside
         self.runs = {(r["algorithm"], r["lr"], r["seed"]): r for r in results}
         self.algorithms = [a for a in NAMES if any(key[0] == a for key in self.runs)]
         self.seeds = sorted({key[2] for key in self.runs})
@@ -98,6 +101,10 @@ class Study:
         """The held-out loss after the last step, by seed; infinite for a run that diverged."""
         runs = [self.runs[algorithm, lr, seed] for seed in self.seeds]
         return [math.inf if r["diverged"] else r["heldout"][-1][1] for r in runs]
+
+    def lowest(self, algorithm: str) -> float:
+        """The lowest final loss of any run."""
+        return min(loss for lr in self.lrs(algorithm) for loss in self.finals(algorithm, lr))
 
     def best_lr(self, algorithm: str) -> float:
         """The learning rate with the lowest mean final loss."""
@@ -270,7 +277,7 @@ def _draw_rates(study: Study, axes: Any) -> None:
         axes.errorbar(lrs, mean, yerr=half, color=color, marker="o", markersize=4, capsize=2.5, label=NAMES[algorithm])
         for lr in lrs:
             finals = study.finals(algorithm, lr)
-            axes.plot([lr] * len(finals), finals, ".", color=color, alpha=0.5, markersize=4)
+            axes.plot([lr] * len(finals), finals, "o", color=color, alpha=0.7, markersize=5, markerfacecolor="none")
         best = study.best_lr(algorithm)
         lowest = interval(study.finals(algorithm, best)).mean
         axes.plot(
@@ -281,7 +288,7 @@ def _draw_rates(study: Study, axes: Any) -> None:
     axes.minorticks_off()
     axes.set_xlabel("peak learning rate (thousandths)")
     axes.set_ylabel("final held-out loss (nats per token)")
-    axes.set_title("Final loss by learning rate (ring: best)")
+    axes.set_title("Final loss by learning rate (large ring: best)")
     axes.legend(frameon=False, loc="upper right")
 
 
@@ -313,14 +320,26 @@ def _page(study: Study) -> list[str]:
             mean = f"**{mean}**" if lr == study.best_lr(algorithm) else mean
             shown = " | ".join(f"{f:.4f}" if math.isfinite(f) else "diverged" for f in finals)
             lines.append(f"| {NAMES[algorithm]} | {lr:g} | {shown} | {mean} |")
-    return [*lines, "", *_setting(study), "", *_limits(study)]
+    return [*lines, *_outside(study), "", *_setting(study), "", *_limits(study)]
+
+
+def _outside(study: Study) -> list[str]:
+    """Runs that were made and are not in the grid: none is left unsaid."""
+    if not study.outside:
+        return []
+    listed = ", ".join(
+        f"{NAMES[r['algorithm']]} {r['lr']:g}, seed {r['seed']}: "
+        + ("diverged" if r["diverged"] else f"{r['heldout'][-1][1]:.4f}")
+        for r in study.outside
+    )
+    return ["", f"Also run, while the grid was being placed: {listed}."]
 
 
 def _findings(study: Study) -> list[str]:
     leader, other = study.leader()
     best = {a: study.best_lr(a) for a in NAMES}
     final = {a: interval(study.finals(a, best[a])) for a in NAMES}
-    step, gap = study.difference()[-1]
+    _, gap = study.difference()[-1]
     shares = study.token_share()
     where = {a: "at the edge of its grid" if study.at_edge(a) else "inside its grid" for a in NAMES}
     seconds = {a: study.seconds_per_step(a) for a in NAMES}
@@ -330,6 +349,7 @@ def _findings(study: Study) -> list[str]:
         f"| best peak learning rate | {best['muon']:g}, {where['muon']} | {best['adamw']:g}, {where['adamw']} |",
         f"| final held-out loss, nats per token | {final['muon']} | {final['adamw']} |",
         f"| difference paired by seed, Muon - AdamW | {gap} | |",
+        f"| lowest final loss of any single run | {study.lowest('muon'):.3f} | {study.lowest('adamw'):.3f} |",
         f"| FLOPs of a step, in those of forward and backward | {1 + study.newton_schulz_share():.2f} | 1.00 |",
         f"| seconds of the fastest step | {seconds['muon']:.2f} | {seconds['adamw']:.2f} |",
     ]
