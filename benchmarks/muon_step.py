@@ -1,268 +1,200 @@
-"""Median time of one Muon step over sets of matrices, against torch.optim.Muon and packages of PyPI, interleaved.
+"""Median time of one Muon step over a set of matrices, beside every other Muon that runs here, interleaved in one run.
 
-    python benchmarks/muon_step.py [--set a|b|c|d|e|each | --shapes 576x1536*4,...] [--threads 1] [--samples 9]
+    python benchmarks/muon_step.py [--set a|b|c|d|e|layer|ROWSxCOLS*COUNT,...] [--threads 1|2] [--samples 9] [--each]
+                                   [--gradients gaussian|tokens] [--cap SECONDS] [--only NAME ...] [--json FILE]
 
-Each sample times one whole step (momentum, Newton-Schulz, decay, update) of every contender in turn, so that what else
-the machine does hits all of them. All have the same matrices, gradients, coefficients (keller5) and five steps.
+Each round times one whole step (momentum, Newton-Schulz, decay, update) of every side in turn, so that what else the
+machine does hits all of them. Peers: torch.optim.Muon on the matrices one by one; muonium, heavyball and
+pytorch_optimizer as they come from PyPI. All have K. Jordan's coefficients and five steps but heavyball, whose table is
+fixed. All of them force bf16, which a CPU without bf16 instructions runs many times slower than fp32: there the fair
+peers are torch's loop with the cast left out, and pytorch_optimizer patched to fp32, which are therefore timed as well.
+A side whose step would take longer than --cap by the measured rate of its type is left out, with that estimate; one
+whose samples together would is sampled once, and marked *.
 
-torch.optim.Muon, muonium and heavyball force bf16, which a CPU without bf16 instructions runs many times slower than
-fp32: the fair peer there is torch's own loop without that cast ("torch's loop, in fp32"). A contender whose
-step would take longer than --cap seconds, by its type's measured rate of products, is left out and named.
-    pip install --no-deps muonium heavyball pytorch_optimizer; pip install opt-einsum        the packages it looks for
-
-The rate is operations of the standard form per second, whatever a form really computes, over that of a large product
-timed in the same rounds. Quality is of the update, on a matrix of each shape that fp64 can do quickly: the
-relative Frobenius error to Newton-Schulz in fp64, and the largest singular value over fp64's.
-Sets: (a) Moonlight's shapes, (b) a small Mixtral's 112 matrices, (c) a small fine-grained model's 796, (d) 126 small
-matrices, (e) wide ones; "each" is many shapes, one at a time.
+"x installed" and "x any" are times of the fastest peer, as installed and with the patched ones, over this side's.
+The rate is operations of the standard form per second, whatever is really computed, over that of a product of 1024 in
+the side's type in the same rounds, so it may exceed 100 %. Quality is of the first update: relative error to the same
+polynomial in fp64, and largest singular value, the worst over the shapes. CPU time is shown beside the clock's: on a
+machine that others use too it is the steadier of the two, on one thread. --each measures every shape by itself.
 """
 
 import argparse
 import json
-import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from support.muon_sides import SETS, Quality, Shape, Side, gradients, own_sides, parse_shapes, peer_sides
+from torch import nn
 
-from earthshine.console import table
-from earthshine.device import environment, gemm_peak
-from earthshine.ops.orthogonalize import newton_schulz, newton_schulz_flops
-from earthshine.optim.muon import Muon
+from earthshine.console import log, table
+from earthshine.device import choose_compute_dtype, environment, gemm_peak
+from earthshine.ops.orthogonalize import newton_schulz_flops
 
-LR = 1e-3
-SETS = {
-    "a": "2048x2048,11264x2048,1408x2048*2",
-    "b": "256x256*16,704x256*64,256x704*32",
-    "c": "384x256*4,144x256*4,512x128*4,256x256*4,352x256*8,256x352*4,176x256*512,256x176*256",
-    "d": "64x64*42,64x128*42,128x128*42",
-    "e": "256x704*16,352x1408*8,384x1536*4,512x2048*4",
-}
-EACH = "8x256 16x16 64x64 64x128 128x128 96x256 176x256 256x256 352x512 512x512 256x704 384x384 704x1024 1024x1024"
-# Matrices beyond this many operations are not compared with fp64: it takes ten times as long as the step.
-QUALITY_FLOPS = 120e9
-
-Contender = tuple[Callable[[], None], list[nn.Parameter], list[Tensor]]
-Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+CPU = torch.device("cpu")
 
 
-class TorchLoop(torch.optim.Muon):
-    """torch.optim.Muon's step on the matrices one by one, with Newton-Schulz in fp32: its own lines but the cast."""
+class Runner:
+    """One side with its own parameters and gradients, and its times."""
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                buf = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buf.lerp_(p.grad, 1 - group["momentum"])
-                X = p.grad.lerp(buf, group["momentum"])
-                tall = X.size(0) > X.size(1)
-                X = X.T if tall else X
-                X.div_(X.norm().clamp(min=group["eps"]))
-                a, b, c = group["ns_coefficients"]
-                for _ in range(group["ns_steps"]):
-                    A = X @ X.T
-                    X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(X.T if tall else X, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+    def __init__(self, side: Side, shapes: list[Shape], grads: list[torch.Tensor]) -> None:
+        self.side = side
+        self.params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        self.given, self.grads = grads, [torch.empty_like(g) for g in grads]
+        self.optimizer = side.build(self.params)
+        self.samples: list[tuple[float, float]] = []
+
+    def sample(self) -> float:
+        """Seconds of one step on the same gradients: some peers write into them, or drop them."""
+        for p, own, g in zip(self.params, self.grads, self.given, strict=True):
+            p.grad = own.copy_(g)
+        seconds = timed(self.optimizer.step)
+        self.samples.append(seconds)
+        return seconds[0]
 
 
-def parse_shapes(text: str) -> list[tuple[int, int]]:
-    """ "2x3*2,4x5" -> [(2, 3), (2, 3), (4, 5)]"""
-    shapes = []
-    for item in text.split(","):
-        size, _, count = item.partition("*")
-        rows, _, cols = size.partition("x")
-        shapes += [(int(rows), int(cols))] * int(count or 1)
-    return shapes
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the clock, and of CPU time over all threads."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
-def peers() -> tuple[dict[str, tuple[Build, torch.dtype]], list[str]]:
-    """Other people's optimizers: name -> (how it is made, the type it computes in); and those that are not there."""
-    found: dict[str, tuple[Build, torch.dtype]] = {
-        "torch's loop, in fp32": (lambda p: TorchLoop(p, lr=LR), torch.float32),
-        "torch.optim.Muon (bf16)": (
-            lambda p: torch.optim.Muon(p, lr=LR, adjust_lr_fn="match_rms_adamw"),
-            torch.bfloat16,
-        ),
-    }
-    missing = []
-    try:
-        from pytorch_optimizer import Muon as Other
-
-        # Its own scale rule; the rest is the same.
-        adjusted = {"lr": LR, "weight_decay": 0.1, "use_adjusted_lr": True}
-        found["pytorch_optimizer"] = (lambda p: Other([{"params": p, "use_muon": True}], **adjusted), torch.float32)
-    except ImportError:
-        missing.append("pytorch_optimizer")
-    try:
-        import muonium
-
-        # Its own scale rule, and weight decay that is not cautious, as everybody's here.
-        found["muonium (bf16)"] = (
-            lambda p: muonium.Muon(p, lr=LR, use_cautious_wd=False, orthogonalization_strategy="newton_schulz"),
-            torch.bfloat16,
-        )
-    except ImportError:
-        missing.append("muonium")
-    try:
-        import heavyball
-
-        heavyball.utils.zeroth_power_mode = "legacy_newtonschulz"  # keller5; its default is another table
-        found["heavyball (bf16)"] = (lambda p: heavyball.Muon(p, lr=LR, weight_decay=0.1), torch.bfloat16)
-    except ImportError:
-        missing.append("heavyball")
-    return found, missing
-
-
-def make(build: Build, shapes: list[tuple[int, int]], grads: list[Tensor]) -> Contender:
-    params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    give_gradients(params, grads)
-    optimizer = build(params)
-    return lambda: optimizer.step(), params, grads
-
-
-def give_gradients(params: list[nn.Parameter], grads: list[Tensor]) -> None:
-    """Where they are not there: some optimizers take them away."""
-    for p, g in zip(params, grads, strict=True):
-        if p.grad is None:
-            p.grad = g.clone()
-
-
-def contenders(shapes: list[tuple[int, int]], options: argparse.Namespace) -> tuple[dict[str, Contender], list[str]]:
-    """Name -> (one step, its parameters), all from the same gradients; and who is left out, with the reason."""
-    generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(shape, generator=generator) for shape in shapes]
+def prepare(
+    sides: list[Side], shapes: list[Shape], options: argparse.Namespace
+) -> tuple[list[Runner], list[dict[str, Any]], list[str]]:
+    """Sides that have taken their first step, a row of quality for each, and why others are left out."""
     flops = sum(newton_schulz_flops(*shape) for shape in shapes)
-    others, missing = peers()
-    left_out = [f"{name} (not installed)" for name in missing]
-    found = {}
-    for name, (build, dtype) in others.items():
-        seconds = flops / gemm_peak(torch.device("cpu"), dtype, size=256)
-        if seconds > options.cap:
-            left_out.append(f"{name} (about {seconds:.0f} s a step by its rate of products)")
+    grads = gradients(shapes, options.gradients)
+    quality = Quality(shapes, grads)
+    runners, rows, left_out = [], [], []
+    for side in sides:
+        estimate = flops / gemm_peak(CPU, side.dtype, size=256)
+        if estimate > options.cap:
+            left_out.append(f"{side.name}: a step would take about {estimate:.0f} s here, in {side.dtype}")
             continue
-        found[name] = make(build, shapes, grads)
-
-    def ours(dtype: str, form: str) -> Build:
-        return lambda params: Muon(params, lr=LR, ns_dtype=dtype, ns_form=form)  # type: ignore[arg-type]
-
-    for form in options.forms.split(","):
-        found[f"Muon float32 {form}"] = make(ours("float32", form), shapes, grads)
-    if flops / gemm_peak(torch.device("cpu"), torch.bfloat16, size=256) < options.cap / 4:
-        found["Muon bfloat16 auto"] = make(ours("bfloat16", "auto"), shapes, grads)
-    return found, left_out
-
-
-def quality(params: list[nn.Parameter], grads: list[Tensor], shapes: list[tuple[int, int]]) -> tuple[float, float]:
-    """Worst over the shapes, of the first update without its scale: error to fp64, largest singular value over fp64's.
-
-    The scale that fits best is taken out, because packages differ in it.
-    """
-    small = [s for s in set(shapes) if newton_schulz_flops(*s) <= QUALITY_FLOPS] or [min(set(shapes))]
-    errors, ratios = [], []
-    for shape in small:
-        exact = newton_schulz(grads[shapes.index(shape)].double(), dtype=torch.float64)
-        update = -params[shapes.index(shape)].detach().double()
-        update *= float((update * exact).sum() / (update * update).sum())
-        errors.append(float((update - exact).norm() / exact.norm()))
-        ratios.append(float(torch.linalg.matrix_norm(update, 2) / torch.linalg.matrix_norm(exact, 2)))
-    return max(errors), max(ratios)
+        log(f"{side.name}: first step")
+        try:
+            runner = Runner(side, shapes, grads)
+            first = runner.sample()
+        except Exception as e:  # a peer that does not run here must not end the others' run
+            left_out.append(f"{side.name}: does not run here ({type(e).__name__}: {str(e).strip().splitlines()[0]})")
+            continue
+        error, largest = quality.of(side, runner.params)
+        if side.dtype == torch.float32 or estimate * options.samples <= options.cap:
+            runner.samples.clear()  # the first step also allocates, and may compile
+        rows.append({"name": side.name, "first_seconds": first, "error": error, "largest_singular_value": largest})
+        runners.append(runner)
+    return runners, rows, left_out
 
 
-def measure(runs: dict[str, Contender], shapes: list[tuple[int, int]], samples: int) -> tuple[list[dict], float]:
-    """A row per contender, and the fp32 rate in FLOP/s of a product of 1024 in the same rounds."""
-    qualities = {}
-    for name, (step, params, grads) in runs.items():
-        give_gradients(params, grads)
-        with torch.no_grad():
-            torch._foreach_zero_(params)
-        step()  # with one gradient over and over, every update has its direction: that is compared with fp64
-        qualities[name] = quality(params, grads, shapes)
-    square = torch.randn(1024, 1024)
-    runs = runs | {"product": (lambda: square @ square, [], [])}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(samples):
-        for name, (step, params, grads) in runs.items():
-            give_gradients(params, grads)
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    peak = 2 * 1024**3 / median.pop("product")
+def measure(sides: list[Side], shapes: list[Shape], options: argparse.Namespace) -> dict[str, Any]:
+    """All sides in turns; a JSON-ready result."""
+    runners, rows, left_out = prepare(sides, shapes, options)
+    dtypes = sorted({r.side.dtype for r in runners}, key=str)
+    squares = {dtype: torch.randn(1024, 1024).to(dtype) for dtype in dtypes if gemm_peak(CPU, dtype, 256) > 2e10}
+    products: dict[torch.dtype, list[float]] = {dtype: [] for dtype in squares}
+    for n in range(options.samples):
+        log(f"round {n + 1} of {options.samples}")
+        for dtype, square in squares.items():
+            products[dtype].append(timed(lambda square=square: square @ square)[0])
+        for runner in runners:
+            if len(runner.samples) == n:
+                runner.sample()
+    peaks = {d: 2 * 1024**3 / statistics.median(seconds) for d, seconds in products.items()}
     flops = sum(newton_schulz_flops(*shape) for shape in shapes)
-    fastest = min(seconds for name, seconds in median.items() if not name.startswith("Muon "))
-    rows = [
-        {
-            "name": name,
-            "median_seconds": seconds,
-            "min_seconds": min(times[name]),
-            "max_seconds": max(times[name]),
-            "ratio_to_fastest_peer": fastest / seconds,
-            "fraction_of_fp32_peak": flops / seconds / peak,
-            "error": qualities[name][0],
-            "sigma_max_ratio": qualities[name][1],
+    for row, runner in zip(rows, runners, strict=True):
+        clock, cpu = ([pair[i] for pair in runner.samples] for i in (0, 1))
+        peak = peaks.get(runner.side.dtype) or gemm_peak(CPU, runner.side.dtype, 256)
+        row |= {
+            "dtype": str(runner.side.dtype).removeprefix("torch."),
+            "samples": len(clock),
+            "median_seconds": statistics.median(clock),
+            "min_seconds": min(clock),
+            "max_seconds": max(clock),
+            "median_cpu_seconds": statistics.median(cpu),
+            "fraction_of_gemm_peak": flops / statistics.median(clock) / peak,
+            "installed": runner.side.installed,
+            "ours": runner.side.ours,
         }
-        for name, seconds in median.items()
-    ]
-    return rows, peak
+    for row in rows:
+        for key, peers in (
+            ("x_installed", [r for r in rows if r["installed"]]),
+            ("x_any", [r for r in rows if not r["ours"]]),
+        ):
+            for clock in ("median_seconds", "median_cpu_seconds"):
+                fastest = min((r[clock] for r in peers), default=float("nan"))
+                row[key + ("_cpu" if "cpu" in clock else "")] = fastest / row[clock]
+    return {
+        "matrices": len(shapes),
+        "flops": flops,
+        "threads": options.threads,
+        "gradients": options.gradients,
+        "gemm_peak_flops": {str(d).removeprefix("torch."): rate for d, rate in peaks.items()},
+        "rows": rows,
+        "left_out": left_out,
+    }
 
 
-def run_set(name: str, text: str, options: argparse.Namespace) -> dict:
-    """Measure and print one set."""
-    shapes = parse_shapes(text)
-    runs, left_out = contenders(shapes, options)
-    for other, (step, _, _) in list(runs.items()):
-        if not other.startswith("Muon "):
-            try:
-                step()
-            except Exception as e:  # other people's, on a machine that they may not be made for
-                left_out.append(f"{other} (does not run here: {type(e).__name__}: {str(e).splitlines()[0][:80]})")
-                del runs[other]
-    rows, peak = measure(runs, shapes, options.samples)
-    flops = sum(newton_schulz_flops(*shape) for shape in shapes)
-    print(f"({name}) {len(shapes)} matrices ({text}), {flops / 1e9:.1f} GFLOP in standard form, ", end="")
-    print(f"{options.threads} thread(s), medians of {options.samples} interleaved samples; ", end="")
-    print(f"fp32 GEMM of 1024 in the same rounds: {peak / 1e9:.0f} GFLOP/s")
-    for other in left_out:
-        print(f"left out: {other}")
-    headers = ["contender", "median ms", "min", "max", "to fastest peer", "of GEMM", "error to fp64", "sigma max"]
-    body = [
-        [r["name"], *(f"{1e3 * r[k]:.2f}" for k in ("median_seconds", "min_seconds", "max_seconds"))]
-        + [f"{r['ratio_to_fastest_peer']:.2f}", f"{r['fraction_of_fp32_peak']:.0%}"]
-        + [f"{r['error']:.1e}", f"{r['sigma_max_ratio']:.4f}"]
-        for r in rows
+def show(what: str, result: dict[str, Any]) -> None:
+    print(f"\n{what}: {result['matrices']} matrices, {result['flops'] / 1e9:.1f} GFLOP in standard form, ", end="")
+    print(f"{result['threads']} thread(s), {result['gradients']} gradients; GEMM of 1024 in the same rounds: ", end="")
+    print(", ".join(f"{d} {rate / 1e9:.0f} GFLOP/s" for d, rate in result["gemm_peak_flops"].items()))
+    headers = [
+        "side",
+        "median ms",
+        "min",
+        "max",
+        "CPU ms",
+        "x installed",
+        "x any",
+        "(CPU)",
+        "of GEMM",
+        "error",
+        "s max",
     ]
-    print(table(headers, body), flush=True)
-    return {"set": name, "shapes": text, "flops": flops, "fp32_peak_flops": peak, "rows": rows, "left_out": left_out}
+    lines = []
+    for r in result["rows"]:
+        times = [f"{1e3 * r[k]:.1f}" for k in ("median_seconds", "min_seconds", "max_seconds", "median_cpu_seconds")]
+        ratios = [f"{r[k]:.2f}" for k in ("x_installed", "x_any", "x_any_cpu")]
+        quality = [f"{r['fraction_of_gemm_peak']:.0%}", f"{r['error']:.1e}", f"{r['largest_singular_value']:.3f}"]
+        lines.append([r["name"] + ("*" if r["samples"] == 1 else ""), *times, *ratios, *quality])
+    print(table(headers, lines))
+    for line in result["left_out"]:
+        print(f"left out: {line}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", default="d", help=f"comma-separated: {', '.join(SETS)}, each, all")
-    parser.add_argument("--shapes", default="", help="instead of a set: rows x cols * count, comma-separated")
+    parser.add_argument("--set", default="layer", help=f"one of {', '.join(SETS)}, or rows x cols * count, ...")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument("--forms", default="standard,auto", help="ns_form of our own contenders in fp32")
-    parser.add_argument("--cap", type=float, default=30.0, help="seconds: contenders with longer steps are left out")
+    parser.add_argument("--each", action="store_true", help="every shape of the set by itself")
+    parser.add_argument("--gradients", choices=("gaussian", "tokens"), default="gaussian")
+    parser.add_argument("--cap", type=float, default=60.0, help="seconds that a side's step may take")
+    parser.add_argument("--only", nargs="*", default=(), help="only sides whose names contain one of these")
     parser.add_argument("--json", type=Path, help="write the JSON here instead of to standard output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the packages
-    chosen = "a,b,c,d,e,each" if options.set == "all" else options.set
-    sets: list[tuple[str, str]] = [("shapes", options.shapes)] if options.shapes else []
-    for name in () if options.shapes else chosen.split(","):
-        sets += [(f"each {s}", s) for s in EACH.split()] if name == "each" else [(name, SETS[name])]
-    results = [run_set(name, text, options) for name, text in sets]
-    result = {"threads": options.threads, "samples": options.samples, "sets": results, "environment": environment()}
+    native_bf16 = choose_compute_dtype("auto", CPU).dtype == torch.bfloat16
+    peers, missing = peer_sides()
+    sides = peers + own_sides((torch.float32, torch.bfloat16) if native_bf16 else (torch.float32,))
+    sides = [s for s in sides if not options.only or any(part in s.name for part in options.only)]
+    shapes = parse_shapes(options.set)
+    cases = {f"{M}x{N}": [s for s in shapes if s == (M, N)] for M, N in dict.fromkeys(shapes)}
+    results = {}
+    for what, members in cases.items() if options.each else [(options.set, shapes)]:
+        results[what] = measure(sides, members, options)
+        show(what, results[what])
+    print("\n".join(missing))
+    written = {"results": results, "not_installed": missing, "environment": environment()}
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
     else:
-        print(json.dumps(result))
+        print(json.dumps(written))
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ class Rect:
 
     def of(self, views: Mapping[int, Tensor]) -> Tensor:
         """[count, rows, cols], the same memory."""
-        view = views[self.param].narrow(0, self.row, self.count * self.rows).narrow(1, self.col, self.cols)
-        rectangles: Tensor = view.unflatten(0, (self.count, self.rows))
-        return rectangles
+        view, height = views[self.param], self.count * self.rows
+        if view.shape != (height, self.cols):
+            view = view.narrow(0, self.row, height).narrow(1, self.col, self.cols)
+        return view.view(self.count, self.rows, self.cols)
 
     def rows_of(self, views: Mapping[int, Tensor]) -> Tensor:
         """[count, rows] of a view with one value per row."""
@@ -77,6 +78,8 @@ class Batch:
         M, N = self.shapes[place.slot]
         part = X_BSL.narrow(0, place.slot, count)
         part = part.mT if M > N else part
+        if (rows, cols) == (M, N):
+            return part
         return part.narrow(1, place.row, rows).narrow(2, place.col, cols)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from earthshine.errors import ConfigError
 from earthshine.optim.exchange import adopt, check_agreement, connect
 from earthshine.optim.layout import Layout, read_layout
-from earthshine.optim.matrices import Spec, view_shape
+from earthshine.optim.matrices import Runs, Spec, view_shape
 from earthshine.optim.zero1 import Partition, ShardedState
 
 
@@ -51,6 +51,9 @@ class Shares:
             else:
                 self.layouts.append(read_layout(p, spec, name) if spec else _whole(self.views[i]))
                 connect_holders(p, self.layouts[i])
+
+        # Rows and columns of each share.
+        self._sizes = [(_length(x.rows[x.position]), _length(x.cols[x.position])) for x in self.layouts]
 
     def _partition(self, process_group: Any, piece_bytes: int) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -151,8 +154,7 @@ class Shares:
 
     def view2d(self, i: int, share: Tensor, per_row: bool = False) -> Tensor:
         """A share as rows and columns of the parameter's 2-D view: the same memory where strides allow."""
-        layout = self.layouts[i]
-        rows, cols = (sum(b - a for a, b in runs[layout.position]) for runs in (layout.rows, layout.cols))
+        rows, cols = self._sizes[i]
         return share.reshape(rows, 1 if per_row else cols)
 
     def new_state(self, i: int, dtype: torch.dtype, per_row: bool = False) -> Tensor:
@@ -242,6 +244,10 @@ def connect_holders(p: Any, layout: Layout) -> None:
             adopt(layout.ranks, parts[0])
         else:
             connect(layout.ranks, parts, p.device)
+
+
+def _length(runs: Runs) -> int:
+    return sum(stop - start for start, stop in runs)
 
 
 def _scalar_bytes(both: Tensor, ranks: int) -> int:
