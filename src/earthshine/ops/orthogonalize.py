@@ -58,11 +58,12 @@ EPS = 1e-30
 
 # Bytes that one batch may take, working copies included. A CPU batch has to stay in its cache, measured: whole
 # batches fall out of it and run at half the rate. An accelerator wants large batches; there it bounds memory.
-_CPU_BATCH_BYTES = 2 << 20
+_CPU_BATCH_BYTES = 4 << 20
 _ACCELERATOR_BATCH_BYTES = 512 << 20
 
-# Half products by blocks, measured on a CPU in fp32: worthwhile from 3 blocks of 128 rows; a GEMM thinner than that
-# loses more than it saves, and beyond 4 blocks the saving, (p - 1) / 2p, hardly grows.
+# Half products by blocks of at least 128 rows, measured on a CPU in fp32: nothing at 256 rows, 1.1x at 320 (two blocks)
+# and 1.2x at 512 (four), more in the gram form. Beyond 4 blocks the saving, (p - 1) / 2p, hardly grows.
+_MIN_ROWS_FOR_BLOCKS = 320
 _MIN_BLOCK_ROWS = 128
 _MAX_BLOCKS = 4
 # In bf16, where thin products lose more: 1.15x at 2048 x 2048 and 1.09x at 1408 x 2048, nothing at 352 rows.
@@ -231,7 +232,7 @@ def choose_form(
 ) -> tuple[Form, int]:
     """The rule of form="auto": (form, row blocks of symmetric products).
 
-    In fp32 and fp64 the form with fewer counted operations, symmetric products cut in blocks on a CPU where S >= 384:
+    In fp32 and fp64 the form with fewer counted operations, symmetric products cut in blocks on a CPU where S >= 320:
     without blocks and restarts the gram form wins from an aspect ratio L/S of 1.5 on, with four blocks from about 1.1.
     Below fp32 the gram form, with its restarts, from an aspect ratio of 2.5 on where that leaves at most 0.85 of the
     operations; else the standard form, in blocks on a CPU where S >= 1024. On an accelerator nothing is cut.
@@ -261,8 +262,7 @@ def _blocks(form: Form, S: int, dtype: torch.dtype, device: torch.device) -> int
         # Not in the gram form: what commutes exactly does so only nearly when rounded, and mirroring one half of it
         # doubled the largest singular value.
         return _MAX_BLOCKS if form == "standard" and S >= _MIN_ROWS_FOR_BLOCKS_BELOW_FP32 else 1
-    blocks = min(_MAX_BLOCKS, S // _MIN_BLOCK_ROWS)
-    return blocks if blocks >= 3 else 1
+    return min(_MAX_BLOCKS, S // _MIN_BLOCK_ROWS) if S >= _MIN_ROWS_FOR_BLOCKS else 1
 
 
 _Iterate = Callable[[Tensor, Tensor, Method], Tensor]

@@ -67,7 +67,7 @@ def torch_muon(G: Tensor, table: str = "keller5") -> Tensor:
 def test_fp32_equals_the_polynomial(form: str, kind: str, rows: int, cols: int) -> None:
     """The polynomial's slope at 0 is 485: a rounding of 6e-8 becomes 3e-5 (measured up to 2e-5 in standard form). The
     gram form sees squared singular values and keeps fewer digits of the smallest (measured up to 0.015, of few tokens
-    with one large common direction): inside DESIGN's bar of 0.03. From 384 rows on, symmetric products are computed by
+    with one large common direction): inside DESIGN's bar of 0.03. From 320 rows on, symmetric products are computed by
     halves."""
     G = sample(kind, rows, cols)
     O = newton_schulz(G, form=form)  # type: ignore[arg-type]  # noqa: E741
@@ -233,6 +233,7 @@ def test_the_rule_of_the_forms() -> None:
     assert choose_form(1536, 576, torch.float32, CPU) == ("gram", 4)
     assert choose_form(576, 576, torch.float32, CPU) == ("standard", 4)
     assert choose_form(192, 576, torch.float32, CPU) == ("gram", 1)
+    assert choose_form(320, 320, torch.float32, CPU) == ("standard", 2)
     assert choose_form(192, 256, torch.float32, CPU) == ("standard", 1)
     assert choose_form(576, 1536, torch.float32, meta) == ("gram", 1)
     assert resolve_form("standard", 576, 1536, torch.float32, CPU) == ("standard", 1)  # torch's operations
