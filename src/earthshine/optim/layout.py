@@ -35,8 +35,8 @@ class Layout:
     view: the two-dimensional view of the whole parameter.
     ranks: global ranks of the shard group, row-major over the sharded mesh dimensions; one where nothing is spread.
     position: of this process in `ranks`.
-    rows, cols: per position, in the order of its local tensor, which is ascending. Both or neither are empty where the
-        process holds nothing.
+    rows, cols: per position, in the order of its local tensor, which is ascending. Where the process holds
+        nothing, one of them is empty or both are.
     """
 
     view: tuple[int, int]

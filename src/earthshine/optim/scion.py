@@ -91,7 +91,7 @@ def step_scion(
 def _direction(kind: str, shares: Shares, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
     """The lmo of a share with RMS 1, as a new tensor."""
     if kind == "sign":
-        return total.sign().to(torch.promote_types(total.dtype, torch.float32))
+        return lmo.sign(total).to(torch.promote_types(total.dtype, torch.float32))
     if kind == "row_rms":
         return lmo.row_rms(total.view(-1, shares.params[i].shape[-1]))
     return lmo.rms(total, squares, shares.params[i].numel())

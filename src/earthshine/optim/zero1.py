@@ -46,7 +46,7 @@ class Partition:
         # Elements [start, stop) of parameter i that position k owns.
         self.shares = [[_elements(layout, k) for layout in self.layouts] for k in range(len(self.ranks))]
         self.longest = max(sum(stop - start for start, stop in share) for share in self.shares)
-        self._dtype, self._device = params[0].dtype, params[0].device
+        self._dtype, self.device = params[0].dtype, params[0].device
         self._wide = torch.promote_types(self._dtype, torch.float32)  # of gradients that are summed
         self._step = max(1, piece_bytes // (len(self.ranks) * params[0].element_size()))
         # Per piece and position: (offset in the piece, parameter, first element of it, last + 1).
@@ -99,7 +99,7 @@ class Partition:
         None for a parameter that has no gradient on any rank; one that some ranks lack counts as zero there. The flags
         that tell are read on the host, which an accelerator has to be waited for.
         """
-        n, device = len(self.ranks), self._device
+        n, device = len(self.ranks), self.device
         present = torch.tensor([grad is not None for grad in grads], dtype=torch.uint8, device=device)
         dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.group)
         sent = 2 * (n - 1) * len(grads) // n
@@ -123,7 +123,7 @@ class Partition:
         """Every rank's share of the parameters into all of them, in place. Returns the bytes sent."""
         n, sent = len(self.ranks), 0
         for start, stop, spans in self._sizes():
-            own = torch.zeros(stop - start, dtype=self._dtype, device=self._device)
+            own = torch.zeros(stop - start, dtype=self._dtype, device=self.device)
             for offset, index, low, high in spans[self.position]:
                 own[offset : offset + high - low] = flat(params[index])[low:high]
             whole = own.new_empty(n, stop - start)
@@ -157,13 +157,7 @@ class ShardedState:
         from torch.distributed.device_mesh import DeviceMesh
 
         self._partition = partition
-        self._mesh: Any = None
-        self._make = DeviceMesh.from_group
-
-    def _mesh_of(self, device: torch.device) -> Any:
-        if self._mesh is None:
-            self._mesh = self._make(self._partition.group, device.type)
-        return self._mesh
+        self._mesh = DeviceMesh.from_group(partition.group, partition.device.type)
 
     def leave(self, shares: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """DTensors of `shapes` from this rank's flat shares of them."""
@@ -173,7 +167,6 @@ class ShardedState:
         ours = [self._rows(i, shapes[i]) for i in range(len(shapes))]
         theirs = [[_chunk(shape, k, len(part.ranks)) for shape in shapes] for k in range(len(part.ranks))]
         locals_ = _redistribute(shares, ours, theirs, part)
-        mesh = self._mesh_of(shares[0].device)
         found: list[Tensor] = []
         for i, shape in enumerate(shapes):
             start, stop = theirs[part.position][i]
@@ -182,7 +175,9 @@ class ShardedState:
             local = locals_[i].view((stop - start) // max(per_row, 1), *inner)
             stride = torch.empty(shape, device="meta").stride()
             found.append(
-                DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+                DTensor.from_local(
+                    local, self._mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+                )
             )
         return found
 
