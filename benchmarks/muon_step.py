@@ -46,6 +46,7 @@ class Runner:
         self.given, self.grads = grads, [torch.empty_like(g) for g in grads]
         self.optimizer = side.build(self.params)
         self.samples: list[tuple[float, float]] = []
+        self.once = False  # its first step is its only sample
 
     def sample(self) -> float:
         """Seconds of one step on the same gradients: some peers write into them, or drop them."""
@@ -84,7 +85,8 @@ def prepare(
             left_out.append(f"{side.name}: does not run here ({type(e).__name__}: {str(e).strip().splitlines()[0]})")
             continue
         error, largest = quality.of(side, runner.params)
-        if side.dtype == torch.float32 or estimate * options.samples <= options.cap:
+        runner.once = side.dtype != torch.float32 and estimate * options.samples > options.cap
+        if not runner.once:
             runner.samples.clear()  # the first step also allocates, and may compile
         rows.append({"name": side.name, "first_seconds": first, "error": error, "largest_singular_value": largest})
         runners.append(runner)
@@ -102,7 +104,7 @@ def measure(sides: list[Side], shapes: list[Shape], options: argparse.Namespace)
         for dtype, square in squares.items():
             products[dtype].append(timed(lambda square=square: square @ square)[0])
         for runner in runners:
-            if len(runner.samples) == n:
+            if not runner.once:
                 runner.sample()
     peaks = {d: 2 * 1024**3 / statistics.median(seconds) for d, seconds in products.items()}
     flops = sum(newton_schulz_flops(*shape) for shape in shapes)
@@ -126,8 +128,8 @@ def measure(sides: list[Side], shapes: list[Shape], options: argparse.Namespace)
             ("x_any", [r for r in rows if not r["ours"]]),
         ):
             for clock in ("median_seconds", "median_cpu_seconds"):
-                fastest = min((r[clock] for r in peers), default=float("nan"))
-                row[key + ("_cpu" if "cpu" in clock else "")] = fastest / row[clock]
+                fastest = min((r[clock] for r in peers), default=None)
+                row[key + ("_cpu" if "cpu" in clock else "")] = fastest and fastest / row[clock]
     return {
         "matrices": len(shapes),
         "flops": flops,
@@ -159,7 +161,7 @@ def show(what: str, result: dict[str, Any]) -> None:
     lines = []
     for r in result["rows"]:
         times = [f"{1e3 * r[k]:.1f}" for k in ("median_seconds", "min_seconds", "max_seconds", "median_cpu_seconds")]
-        ratios = [f"{r[k]:.2f}" for k in ("x_installed", "x_any", "x_any_cpu")]
+        ratios = ["-" if r[k] is None else f"{r[k]:.2f}" for k in ("x_installed", "x_any", "x_any_cpu")]
         quality = [f"{r['fraction_of_gemm_peak']:.0%}", f"{r['error']:.1e}", f"{r['largest_singular_value']:.3f}"]
         lines.append([r["name"] + ("*" if r["samples"] == 1 else ""), *times, *ratios, *quality])
     print(table(headers, lines))
