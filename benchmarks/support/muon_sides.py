@@ -131,7 +131,8 @@ def peer_sides() -> tuple[list[Side], list[str]]:
         try:
             sides += make(importlib.import_module(package))
         except ImportError as e:
-            missing.append(f"{package} is left out ({e}): pip install --no-deps {package} {e.name or ''}".rstrip())
+            needed = " ".join(dict.fromkeys([package, e.name or package]))
+            missing.append(f"{package} is left out ({e}): pip install --no-deps {needed}")
     return sides, missing
 
 
