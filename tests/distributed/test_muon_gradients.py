@@ -1,7 +1,8 @@
 """Muon after a real backward: gradients differ in their last bits between layouts, and so may the parameters.
 
 The bar is 1e-4 of the step's size, because Newton-Schulz amplifies the last bits of directions in which a gradient is
-weak: 3.4445^5 = 485 times where there is nothing but rounding.
+weak: 3.4445^5 = 485 times where there is nothing but rounding. The router comes nearest, 9e-5 measured: a softmax does
+not see what all experts have in common, so that direction of its gradient is rounding alone. All others: 2e-5.
 """
 
 import pytest
@@ -9,11 +10,6 @@ import torch
 from harness import Worlds
 from layouts import LAYOUTS, assemble, plain
 from tasks import learn
-
-# A softmax does not see what all experts have in common, so that direction of the router's gradient is all rounding:
-# 2e-7 of its norm, times 485. Measured 9e-5; another processor's order of sums may go a little beyond 1e-4. All other
-# parameters: 2e-5.
-BARS = {"router.weight": 2e-4}
 
 
 @pytest.mark.parametrize(
@@ -40,4 +36,4 @@ def test_gradients_from_backward(worlds: Worlds, layout: str, options: dict[str,
     for name, p in want.items():
         assert torch.equal(before[name], start[name])
         step = (p - start[name]).abs().max()
-        assert (after[name] - p).abs().max() <= BARS.get(name, 1e-4) * step, name
+        assert (after[name] - p).abs().max() <= 1e-4 * step, name

@@ -59,12 +59,14 @@ def step_matrices(
     """
     run = _Run(plan, group, states, grads)
     # One shard group after the other: ranks may share several, and each has its own communicator.
-    for count, shard_group in enumerate(plan.plans):
+    local = plan.local
+    for shard_group in plan.plans:
         transfers = [t for t in plan.transfers if t.plan is shard_group]
         travelling = [run.send(t) for t in transfers[:1]]
-        if count == 0:
-            for batch in plan.local:
+        if travelling:
+            for batch in local:
                 run.local_batch(batch)
+            local = ()
         apply: Callable[[], None] | None = None
         for number, transfer in enumerate(transfers):
             messages = travelling.pop()
@@ -75,6 +77,8 @@ def step_matrices(
             apply = apply_next
         if apply is not None:
             apply()
+    for batch in local:
+        run.local_batch(batch)
     run.write_back()
     return run.numbers
 

@@ -105,7 +105,7 @@ class Muon(torch.optim.Optimizer):
         if max_bucket_bytes < 1:
             raise ConfigError(f"max_bucket_bytes={max_bucket_bytes} must be positive; the default is 256 MiB.")
         self._process_group, self._reduce, self._bucket_bytes = process_group, reduce_gradients, max_bucket_bytes
-        self._stepped = False
+        self._stepped = False  # or loaded: whether state holds anything
         self._forget()
         super().__init__(params, {"algorithm": "muon"} | defaults)
 
@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
                 continue
             if self._stepped and (known is not None or state):
                 raise ConfigError(
-                    f"{name_of(group, i)} was exchanged, moved or cast after steps were made, and its momentum would "
+                    f"{name_of(group, i)} was exchanged, moved or cast after a step or a load, and its momentum would "
                     f"be lost: make the optimizer when the model is where it trains, then load_state_dict()."
                 )
             self.state[p] = {key: plan.new_state(i, key, group) for key in state_keys(group)}
@@ -278,6 +278,7 @@ class Muon(torch.optim.Optimizer):
             self._take_over(index, arrived[index])
             for key in scheduled_keys(saved):
                 self._set(index, key, saved[key])
+        self._stepped = True  # from here on there is momentum to lose
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

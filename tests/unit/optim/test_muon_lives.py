@@ -459,6 +459,19 @@ def test_parameters_that_were_exchanged_are_updated_or_refused() -> None:
         assert torch.equal(new, expected)
 
 
+@pytest.mark.parametrize("holds", ["a step", "a load"])
+def test_parameters_are_not_exchanged_where_momentum_would_be_lost(holds: str) -> None:
+    old, optimizer = one_matrix()
+    optimizer.step()
+    if holds == "a load":
+        _, fresh = one_matrix()
+        fresh.load_state_dict(optimizer.state_dict())
+        optimizer = fresh
+    optimizer.param_groups[0]["params"] = [nn.Parameter(old.detach().clone())]
+    with pytest.raises(ConfigError, match="was exchanged, moved or cast after a step or a load"):
+        optimizer.step()
+
+
 def test_a_group_that_was_removed_does_not_lend_its_plan_to_the_next() -> None:
     p, q = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))
     optimizer = Muon([{"params": [p]}, {"params": [q]}], lr=LR, ns_dtype="float32")
