@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the tests and, inherited, 
 import harness
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def worlds() -> Iterator[harness.Worlds]:
-    """Processes for all tests of this folder, and no longer: `worlds.run(4, task, *args)`."""
+    """Processes for the tests of one file, and no longer: `worlds.run(4, task, *args)`."""
     with harness.Worlds() as worlds:
         yield worlds
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def one_process(worlds: harness.Worlds) -> Callable[..., dict[str, Tensor]]:
     """Parameters and state after `tasks.train` on one process, with the sizes of a layout; each made once.
 
