@@ -22,7 +22,7 @@ from earthshine.checkpoint.hf import (
     write_model,
 )
 from earthshine.checkpoint.name_tables import Entry, entries
-from earthshine.checkpoint.safetensors_store import Store, check_finite
+from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
 from earthshine.checkpoint.staging import staged_directory
 from earthshine.config import encode, nearest
 from earthshine.console import log
@@ -85,6 +85,7 @@ def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> tuple[Mode
 
     def blocks(entry: Entry) -> Iterator[Tensor]:
         for _, part in read_blocks(store, entry, accounts.places[entry.hf]):
+            check_fits(entry.hf, part, entry.dtype(dtype))
             yield part.to(entry.dtype(dtype))
 
     upcycling = _json(source / "earthshine.json")

@@ -16,6 +16,7 @@ from earthshine.checkpoint.safetensors_store import (
     Store,
     TensorInfo,
     check_finite,
+    check_fits,
     row_blocks,
     write_recorded,
     write_sharded,
@@ -180,7 +181,7 @@ def load_model(
         trust: read a run's checkpoint that was not made on this machine.
         training: what `Transformer` takes besides, for a model that will be trained: balance, capacity, recompute.
     Raises ConfigError or UnsupportedModelError for the config, WeightsError for any tensor that is missing, extra,
-    misshapen or not finite, CheckpointError for a damaged checkpoint.
+    misshapen or not finite, or whose values `dtype` cannot hold; CheckpointError for a damaged checkpoint.
     """
     from earthshine.model.transformer import Transformer  # here, so that reading configs and weights builds no model
 
@@ -195,9 +196,11 @@ def load_model(
         from earthshine.checkpoint.run_store import load_model_state
 
         config, state = load_model_state(path, trust=trust)
+        model = build()
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         for name, tensor in state.items():
             check_finite(name, tensor)
-        model = build()
+            check_fits(name, tensor, dtypes.get(name, tensor.dtype))
         model.load_state_dict(state)
         return model
     config, store = read_config(path), Store(path)
@@ -210,12 +213,8 @@ def load_model(
     for entry in accounts.wanted:
         target = state[entry.ours] if entry.expert < 0 else state[entry.ours][entry.expert]
         for rows, part in read_blocks(store, entry, accounts.places[entry.hf]):
+            check_fits(entry.hf, part, target.dtype)
             target[rows].copy_(part)
-            narrower = torch.finfo(target.dtype).max < torch.finfo(part.dtype).max
-            if narrower and not target[rows].isfinite().all():
-                raise WeightsError(
-                    f"{path}: tensor {entry.hf} holds values that {target.dtype} cannot: take a wider one."
-                )
     return model
 
 
@@ -234,7 +233,8 @@ def save_model(
     Args:
         companions: a directory whose tokenizer, generation config and licence files are copied.
         extra: further text files, name -> contents.
-    Raises OutputExistsError, DiskFullError; WeightsError when the state has other tensors than `config` demands.
+    Raises OutputExistsError, DiskFullError; WeightsError when the state has other tensors than `config` demands, or
+    values that `dtype` cannot hold.
     """
     state = model if isinstance(model, Mapping) else model.state_dict()
     blocks = state_blocks(state, config, dtype)
@@ -247,7 +247,8 @@ def state_blocks(
 ) -> Callable[[Entry], Iterator[Tensor]]:
     """The rows of each Hugging Face tensor out of a state dict with our names, as `write_model` asks for them.
 
-    Raises WeightsError when the state has other tensors or shapes than `config` demands.
+    Raises WeightsError when the state has other tensors or shapes than `config` demands; the rows, when a value is
+    beyond `dtype`.
     """
     wanted = entries(config)
     names = {e.ours for e in wanted}
@@ -264,6 +265,7 @@ def state_blocks(
         tensor = state[entry.ours] if entry.expert < 0 else state[entry.ours][entry.expert]
         stored = entry.dtype(dtype)
         for rows in row_blocks(entry.shape, stored.itemsize):
+            check_fits(entry.ours, tensor[rows].detach(), stored)
             yield tensor[rows].detach().to("cpu", stored)
 
     return blocks

@@ -273,6 +273,21 @@ def check_finite(name: str, part: torch.Tensor) -> None:
             raise WeightsError(f"tensor {name} holds a NaN or an infinity: the checkpoint it is in is damaged.")
 
 
+def check_fits(name: str, part: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises WeightsError, naming the tensor, when a finite value would become an infinity in `dtype`.
+
+    float16 ends at 65504, and bfloat16 a little below float32.
+    """
+    if not (part.numel() and part.is_floating_point()) or torch.finfo(dtype).max >= torch.finfo(part.dtype).max:
+        return
+    ends = torch.stack(torch.aminmax(part))  # rounding keeps the order, so that no other value goes farther
+    if ends.isfinite().all() and not ends.to(dtype).isfinite().all():
+        raise WeightsError(
+            f"tensor {name} holds values that {dtype} cannot: from {float(ends[0]):.4g} to {float(ends[1]):.4g}, and "
+            f"it ends at {torch.finfo(dtype).max:.4g}. Take a wider dtype."
+        )
+
+
 def row_blocks(shape: Sequence[int], itemsize: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[slice, ...]]:
     """Slices of the first dimension that cover a tensor in order, each of about `block_bytes` (at least one row)."""
     if not shape:

@@ -5,6 +5,7 @@ Field names are those of Hugging Face where it has one. `model.hf_config` transl
 
 import math
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal
 
 from earthshine.errors import ConfigError, UnsupportedModelError
@@ -144,16 +145,21 @@ class CapacityConfig:
     factor: 0 for no limit. Else, for T tokens, E experts and k experts per token, an expert takes at most
         ceil(T * k / E * factor) ("per_assignment", Megatron's meaning) or ceil(T / E * factor) ("per_token", as printed
         in arXiv:2412.09952).
+    exact_factor: numerator and denominator of the decimal fraction that was written, the shortest one that is this
+        float.
     drop: which tokens stay: those with the largest gate weight ("probability"), or the first ("position").
     """
 
     factor: float = 0.0
     meaning: Literal["per_assignment", "per_token"] = "per_assignment"
     drop: Literal["probability", "position"] = "probability"
+    # Integers made here, because torch.compile traces their use and could not trace how they are made.
+    exact_factor: tuple[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not (self.factor >= 0 and math.isfinite(self.factor)):
             raise ConfigError(f"capacity.factor={self.factor} must be 0 (dropless) or a positive number.")
+        object.__setattr__(self, "exact_factor", Fraction(str(float(self.factor))).as_integer_ratio())
         unset = (CapacityConfig.meaning, CapacityConfig.drop)
         if self.factor == 0 and (self.meaning, self.drop) != unset:
             raise ConfigError(
@@ -162,16 +168,20 @@ class CapacityConfig:
             )
 
     def tokens_per_expert(self, num_tokens: int, num_experts: int, top_k: int) -> int:
-        """The capacity C, at most `num_tokens`, which is what an expert can get; 0 when dropless."""
+        """The capacity C, at most `num_tokens`, which is what an expert can get; 0 when dropless.
+
+        Exact: in floats, 200 * 1.1 / 4 is a little more than 55, and would be rounded up to 56.
+        """
         if self.factor == 0:
             return 0
         rows = num_tokens * (top_k if self.meaning == "per_assignment" else 1)
-        return min(num_tokens, max(1, math.ceil(rows * self.factor / num_experts)))
+        numerator, denominator = self.exact_factor
+        return min(num_tokens, max(1, -(-rows * numerator // (denominator * num_experts))))
 
     def can_drop(self, num_experts: int, top_k: int) -> bool:
         """Whether any routing could exceed the capacity (but for rounding up)."""
-        per_token = self.factor * (top_k if self.meaning == "per_assignment" else 1)
-        return 0 < per_token < num_experts
+        numerator, denominator = self.exact_factor
+        return 0 < numerator * (top_k if self.meaning == "per_assignment" else 1) < denominator * num_experts
 
 
 @dataclass(frozen=True, kw_only=True)

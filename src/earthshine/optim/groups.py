@@ -343,15 +343,17 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """ids of the weights of the language-model head: transformers' own answer, or a linear layer of a head's name."""
+    """ids of the weights of the language-model head: transformers' own answer, a linear layer of a head's name, or the
+    `head_weight_VD` of our own models, which is the embedding itself where they are tied."""
     heads = {
         id(module.weight)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _HEAD_NAMES
     }
+    heads |= {id(weight) for m in model.modules() if isinstance(weight := getattr(m, "head_weight_VD", None), Tensor)}
     ask = getattr(model, "get_output_embeddings", None)
     output = ask() if callable(ask) else None
-    return heads | ({id(output.weight)} if isinstance(output, nn.Linear) else set())
+    return heads | ({id(output.weight)} if isinstance(output, nn.Linear | nn.Embedding) else set())
 
 
 def _suspected_head(model: nn.Module, heads: set[int]) -> str:

@@ -102,4 +102,7 @@ def test_what_cannot_be_exported_leaves_nothing(origin, hf_dir, dense, tmp_path)
     nan = hf_dir(dense, lambda t: t["model.norm.weight"].fill_(float("inf")), name="nan")
     with pytest.raises(WeightsError, match=r"model.norm.weight holds"):
         export(nan, tmp_path / "out")
+    wide = hf_dir(dense, lambda t: t["model.norm.weight"].fill_(3.4e38), name="wide")
+    with pytest.raises(WeightsError, match=r"model.norm.weight holds values that torch.bfloat16 cannot"):
+        export(wide, tmp_path / "out", dtype="bfloat16")
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]

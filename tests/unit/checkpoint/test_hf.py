@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from earthshine.checkpoint import run_store
 from earthshine.checkpoint.export import export
 from earthshine.checkpoint.hf import load_model, read_config, save_model
 from earthshine.checkpoint.name_tables import entries
 from earthshine.checkpoint.safetensors_store import Store
 from earthshine.errors import ConfigError, OutputExistsError, UnsupportedModelError, WeightsError
 from earthshine.model.config import ModelConfig
+from earthshine.model.transformer import Transformer, initialize
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -215,6 +217,37 @@ def test_values_that_a_narrower_type_cannot_hold_are_refused(dense, hf_dir):
     assert load_model(source).blocks[1].attn.q_proj.weight[-1, -1] == torch.tensor(1e6).bfloat16()
     with pytest.raises(WeightsError, match=f"{Q} holds values that torch.float16 cannot"):
         load_model(source, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float16, 65520.0), (torch.float16, -1e5), (torch.bfloat16, -3.4e38)]
+)
+def test_values_that_a_narrower_type_cannot_hold_are_not_written(dense, tmp_path, dtype, value):
+    """Nor read from a run; the largest that rounds to a finite one is."""
+    model = Transformer(dense)
+    initialize(model, 0)
+    with torch.no_grad():
+        model.final_norm.weight[0] = value
+    run_store.save(
+        tmp_path / "run",
+        step=1,
+        tensors={f"model.{name}": tensor for name, tensor in model.state_dict().items()},
+        state={},
+        model=dense,
+        job={},
+        keep=0,
+    )
+    for refused in (
+        lambda: save_model(model, dense, tmp_path / "out", dtype=dtype),
+        lambda: load_model(tmp_path / "run", dtype=dtype),
+    ):
+        with pytest.raises(WeightsError, match=rf"tensor final_norm.weight holds values that {dtype} cannot"):
+            refused()
+    assert not (tmp_path / "out").exists()
+    with torch.no_grad():
+        model.final_norm.weight[0] = torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 8)
+    save_model(model, dense, tmp_path / "out", dtype=dtype)
+    assert load_model(tmp_path / "out").final_norm.weight[0] == torch.finfo(dtype).max
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]"])

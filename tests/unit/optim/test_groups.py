@@ -1,5 +1,6 @@
 """Who gets Muon: a small zoo of modules, refusals, freezing, heads, routers and Scion's part."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from earthshine.errors import ConfigError
+from earthshine.model.presets import preset
+from earthshine.model.transformer import Transformer
 from earthshine.optim.groups import describe, param_groups
 
 
@@ -197,6 +200,29 @@ def test_what_scion_takes_from_adamw() -> None:
         param_groups(model, rest="scion", algorithm="adamw")
     with pytest.raises(ConfigError, match="rest='sgd' must be one of adamw, scion"):
         param_groups(model, rest="sgd")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scion_s_rule_for_the_embedding_of_our_own_models(tied: bool) -> None:
+    """Where it is the head as well there is no second module that would show it."""
+    with torch.device("meta"):
+        model = Transformer(replace(preset("llama3_tiny"), tie_word_embeddings=tied))
+    for whole in (model, nn.ModuleDict({"wrapped": model})):
+        scion = next(g for g in param_groups(whole, rest="scion") if g["algorithm"] == "scion")
+        lmos = {
+            name.removeprefix("wrapped."): lmo for (name, _), lmo in zip(scion["params"], scion["lmo"], strict=True)
+        }
+        assert lmos["embed.weight"] == ("sign" if tied else "row_rms")
+        assert lmos.get("head.weight", "sign") == "sign"
+
+
+def test_scion_s_rule_for_an_embedding_that_a_model_names_as_its_output() -> None:
+    class Tied(Language):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.wte
+
+    scion = next(g for g in param_groups(Tied(head="tail"), rest="scion") if g["algorithm"] == "scion")
+    assert dict(zip([n for n, _ in scion["params"]], scion["lmo"], strict=True))["wte.weight"] == "sign"
 
 
 class TopRouter(nn.Module):
