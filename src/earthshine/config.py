@@ -10,6 +10,7 @@ import difflib
 import json
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,9 @@ from typing import Any, Literal, TypeVar
 from earthshine.errors import ConfigError
 
 T = TypeVar("T")
+
+MAX_JSON_DEPTH = 100  # far beyond any config, index or manifest
+_TOO_DEEP = f"it nests deeper than {MAX_JSON_DEPTH} levels"
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -95,17 +99,42 @@ def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
 def load_json(cls: type[T], path: str | Path) -> T:
     """Decode a JSON file. Raises ConfigError when it is not readable, not JSON, or not a `cls`."""
     try:
-        data = json.loads(Path(path).read_text(), object_pairs_hook=_distinct)
+        data = read_json(path, distinct=True)
     except (OSError, ValueError) as e:
         raise ConfigError(f"{path} is not a readable JSON config: {e}.") from e
     return decode(cls, data)
 
 
+def parse_json(text: str | bytes, *, distinct: bool = False) -> Any:
+    """JSON that comes from outside. Raises ValueError for whatever cannot be used.
+
+    That includes nesting deeper than `MAX_JSON_DEPTH`, which json.loads meets with a RecursionError (not a ValueError)
+    at a depth that depends on the interpreter, or reads, so that what walks the result fails.
+
+    Args:
+        distinct: refuse an object that has a key twice, the first of which would be ignored.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_distinct if distinct else None)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [data]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]
+        if not level:
+            return data
+    raise ValueError(_TOO_DEEP)
+
+
+def read_json(path: str | Path, *, distinct: bool = False) -> Any:
+    """The JSON of a file, by `parse_json`, whatever the locale's encoding. Raises OSError or ValueError."""
+    return parse_json(Path(path).read_bytes(), distinct=distinct)
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a key that stands there twice, the first of which would be ignored."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key '{twice}' stands twice in one object")
     return found
 
@@ -129,8 +158,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
             if depth < len(keys) - 1:
                 node = node[key]
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
+            value = parse_json(text)
+        except ValueError:
             value = text
         if isinstance(node[keys[-1]], str) and not isinstance(value, str):
             value = text

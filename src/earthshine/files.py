@@ -1,6 +1,7 @@
-"""Writing files so that nothing half-written is ever visible, and hashing them."""
+"""Files: written so that nothing half-written is ever visible, locks, hashes."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +17,10 @@ from earthshine.errors import DiskFullError
 
 _HASH_CHUNK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+# What file systems without flock say: NFS without a lock daemon, Lustre mounted without it, FUSE; and EBADF where NFS
+# makes it a byte-range lock, which cannot be had on a directory.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF, errno.EISDIR}
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
 @contextmanager
@@ -38,12 +43,31 @@ def _free(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder (a rename just done) survive a loss of power."""
+    """Make the names in a folder (a rename just done) survive a loss of power, where its file system can do that."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(fd)
+
+
+def try_lock(fd: int) -> bool:
+    """Take an exclusive lock that the kernel releases however the process ends; False where there are no locks.
+
+    Raises BlockingIOError when another process holds it.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:

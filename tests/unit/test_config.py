@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from earthshine.config import decode, encode, load_json
+from earthshine.config import decode, encode, load_json, override, parse_json
 from earthshine.errors import ConfigError
 from earthshine.recipes.registry import recipe
 from earthshine.train.job import TrainJob
@@ -22,3 +22,21 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
 def test_a_kind_of_any_type_is_refused(kind: object) -> None:
     with pytest.raises(ConfigError, match=r"init.kind=.* is not one of checkpoint, huggingface, scratch"):
         decode(TrainJob, encode(recipe("tiny")) | {"init": {"kind": kind}})
+
+
+@pytest.mark.parametrize("depth", [101, 900, 200_000])
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}")], ids=["lists", "objects"])
+def test_deep_nesting_is_a_value_error(opening: str, closing: str, depth: int) -> None:
+    """900 levels are what json.loads still reads and a recursive walk of the result may not; 200,000 it does not."""
+    text = opening * depth + "1" + closing * depth
+    with pytest.raises(ValueError, match="nests deeper than 100 levels"):
+        parse_json(text)
+    assert parse_json("[" * 99 + "]" * 99)
+
+
+def test_a_deep_config_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ConfigError, match="job.json is not a readable JSON config: it nests deeper"):
+        load_json(TrainJob, path)
+    assert override(recipe("tiny"), ["name=" + "[" * 5000]).name == "[" * 5000, "text that is no JSON stays text"

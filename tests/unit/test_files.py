@@ -88,3 +88,39 @@ def test_write_speed_leaves_nothing(tmp_path):
     assert files.write_speed(tmp_path, num_bytes=1 << 20) > 0
     assert names(tmp_path) == []
     assert files.free_bytes(tmp_path) > 0
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "ENOTSUP", "ENOSYS", "EBADF"])
+def test_a_file_system_without_locks_is_told_apart_from_a_lock_that_is_held(tmp_path, monkeypatch, code):
+    """NFS without a lock daemon, Lustre without `-o flock`, a FUSE file system, a directory on NFS."""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert files.try_lock(fd)
+        other = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            files.try_lock(other)
+        os.close(other)
+
+        def fails(*_):
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+        monkeypatch.setattr("fcntl.flock", fails)
+        assert not files.try_lock(fd)
+        monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "input/output error")))
+        with pytest.raises(OSError, match="input/output error"):
+            files.try_lock(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_folder_whose_file_system_cannot_sync_it_is_written_all_the_same(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "invalid argument")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.atomic_write(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"

@@ -22,7 +22,7 @@ from earthshine.checkpoint.safetensors_store import (
     write_sharded,
 )
 from earthshine.checkpoint.staging import staged_directory
-from earthshine.config import nearest
+from earthshine.config import nearest, read_json
 from earthshine.console import log
 from earthshine.errors import ConfigError, WeightsError
 from earthshine.model.config import ModelConfig
@@ -49,7 +49,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """The parsed `config.json` of a model's directory. Raises ConfigError when there is none or it is not an object."""
     path = Path(directory) / "config.json"
     try:
-        hf = json.loads(path.read_text())
+        hf = read_json(path)
     except (OSError, ValueError) as e:
         raise ConfigError(f"{path} is not a readable Hugging Face config: {e}.") from e
     if not isinstance(hf, dict):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from earthshine.config import decode
+from earthshine.config import decode, read_json
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.files import sha256_file, sync_folder, write_json
 from earthshine.model.config import ModelConfig
@@ -49,7 +49,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def step_folders(run_dir: Path) -> list[Path]:
     """The folders of finished checkpoints, newest first; nothing is read."""
-    found = [p for p in (run_dir / CHECKPOINTS).glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    found = [p for p in (run_dir / CHECKPOINTS).glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
@@ -88,19 +88,20 @@ def read(folder: Path) -> Manifest:
     """Read a manifest without looking at the files it names. Raises CheckpointError when it is damaged."""
     where = folder / MANIFEST
     try:
-        body = json.loads(where.read_text())
+        body = read_json(where)
         signature, digest = body.pop("signature"), body.pop("sha256")
         if body["format"] != FORMAT:
             raise CheckpointError(f"{where} has format {body['format']!r}; this version reads {FORMAT}.")
         sound = hmac.compare_digest(digest.encode(), _digest(body).encode())
         _check_types(body, signature)
+        signature = signature.encode()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{where} is not a readable manifest: {type(e).__name__}: {e}.") from e
     if not sound:
         raise CheckpointError(f"{where} does not have the sha256 written in it.")
     key = signing_key() if key_path().exists() else b""  # reading makes none: without a key nothing was made here
     ours = bool(key) and body["key"] == _key_id(key)  # the empty key is everybody's
-    if ours and not hmac.compare_digest(signature.encode(), _sign(key, digest).encode()):
+    if ours and not hmac.compare_digest(signature, _sign(key, digest).encode()):
         raise CheckpointError(f"{where} names this machine's key, but its signature is not by it.")
     try:
         model = decode(ModelConfig, body["model"])
@@ -119,17 +120,23 @@ def _check_types(body: Mapping[str, Any], signature: Any) -> None:
 
 
 def check_files(manifest: Manifest) -> None:
-    """Raise CheckpointError unless every file of the manifest is there with its size and sha256."""
+    """Raise CheckpointError unless every file of the manifest is there, readable, with its size and sha256."""
     for name, expected in manifest.files.items():
-        path = manifest.folder / name
-        if not path.resolve().is_relative_to(manifest.folder.resolve()):
-            raise CheckpointError(f"{manifest.folder / MANIFEST} names {name}, which is outside the checkpoint.")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing.")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {expected['bytes']}.")
-        if sha256_file(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} does not have the sha256 that the manifest says.")
+        try:
+            _check_file(manifest, manifest.folder / name, expected)
+        except (OSError, ValueError) as e:  # no permission, a failing disk, a name that no file can have
+            raise CheckpointError(f"{manifest.folder / name} cannot be read: {e}.") from e
+
+
+def _check_file(manifest: Manifest, path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.resolve().is_relative_to(manifest.folder.resolve()):
+        raise CheckpointError(f"{manifest.folder / MANIFEST} names {path.name}, which is outside the checkpoint.")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    if path.stat().st_size != expected["bytes"]:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the manifest says {expected['bytes']}.")
+    if sha256_file(path) != expected["sha256"]:
+        raise CheckpointError(f"{path} does not have the sha256 that the manifest says.")
 
 
 def require_trust(manifest: Manifest, trust: bool) -> None:

@@ -5,7 +5,6 @@ renamed: a kill at any moment leaves either the whole checkpoint or none. Readin
 of every file before anything is unpickled; a damaged checkpoint is passed over, with a warning, for the one before it.
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from earthshine.checkpoint import manifest as manifests
 from earthshine.checkpoint.manifest import CHECKPOINTS, Manifest
-from earthshine.config import encode
+from earthshine.config import encode, read_json
 from earthshine.console import human_bytes, log
 from earthshine.errors import CheckpointError, DiskFullError
 from earthshine.files import naming_full_disk, sync_folder, write_json
@@ -161,7 +160,7 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 def _open(manifest: Manifest) -> Checkpoint:
-    state = json.loads((manifest.folder / _STATE).read_text())
+    state = read_json(manifest.folder / _STATE)
     return Checkpoint(manifest.folder, manifest.step, manifest.model, manifest.job, state)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from earthshine.config import parse_json, read_json
 from earthshine.errors import WeightsError
 from earthshine.files import atomic_write, naming_full_disk, sha256_file, sync_folder
 
@@ -41,6 +42,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 BLOCK_BYTES = 32 << 20  # bytes in flight at a time: large enough for the disk, small beside one matrix
 FLUSH_BYTES = 128 << 20  # written bytes after which the disk is told to begin
+MAX_READ_BYTES = 1 << 30  # macOS refuses one read of 2 GiB
 MIN_RUN_BYTES = 4096  # a strided read shorter than a page costs as much as the page
 
 
@@ -67,14 +69,6 @@ class FileRecord:
     sha256: str
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refusing a key that occurs twice (the second would silently win)."""
-    keys = [k for k, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-    return dict(pairs)
-
-
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, in the order of their bytes.
 
@@ -95,10 +89,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as e:
         raise WeightsError(f"{path} cannot be read: {e.strerror}.") from e
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = parse_json(text, distinct=True)
         header.pop("__metadata__", None)
         infos = [_header_entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         if isinstance(e, WeightsError):
             raise
         raise WeightsError(f"{path} has a corrupt safetensors header: {type(e).__name__} {e}. Fetch it again.") from e
@@ -148,7 +142,7 @@ class Store:
     @staticmethod
     def _read_shards(index: Path) -> dict[str, TensorInfo]:
         try:
-            weight_map = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
+            weight_map = read_json(index, distinct=True)["weight_map"]
             files = sorted(set(weight_map.values()), key=str)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise WeightsError(f"{index} is not a readable index with a weight_map: {e}.") from e
@@ -231,7 +225,7 @@ class Store:
 
     def _pread(self, fd: int, info: TensorInfo, target: memoryview, at: int) -> None:
         while target:
-            count = os.preadv(fd, [target], at)
+            count = os.preadv(fd, [target[:MAX_READ_BYTES]], at)
             if count == 0:
                 raise WeightsError(f"{self.directory / info.file} ends inside tensor {info.name}: it was truncated.")
             target, at = target[count:], at + count
@@ -241,7 +235,8 @@ class Store:
         info = self.info(name)
         fd = os.open(self.directory / info.file, os.O_RDONLY)
         try:
-            os.posix_fadvise(fd, info.offset, info.num_bytes, os.POSIX_FADV_WILLNEED)
+            if hasattr(os, "posix_fadvise"):  # macOS has none
+                os.posix_fadvise(fd, info.offset, info.num_bytes, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(fd)
 
@@ -469,7 +464,7 @@ class _HashingFile:
             if self._flushing:
                 self._flushing.result()  # raises what the disk said
             self._unflushed = 0
-            self._flushing = self._threads.submit(os.fdatasync, self._fd)
+            self._flushing = self._threads.submit(getattr(os, "fdatasync", os.fsync), self._fd)  # macOS: fsync only
 
     def finish(self) -> FileRecord:
         """Wait for both threads, sync the whole file, and return its record."""

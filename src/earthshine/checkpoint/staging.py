@@ -1,7 +1,6 @@
 """A directory that becomes visible only when it is complete."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -9,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from earthshine.config import diff
+from earthshine.config import diff, read_json
+from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import naming_full_disk, sync_folder, write_json
+from earthshine.files import naming_full_disk, sync_folder, try_lock, write_json
 
 RESUME_FILE = "resume.json"
 
@@ -61,17 +61,20 @@ def _locked(staging: Path, out_dir: Path) -> Iterator[None]:
     """Hold a lock on the directory itself: it dies with the process, so a kill leaves nothing to clean up."""
     fd = os.open(staging, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            locked = try_lock(fd)
+        except BlockingIOError as e:
+            raise ConfigError(f"{out_dir} is being written by another process; wait for it or stop it.") from e
+        if not locked:
+            log(f"warning: the file system of {out_dir} has no locks; make sure that no other process writes there.")
         yield
-    except BlockingIOError as e:
-        raise ConfigError(f"{out_dir} is being written by another process; wait for it or stop it.") from e
     finally:
         os.close(fd)
 
 
 def _is_continued(staging: Path, resume: dict[str, Any]) -> bool:
     try:
-        found = json.loads((staging / RESUME_FILE).read_text())
+        found = read_json(staging / RESUME_FILE)
     except (FileNotFoundError, ValueError):
         return False
     changes = diff(found, json.loads(json.dumps(resume)))

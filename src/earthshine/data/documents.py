@@ -6,7 +6,6 @@ hidden, binary, empty or unreadable are skipped, and so are they when named: cou
 """
 
 import gzip
-import json
 import os
 import zlib
 from collections import Counter
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from earthshine.config import nearest
+from earthshine.config import nearest, parse_json
 from earthshine.errors import ConfigError, DataError, MissingDependencyError
 
 TASK_BYTES = 1 << 19  # of input in one task: half a second of work or less, so that workers end together
@@ -229,7 +228,7 @@ def _usable(text: str | None, where: str) -> Document | Skipped:
 
 def _parse_line(line: bytes, where: str, text_key: str) -> str | None:
     try:
-        data: Any = json.loads(line)
+        data: Any = parse_json(line)
     except ValueError as e:
         raise DataError(f"{where} is not JSON ({e}); each line must be an object with the key '{text_key}'.") from e
     if not isinstance(data, dict) or text_key not in data:

@@ -7,7 +7,6 @@ is never split over shards. The index holds sizes and sha256 of every file, so n
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from earthshine.config import parse_json
 from earthshine.errors import DataError
 from earthshine.files import naming_full_disk, sha256_file, write_json
 
@@ -232,7 +232,7 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
             f"{folder} holds no readable index.json ({e.strerror}): write token shards with prepare."
         ) from e
     try:
-        index = json.loads(raw)
+        index = parse_json(raw)
         if index["format"] != FORMAT or index["version"] != VERSION:
             raise DataError(
                 f"{file} is of format {index['format']!r} version {index['version']!r}; this program reads {FORMAT!r} "

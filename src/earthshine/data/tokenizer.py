@@ -4,15 +4,17 @@ We differ from the file's own behaviour: nothing is added around a text (no begi
 truncation and padding settings are switched off, because both would silently change documents.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from earthshine.config import nearest
+from earthshine.config import nearest, read_json
 from earthshine.console import log
 from earthshine.errors import ConfigError
 from earthshine.files import sha256_file
+
+MAX_VOCAB_SIZE = 1 << 24  # far beyond any vocabulary; an id near 2**32 is damage, and would cost a row of a model each
 
 
 class Tokenizer:
@@ -29,16 +31,19 @@ class Tokenizer:
         self.path = given / "tokenizer.json" if given.is_dir() else given
         if not self.path.is_file():
             raise ConfigError(f"tokenizer={given} is neither a tokenizer.json nor a folder that holds one.")
-        try:
+        with self._failures_named("is not a tokenizer.json that can be read"):
             self._backend = tokenizers.Tokenizer.from_file(str(self.path))
-        except Exception as e:  # the library raises bare Exception
-            raise ConfigError(f"tokenizer={self.path} is not a tokenizer.json that can be read: {e}.") from e
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        ids = self._backend.get_vocab(with_added_tokens=True).values()
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            ids = self._backend.get_vocab(with_added_tokens=True).values()
         if not ids:
             raise ConfigError(f"tokenizer={self.path} has an empty vocabulary; give another tokenizer.json.")
         self.vocab_size = max(ids) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ConfigError(
+                f"tokenizer={self.path} has the token id {max(ids)}: ids must be below {MAX_VOCAB_SIZE}, because a "
+                f"model has a row for each; number its vocabulary from 0."
+            )
         self.sha256 = sha256_file(self.path)
         self._eod = self._declared_eod() if eod is None else self._resolve(eod, "eod")
 
@@ -61,7 +66,8 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, with the beginning token where the tokenizer puts one and the text does not."""
         self._backend.encode_special_tokens = False
-        ids = list(self._backend.encode(text, add_special_tokens=True).ids)
+        with self._failures_named("cannot encode this prompt"):
+            ids = list(self._backend.encode(text, add_special_tokens=True).ids)
         plain = self.encode(text)
         # A post-processor may also append (an end token, which would be continued after an end): keep what is before.
         start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0) if plain else 0
@@ -71,11 +77,23 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Token ids of each text, as `encode`."""
         self._backend.encode_special_tokens = not special
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with self._failures_named("cannot encode this text"):
+            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids; special tokens are left out unless `skip_special=False`."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+        with self._failures_named("cannot decode these ids"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    @contextmanager
+    def _failures_named(self, what: str) -> Iterator[None]:
+        """The library raises bare Exception, and panics that are no Exception at all, for a file it cannot use."""
+        try:
+            yield
+        except BaseException as e:
+            if not (isinstance(e, Exception) or type(e).__name__ == "PanicException"):
+                raise  # an interrupt, an exit
+            raise ConfigError(f"tokenizer={self.path} {what}: {e}. Repair the file, or give another one.") from e
 
     def _declared_eod(self) -> int | None:
         """The end token that the files beside the tokenizer.json name, the most specific file first."""
@@ -84,7 +102,7 @@ class Tokenizer:
             if not file.is_file():
                 continue
             try:
-                data = json.loads(file.read_text(encoding="utf-8"))
+                data = read_json(file)
             except (OSError, ValueError) as e:
                 raise ConfigError(f"{file} is not readable JSON: {e}.") from e
             for key in ("eos_token", "eos_token_id"):

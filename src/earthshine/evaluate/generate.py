@@ -1,6 +1,5 @@
 """Sampling text with a cache of keys and values."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from earthshine.config import read_json
 from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer
@@ -81,10 +81,12 @@ def stop_ids(model_dir: str | Path, config: ModelConfig) -> tuple[int, ...]:
     if not path.is_file():
         return config.eos_token_ids
     try:
-        more = json.loads(path.read_text()).get("eos_token_id")
+        more = read_json(path).get("eos_token_id")
     except (OSError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path} is not a readable generation config: {e}.") from e
-    more = [more] if isinstance(more, int) else more or []
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    if not all(type(i) is int and i >= 0 for i in more):
+        raise ConfigError(f"{path}: eos_token_id={more} must be a token id or a list of them, each an integer from 0.")
     return tuple(dict.fromkeys((*config.eos_token_ids, *more)))
 
 

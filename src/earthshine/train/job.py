@@ -3,7 +3,6 @@
 Names: B sequences, S positions; a step is one update of the parameters, made of one or more micro-batches.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from earthshine.checkpoint import manifest as manifests
-from earthshine.config import diff, encode
+from earthshine.config import diff, encode, read_json
 from earthshine.console import human_bytes, human_count, human_seconds, table
 from earthshine.data.config import DataConfig
 from earthshine.errors import CheckpointError, ConfigError
@@ -154,7 +153,7 @@ def model_config(job: TrainJob) -> ModelConfig:
             pass
         case FromHuggingFace(path=path):
             try:
-                hf = json.loads((Path(path) / "config.json").read_text())
+                hf = read_json(Path(path) / "config.json")
             except (OSError, ValueError) as e:
                 raise ConfigError(f"init.path={path!r} is not a Hugging Face directory: config.json: {e}.") from e
             model = from_hf(hf)

@@ -1,8 +1,5 @@
 """The folder of a run: who may write in it, what run it belongs to, and where that run took place."""
 
-import errno
-import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from earthshine.config import encode
+from earthshine.config import encode, read_json
 from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import write_json
+from earthshine.files import try_lock, write_json
 from earthshine.model.config import ModelConfig
 from earthshine.train.job import Derived, TrainJob, changes_on_resume
 
@@ -53,14 +50,11 @@ def _left_by_a_kill(path: Path) -> bool:
 
 
 def _lock(fd: int, run_dir: Path) -> None:
-    """The kernel lets go of such a lock however the process ends."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = try_lock(fd)
     except BlockingIOError as e:
         raise ConfigError(f"another process is training in {run_dir}: wait for it, or choose another --run.") from e
-    except OSError as e:
-        if e.errno not in (errno.ENOLCK, errno.ENOTSUP):
-            raise
+    if not locked:
         log(f"warning: the file system of {run_dir} has no locks; make sure that no other process trains there.")
 
 
@@ -75,7 +69,7 @@ def check_config(
     if not path.exists():
         return
     try:
-        old = json.loads(path.read_text())
+        old = read_json(path)
     except ValueError as e:
         raise ConfigError(f"{path} is not JSON: {e}. Restore it, or choose another --run.") from e
     changes = changes_on_resume(old, job, steps_done)
@@ -97,13 +91,13 @@ def describe(run_dir: Path, job: TrainJob, derived: Derived, model: ModelConfig,
     plan = asdict(derived) | {"state_bytes": derived.state_bytes, "model": encode(model)}
     for name, content in ((CONFIG, encode(job)), (PLAN, plan)):
         path = run_dir / name
-        if not path.exists() or json.loads(path.read_text()) != content:
+        if not path.exists() or read_json(path) != content:
             write_json(path, content)
     path = run_dir / ENV
     if not path.exists():
         write_json(path, environment)
         return
-    then = json.loads(path.read_text())
+    then = read_json(path)
     for key in ("versions", "cpu", "threads", "device", "device_name", "float32_matmul_precision"):
         if then.get(key) != environment.get(key):
             log(

@@ -1,6 +1,5 @@
 """The offline execution of a plan: every target tensor is streamed into a Hugging Face directory."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from earthshine.checkpoint.hf import check_tied_copies, write_model
 from earthshine.checkpoint.name_tables import Entry
 from earthshine.checkpoint.safetensors_store import row_blocks
 from earthshine.checkpoint.staging import staged_directory, staging_path
+from earthshine.config import read_json
 from earthshine.console import human_bytes, progress
 from earthshine.errors import DiskFullError, OutputExistsError, WeightsError
 from earthshine.files import sha256_file, write_json
@@ -121,7 +121,7 @@ def check_manifest(directory: str | Path) -> int:
     """
     path = Path(directory) / MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
+        files = read_json(path)["files"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise WeightsError(f"{path} is not a readable manifest: {type(e).__name__} {e}.") from e
     for name, record in files.items():

@@ -333,3 +333,44 @@ def test_an_unknown_format_is_named(tmp_path: Path) -> None:
     rewrite(folder, format=99)
     with pytest.raises(CheckpointError, match=re.escape("has format 99; this version reads 1")):
         run_store.latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda m: m.write_text("[" * 200_000 + "]" * 200_000),
+        lambda m: m.write_text('{"format":' * 500 + "1" + "}" * 500),
+        lambda m: m.write_text('"a string"'),
+        lambda m: m.write_bytes(b"\xff\xfe\x00"),
+        lambda m: (m.unlink(), m.mkdir()),
+        lambda m: m.write_text(m.read_text().replace('"signature": "', '"signature": "\\udc80')),
+        lambda m: m.with_name("state.json").write_bytes(b""),
+        lambda m: (m.with_name("state.json").unlink(), m.with_name("state.json").mkdir()),
+        lambda m: m.rename(m.with_name("state.json")),
+    ],
+    ids=["deep", "deep objects", "no object", "no text", "a folder", "surrogate", "empty", "other kind", "moved"],
+)
+def test_no_damage_of_the_newest_hides_an_older_sound_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
+) -> None:
+    save(tmp_path, 1)
+    damage(save(tmp_path, 2) / manifests.MANIFEST)
+    (tmp_path / "checkpoints" / "step-\u00b2").mkdir()  # a digit to str.isdigit, no number to int
+    found = run_store.latest(tmp_path)
+    assert found is not None and found.step == 1
+    assert "step-000002 is damaged and is skipped" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_damage_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No permission, or a failing disk: the older checkpoint is used."""
+    save(tmp_path, 1)
+    newest, real = save(tmp_path, 2), manifests.sha256_file
+
+    def sha256_file(path: Path) -> str:
+        if newest in path.parents:
+            raise PermissionError(errno.EACCES, "permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(manifests, "sha256_file", sha256_file)
+    found = run_store.latest(tmp_path)
+    assert found is not None and found.step == 1

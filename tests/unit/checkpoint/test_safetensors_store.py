@@ -142,7 +142,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"[" * 5000, b"", "corrupt"),
         ({"a": 3}, b"", "corrupt"),
         ({"a": {"dtype": "F32", "shape": [2]}}, b"", "data_offsets"),
-        (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": 1}', b"x", "occurs twice"),
+        (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": 1}', b"x", "stands twice"),
         ({"a": ENTRY | {"dtype": "Q4"}}, bytes(8), "dtype 'Q4'"),
         ({"a": ENTRY | {"shape": [-2]}}, bytes(8), "shape"),
         ({"a": ENTRY | {"shape": [2.0]}}, bytes(8), "shape"),
@@ -263,3 +263,15 @@ def test_one_bad_number_anywhere_is_found(dtype, bad):
         y[at] = bad
         with pytest.raises(WeightsError, match="tensor w "):
             check_finite("w", y)
+
+
+@pytest.mark.parametrize("missing", ["posix_fadvise", "fdatasync"])
+def test_what_macos_lacks_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.delattr(os, missing)
+    monkeypatch.setattr(safetensors_store, "FLUSH_BYTES", 1)
+    tensor = torch.arange(6.0)
+    info = TensorInfo("a", tensor.dtype, tuple(tensor.shape))
+    write_sharded(tmp_path, [info], lambda _: iter([tensor[:3], tensor[3:]]))
+    store = Store(tmp_path)
+    store.read_ahead("a")
+    assert torch.equal(store.read("a"), tensor)

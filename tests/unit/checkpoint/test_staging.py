@@ -1,5 +1,6 @@
 """A directory is visible complete or not at all."""
 
+import errno
 import fcntl
 import os
 
@@ -64,3 +65,14 @@ def test_two_writers_exclude_each_other(tmp_path):
     os.close(fd)
     with staged_directory(out):
         pass
+
+
+def test_without_locks_the_work_is_done_and_said(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError(errno.ENOSYS, "function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    with staged_directory(tmp_path / "out") as staging:
+        (staging / "a").write_text("x")
+    assert (tmp_path / "out" / "a").read_text() == "x"
+    assert "has no locks" in capsys.readouterr().err

@@ -124,3 +124,41 @@ def test_shards_of_another_tokenizer_are_warned_of(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == ""
     warn_of_other_tokenizer(tmp_path, "shards", "other")
     assert "shards was not made with" in capsys.readouterr().err
+
+
+def _word_level(**changes: object) -> dict:
+    fields = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    base = {"version": "1.0", "added_tokens": []} | dict.fromkeys(fields)
+    base["model"] = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+    return base | changes
+
+
+_NO_TRIE = {"type": "Precompiled", "precompiled_charsmap": "CAAAAAAAAAAAAAAA"}
+_SLOW = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+_TEMPLATE = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (_word_level(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "cannot|can be read"),
+        (_word_level(normalizer=_NO_TRIE), "cannot encode"),
+        (_word_level(pre_tokenizer=_SLOW), "cannot encode"),
+        (_word_level(model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}), "can be read"),
+        (_word_level(model={"type": "Unigram", "unk_id": None, "vocab": [["b", 0.0]]}), "cannot encode"),
+        (
+            _word_level(post_processor=_TEMPLATE | {"single": [{"SpecialToken": {"id": "X", "type_id": 0}}]}),
+            "cannot|read",
+        ),
+        (_word_level(model={"type": "WordLevel", "vocab": {"a": 2**32 - 1}, "unk_token": "a"}), "token id 4294967295"),
+    ],
+    ids=["charsmap", "trie", "regex", "merge", "no unknown", "template", "id"],
+)
+def test_a_file_that_makes_the_library_panic_is_refused(tmp_path: Path, content: dict, message: str) -> None:
+    """A panic is a BaseException: it would pass every `except Exception`, that of the command line too."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        tokenizer = load_tokenizer(path, eod=0)
+        tokenizer.encode("a" * 40 + "b")
+        tokenizer.encode_prompt("a b")

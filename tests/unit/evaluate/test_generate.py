@@ -1,5 +1,6 @@
 """Sampling: greedy equals uncached argmax, seeds decide, ends stop, and bad prompts are refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,3 +70,10 @@ def test_the_generation_config_adds_ids_that_end_a_text(tmp_path: Path) -> None:
     path.write_text("[")
     with pytest.raises(ConfigError, match="not a readable generation config"):
         stop_ids(tmp_path, config)
+
+
+@pytest.mark.parametrize("eos", ["2", True, {"a": 1}, [[1]], [None], 2.0, [1, "2"], -1])
+def test_an_end_token_of_another_type_is_refused(tmp_path: Path, eos: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ConfigError, match="eos_token_id=.* must be a token id or a list of them"):
+        stop_ids(tmp_path, preset("llama3_tiny"))
