@@ -1,6 +1,6 @@
 """Twenty recorded losses and gradient norms of three tiny mixtures trained with Muon.
 
-Bit-equal where processor, torch and threads are the recorded ones; elsewhere within 1e-4 relative, because matrix
+Bit-equal where processor, torch and threads are the recorded ones; elsewhere within `TOLERANCES`, because matrix
 products sum in another order there. To record on purpose: `python tests/golden/test_losses.py`.
 """
 
@@ -27,6 +27,17 @@ LOSSES = Path(__file__).parent / "losses"
 RECIPES = {"llama3_tiny_e8t2": tiny_moe, "llama3_tiny_e8t2_switch": tiny_switch, "moonlight_tiny": tiny_moonlight}
 SAME_MACHINE = ("cpu_flags", "cpu_capability", "threads", "float32_matmul_precision", "torch")
 RECORDED = ("loss", "grad_norm", "balance", "max_violation", "drop_rate", "samples")
+# Measured on a machine with AVX-512, without vectors, and with other MKL kernels. Losses were within 4.4e-5, balance
+# within 7.4e-5 and gradient norms within 6.8e-4, all of them where capacity drops tokens, because a last bit decides
+# which; at most 2 choices of tokens fell otherwise. One is 1/128 of max_violation (1/48 in moonlight_tiny), and
+# 1/3,072 of a drop rate.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "loss": {"rel": 1e-4},
+    "balance": {"rel": 1e-4},
+    "grad_norm": {"rel": 3e-3},
+    "max_violation": {"rel": 0, "abs": 6 / 128},
+    "drop_rate": {"rel": 0, "abs": 6 / 3072},
+}
 
 
 def write_shards(folder: Path) -> Path:
@@ -80,8 +91,9 @@ def test_losses_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
     assert got["samples"] == golden["samples"]
     if got["where"] == golden["where"]:
         assert got == golden
-    for key in ("loss", "balance"):
-        assert got[key] == pytest.approx(golden[key], rel=1e-4)
+    assert {*TOLERANCES, "samples", "where"} >= set(got) == set(golden)
+    for key in set(got) & set(TOLERANCES):
+        assert got[key] == pytest.approx(golden[key], **TOLERANCES[key]), key
     assert got["loss"][-1] < got["loss"][0] - 0.5
     assert any(got.get("drop_rate", [])) == (name == "llama3_tiny_e8t2_switch")
 

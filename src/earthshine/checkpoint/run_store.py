@@ -7,7 +7,7 @@ of every file before anything is unpickled; a damaged checkpoint is passed over,
 
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,18 +117,27 @@ def latest(path: Path, *, trust: bool = False) -> Checkpoint | None:
     return None
 
 
-def read_into(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """Fill `tensors` in place. Raises CheckpointError unless names, shapes and dtypes are those of the checkpoint."""
+def read_into(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], optional: Collection[str] = ()) -> set[str]:
+    """Fill `tensors` in place.
+
+    optional: names that either side may lack, or hold in another shape or dtype. Returned are those that were left out
+    for such a reason.
+    Raises CheckpointError unless all other names, shapes and dtypes are those of the checkpoint.
+    """
     saved = _metadata(checkpoint.folder)
-    _check_names(checkpoint.folder, set(saved), set(tensors))
+    _check_names(checkpoint.folder, set(saved).difference(optional), set(tensors).difference(optional))
+    filled = {}
     for name, tensor in tensors.items():
-        shape, dtype = saved[name]
-        if shape != tuple(tensor.shape) or dtype != tensor.dtype:
+        shape, dtype = saved.get(name, (None, None))
+        if shape == tuple(tensor.shape) and dtype == tensor.dtype:
+            filled[name] = tensor
+        elif name not in optional:
             raise CheckpointError(
-                f"{checkpoint.folder}: {name} was saved as {dtype} {list(shape)}, "
+                f"{checkpoint.folder}: {name} was saved as {dtype} {list(shape or ())}, "
                 f"this job has it as {tensor.dtype} {list(tensor.shape)}."
             )
-    _read_tensors(checkpoint.folder, tensors)
+    _read_tensors(checkpoint.folder, filled)
+    return {name for name in optional if name not in filled and (name in saved or name in tensors)}
 
 
 def read_tensors(checkpoint: Checkpoint, prefix: str = "") -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from earthshine.checkpoint import run_store
 from earthshine.checkpoint.hf import load_model
 from earthshine.checkpoint.run_store import MODEL_PREFIX, Checkpoint
 from earthshine.config import diff, encode
+from earthshine.console import log
 from earthshine.data.loader import Loader
 from earthshine.data.tokenizer import warn_of_other_tokenizer
 from earthshine.errors import ConfigError, TrainingDivergedError
@@ -63,14 +64,22 @@ class TrainState:
     def restore(self, checkpoint: Checkpoint, *, allow_config_change: bool) -> None:
         """Become the state that was saved, bit for bit.
 
+        The random state of an accelerator is restored where the checkpoint has one of this kind of device: a run that
+        began on a CPU resumes on an accelerator, and back.
+
         Raises CheckpointError when tensors or (unless allowed) hyper-parameters are not those of the checkpoint,
         DataError when the token shards are not.
         """
         saved = checkpoint.state
         tensors = self.tensors()
-        run_store.read_into(checkpoint, tensors)
+        left_out = run_store.read_into(checkpoint, tensors, optional=(_RNG_DEVICE,))
         torch.set_rng_state(tensors[_RNG_CPU])
-        if _RNG_DEVICE in tensors:
+        if left_out:
+            log(
+                f"{checkpoint.folder} was saved on another kind of device than {self.device}: of the random states "
+                f"only the CPU's is restored."
+            )
+        elif _RNG_DEVICE in tensors:
             torch.get_device_module(self.device).set_rng_state(tensors[_RNG_DEVICE], self.device)
         if not allow_config_change:  # compares every hyper-parameter; the tensors are already in place
             live = self.optimizer.state_dict()["state"]

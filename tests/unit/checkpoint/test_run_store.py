@@ -272,6 +272,19 @@ def test_tensors_of_another_state_are_refused(what: str, message: str, tmp_path:
         run_store.read_into(found, changed(what))
 
 
+@pytest.mark.parametrize("what", ["missing", "unknown", "shape", "dtype"])
+def test_tensors_that_are_optional_may_differ(what: str, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    found = run_store.latest(tmp_path)
+    assert found is not None
+    differs = {"missing": "model.new", "unknown": "rng.cpu"}.get(what, "model.embed.weight")
+    wanted = changed(what)
+    before = {name: tensor.clone() for name, tensor in wanted.items()}
+    assert run_store.read_into(found, wanted, optional=("optimizer.embed.weight.step", differs, "nowhere")) == {differs}
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, before[name] if name == differs else tensors(1)[name])
+
+
 def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(run_store.shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -53,12 +53,14 @@ def write_shards(
     max_tokens_per_shard: int = 1 << 20,
     tokenizer_sha256: str = "0" * 64,
     eod: int = EOD,
+    num_bytes: Sequence[int] | None = None,
 ) -> Path:
+    """num_bytes: of each document's text; three for every token when absent."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, vocab_size=vocab_size, max_tokens_per_shard=max_tokens_per_shard)
     tokens = np.array([t for d in documents for t in (*d, eod)])
     lengths_N = np.array([len(d) + 1 for d in documents])
-    writer.add(tokens, lengths_N, 3 * (lengths_N - 1))
+    writer.add(tokens, lengths_N, 3 * (lengths_N - 1) if num_bytes is None else np.array(num_bytes))
     writer.finish(tokenizer_sha256=tokenizer_sha256, eod=eod)
     return folder
 

@@ -186,14 +186,24 @@ class TestHeldout:
         with pytest.raises(ConfigError, match="batch=0 must be at least 1"):
             list(heldout_batches(str(counting_shards), seq_len=16, max_sequences=0, batch=0))
 
-    def test_bytes_per_token(self, counting_shards: Path) -> None:
-        path = str(counting_shards)
-        assert heldout_bytes_per_token(path) == 3.0  # as the shards were made
-        assert heldout_bytes_per_token(path, seq_len=16, max_sequences=2) == 3.0
-        assert heldout_bytes_per_token(path, seq_len=16, max_sequences=1000) == 3.0
-        # Where a document's first token is a target too, there is one target more per document.
-        shards, text = TokenShards(counting_shards), TokenShards(counting_shards).num_bytes
-        assert heldout_bytes_per_token(path, document_attention=False) == text / shards.num_tokens
+    @pytest.mark.parametrize(
+        ("limits", "expected"),
+        [
+            ({}, 66 / 9),  # of all documents: 12 tokens, of which each document's first is no target
+            ({"seq_len": 3, "max_sequences": 1}, 6 / 3),  # four tokens, the first document to its end
+            ({"seq_len": 4, "max_sequences": 1}, 26 / 5),  # one token of the second document counts it whole
+            ({"seq_len": 3, "max_sequences": 2}, 26 / 5),
+            ({"seq_len": 7, "max_sequences": 1}, 66 / 9),
+            ({"seq_len": 3, "max_sequences": 1000}, 66 / 9),
+            ({"seq_len": 3, "max_sequences": 0}, 66 / 9),
+            ({"document_attention": False}, 66 / 12),
+            ({"seq_len": 4, "max_sequences": 1, "document_attention": False}, 26 / 7),
+        ],
+    )
+    def test_bytes_per_token(self, limits: dict[str, int], expected: float, make_shards: ShardMaker) -> None:
+        """Documents of 4, 3 and 5 tokens, the end included, hold 2, 10 and 10 bytes per target."""
+        path = make_shards("uneven", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], num_bytes=(6, 20, 40), max_tokens_per_shard=5)
+        assert heldout_bytes_per_token(str(path), **limits) == expected
 
     def test_beside_what_is_trained_on(
         self, two_sources: DataConfig, make_shards: ShardMaker, capsys: pytest.CaptureFixture[str]

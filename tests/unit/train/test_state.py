@@ -1,0 +1,112 @@
+"""train/state.py: what a checkpoint of one kind of device is on another."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from earthshine.checkpoint import run_store
+from earthshine.config import encode
+from earthshine.train.job import TrainJob
+from earthshine.train.loop import fit
+from earthshine.train.state import TrainState, build_state
+
+JobMaker = Callable[..., TrainJob]
+CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda:0")
+
+
+class Generator:
+    """An accelerator's random state, where there is no accelerator."""
+
+    def __init__(self, state: list[int]) -> None:
+        self.state = torch.tensor(state, dtype=torch.uint8)
+        self.restored: list[int] | None = None
+
+    def get_rng_state(self, device: torch.device) -> Tensor:
+        return self.state.clone()
+
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None:
+        self.restored = state.tolist()
+
+
+def started(job: TrainJob, device: torch.device) -> TrainState:
+    state = build_state(job, CPU, torch.float32, None, trust=False, allow_config_change=False)
+    state.device = device
+    return state
+
+
+def pretend(patch: pytest.MonkeyPatch, state: list[int]) -> Generator:
+    generator = Generator(state)
+    patch.setattr(torch, "get_device_module", lambda device=None: generator)
+    return generator
+
+
+def save(job: TrainJob, state: TrainState, run: Path) -> None:
+    run_store.save(
+        run,
+        step=state.step,
+        tensors=state.tensors(),
+        state=state.numbers(),
+        model=state.model.config,
+        job=encode(job),
+        keep=0,
+    )
+
+
+def restored(job: TrainJob, run: Path, device: torch.device) -> TrainState:
+    checkpoint = run_store.latest(run)
+    assert checkpoint is not None
+    state = started(job, device)
+    state.restore(checkpoint, allow_config_change=False)
+    return state
+
+
+def test_a_run_begun_on_a_cpu_resumes_on_an_accelerator(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    fit(job, tmp_path, stop_after=2, device="cpu")
+    generator = pretend(monkeypatch, [1, 2, 3])
+    assert restored(job, tmp_path, ACCELERATOR).step == 2
+    assert generator.restored is None
+    said = (
+        "step-000002 was saved on another kind of device than cuda:0: of the random states only the CPU's is restored"
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_begun_on_an_accelerator_resumes_on_a_cpu_bit_for_bit(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    fit(job, tmp_path / "cpu", device="cpu")
+    fit(job, tmp_path / "run", stop_after=3, device="cpu")
+    with monkeypatch.context() as patch:
+        pretend(patch, [1, 2, 3])
+        save(job, restored(job, tmp_path / "run", ACCELERATOR), tmp_path / "run")
+    capsys.readouterr()
+    fit(job, tmp_path / "run", device="cpu")
+    assert "another kind of device than cpu" in capsys.readouterr().err
+    whole, cut = (run_store.load_model_state(tmp_path / name)[1] for name in ("cpu", "run"))
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("then", "now", "expected"), [([1, 2], [3, 4], [1, 2]), ([1, 2], [3, 4, 5], None)])
+def test_an_accelerator_takes_the_random_state_of_its_own_kind(
+    then: list[int],
+    now: list[int],
+    expected: list[int] | None,
+    make_job: JobMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = make_job()
+    pretend(monkeypatch, then)
+    save(job, started(job, ACCELERATOR), tmp_path)
+    generator = pretend(monkeypatch, now)
+    restored(job, tmp_path, ACCELERATOR)
+    assert generator.restored == expected
+    assert ("another kind of device" in capsys.readouterr().err) == (expected is None)
