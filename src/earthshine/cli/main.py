@@ -17,7 +17,7 @@ COMMANDS = {
     "quickstart": "the tour on real input: upcycle, verify, train, evaluate, export, report",
     "upcycle": "a dense checkpoint becomes a Mixture-of-Experts one that computes the same function",
     "verify": "measure that a conversion or a checkpoint holds what it should (exit 3 when not)",
-    "prepare": "text, jsonl or parquet becomes token shards",
+    "prepare": "text, JSON or parquet becomes token shards",
     "train": "run a job, or resume it: the same command does both",
     "eval": "held-out loss and bits per byte of a model",
     "generate": "text from a model",

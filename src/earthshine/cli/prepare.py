@@ -9,10 +9,11 @@ from tyro.conf import Positional, arg
 from earthshine.cli.options import print_json
 from earthshine.console import human_bytes, human_count
 
-DESCRIPTION = """Turn text, jsonl or parquet into token shards that `train` reads memory-mapped.
+DESCRIPTION = """Turn text, JSON or parquet into token shards that `train` reads memory-mapped.
 
-A text file is one document; a line of .jsonl[.gz] or a row of .parquet is one, in its field --text-key. The output does
-not depend on the number of workers."""
+A text file is one document; a record of JSON (a line, or an item of an array) or a row of parquet is one, in its field
+--text-key. Files are recognised by their contents and may be compressed (gzip, zstd, bzip2, xz). The output does not
+depend on the number of workers."""
 EXAMPLES = (
     ("a folder of text files", "earthshine prepare docs/ --tokenizer models/llama --out data/docs"),
     (
@@ -38,7 +39,7 @@ class Options:
     """Folder to write; it must not exist."""
 
     text_key: str = "text"
-    """The field of a jsonl line or the column of a parquet file that holds the text."""
+    """The field of a JSON record or the column of a parquet file that holds the text."""
 
     eod: str | None = None
     """Token that ends a document, by its text or its id; by default the tokenizer's end-of-sequence token."""
@@ -48,6 +49,10 @@ class Options:
 
     max_tokens_per_shard: int = 100_000_000
     """Tokens in one shard file at most (a longer document still stays whole)."""
+
+    skip_unreadable: bool = False
+    """Leave out what looks like data in a form that is not read (archives, CSV, other encodings, JSON without the text
+    key, ...) instead of refusing it."""
 
     json: bool = False
     """Print the summary as JSON."""
@@ -64,6 +69,7 @@ def run(options: Options) -> None:
         eod=options.eod,
         workers=options.workers or None,
         max_tokens_per_shard=options.max_tokens_per_shard,
+        skip_unreadable=options.skip_unreadable,
     )
     if options.json:
         print_json(summary)

@@ -1,42 +1,29 @@
 """Documents out of files: which files, what is in them, and in what pieces they go to workers. Torch-free.
 
-A `.jsonl` (or `.ndjson`) file holds a document a line, a `.parquet` file a document a row, any other file is one
-document; each may be gzipped. The order is that of the arguments, folders sorted by name. Files in folders that are
-hidden, binary, empty or unreadable are skipped, and so are they when named: counted, and said by the caller.
+JSON holds one document per line or record, parquet one per row, any other file is one document; `formats` recognises
+them by their contents, compressed or not. The order is that of the arguments, folders sorted by name, links followed.
+Files that are hidden (in folders), binary or empty are skipped: counted, and said by the caller. `Skipped.fix` marks
+what looks like data and is not read.
 """
 
-import gzip
+import codecs
+import json
 import os
-import zlib
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from earthshine.config import nearest, parse_json
+from earthshine.data.formats import TO_UTF8, Format, damaged, plain, reading, recognise
 from earthshine.errors import ConfigError, DataError, MissingDependencyError
 
 TASK_BYTES = 1 << 19  # of input in one task: half a second of work or less, so that workers end together
 _TASK_FILES = 256
-_BINARY_PROBE_BYTES = 8192
-_DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker tokenizes at once. One of: files (whole, a document each), lines (of a JSON-lines file), rows.
-
-    name: the file, for messages. first: number of its first line or row, from 1. input_bytes: how much of the input,
-    as it lies on disk, is done when this is.
-    """
-
-    input_bytes: int
-    name: str = ""
-    first: int = 1
-    files: tuple[str, ...] = ()
-    lines: bytes = b""
-    rows: tuple[str | None, ...] = ()
+_BETWEEN_RECORDS = re.compile(r"[\s,]*")
+_NAMED = 5  # files in one message
 
 
 @dataclass(frozen=True)
@@ -49,24 +36,42 @@ class Document:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file, line or row that is no document, and why."""
+    """A file, line or row that is no document, and why; and where it looks like data, how it could be read."""
 
     name: str
     reason: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker tokenizes at once. One of: files (whole, a document each), lines (of a JSON-lines file), rows.
+
+    name: the file, for messages. first: number of its first line or row, from 1. unit: what a row is. input_bytes: how
+    much of the input, as it lies on disk, is done when this is.
+    """
+
+    input_bytes: int
+    name: str = ""
+    first: int = 1
+    files: tuple[str | Skipped, ...] = ()
+    lines: bytes = b""
+    rows: tuple[str | None, ...] = ()
+    unit: str = "row"
 
 
 def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
-    """The files to read, in order, and what was left aside: hidden ones in folders, and ones named twice.
+    """The files to read, in order, and what was left aside: hidden ones in folders, and ones reached twice.
 
     Raises ConfigError for an input that does not exist.
     """
     found: list[Path] = []
-    seen: set[str] = set()
+    seen: set[str] = set()  # real paths, of folders too: links may lead in a circle
     aside: Counter[str] = Counter()
     for given in map(Path, inputs):
         if not given.exists():
-            raise ConfigError(f"input={given} does not exist; give files or folders of text, .jsonl or .parquet.")
-        for file in _walk(given, aside) if given.is_dir() else [given]:
+            raise ConfigError(f"input={given} does not exist; give files or folders of text, JSON or parquet.")
+        for file in _walk(given, aside, seen) if given.is_dir() else [given]:
             real = os.path.realpath(file)
             if real in seen:
                 aside["named twice"] += 1
@@ -78,16 +83,22 @@ def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
     return found, aside
 
 
-def _walk(folder: Path, aside: Counter[str]) -> Iterator[Path]:
+def _walk(folder: Path, aside: Counter[str], seen: set[str]) -> Iterator[Path]:
     """Files below a folder: a folder's own, sorted by name, and then its subfolders' in the same way.
 
-    Links to folders are not followed. Raises DataError when a folder is closed to us.
+    Links to folders are followed, each folder once. Raises DataError when a folder is closed to us.
     """
 
     def refuse(e: OSError) -> None:
         raise DataError(f"{e.filename} cannot be listed ({e.strerror}); make it readable or name other inputs.") from e
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            aside["folder reached twice"] += 1
+            folders.clear()
+            continue
+        seen.add(real)
         hidden = sum(name.startswith(".") for name in [*folders, *files])
         if hidden:
             aside["hidden"] += hidden
@@ -103,63 +114,118 @@ def size_of(file: Path) -> int:
         return 0
 
 
-def make_tasks(files: Sequence[Path], text_key: str) -> Iterator[Task]:
+def refuse_unreadable(files: Sequence[Path], formats: Sequence[Format]) -> None:
+    """Raise DataError, which names some and how each could be read, when there are files of data that are not read."""
+    refuse([Skipped(str(f), form.reason, form.fix) for f, form in zip(files, formats, strict=True) if form.fix])
+
+
+def refuse(skipped: Sequence[Skipped]) -> None:
+    """Raise DataError when something that looks like data would be left out."""
+    wanted = [s for s in skipped if s.fix]
+    if not wanted:
+        return
+    shown = "; ".join(f"{s.name} ({s.reason}: {s.fix})" for s in wanted[:_NAMED])
+    more = f"; and {len(wanted) - _NAMED} more" if len(wanted) > _NAMED else ""
+    raise DataError(
+        f"input that looks like data cannot be read as it is: {shown}{more}. Do that, name other inputs, or leave "
+        f"such files out with --skip-unreadable."
+    )
+
+
+def make_tasks(files: Sequence[Path], text_key: str, formats: Iterable[Format] | None = None) -> Iterator[Task]:
     """Cut the files' contents into tasks, in order; holds one task's input at a time.
 
-    Raises DataError for a damaged file.
+    formats: of the files, where they were recognised before. Raises DataError for a damaged file.
     """
-    group: list[str] = []
+    group: list[str | Skipped] = []
     group_bytes = 0
-    for file in files:
-        kind = _kind(file)
-        if kind == "text":
+    for file, form in zip(files, formats or (recognise(f, text_key) for f in files), strict=True):
+        if form.kind in ("text", "none"):
             size = size_of(file)
             if group and (group_bytes + size > TASK_BYTES or len(group) == _TASK_FILES):
                 yield Task(group_bytes, files=tuple(group))
                 group, group_bytes = [], 0
-            group.append(str(file))
+            group.append(str(file) if form.kind == "text" else Skipped(str(file), form.reason, form.fix))
             group_bytes += size
             continue
         if group:
             yield Task(group_bytes, files=tuple(group))
             group, group_bytes = [], 0
-        yield from _line_tasks(file) if kind == "lines" else _row_tasks(file, text_key)
+        match form.kind:
+            case "lines":
+                yield from _line_tasks(file)
+            case "records":
+                yield from _record_tasks(file, text_key)
+            case "rows":
+                yield from _row_tasks(file, text_key)
     if group:
         yield Task(group_bytes, files=tuple(group))
-
-
-def _kind(file: Path) -> str:
-    suffixes = [s.lower() for s in file.suffixes]
-    inner = suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:]
-    if inner in ([".jsonl"], [".ndjson"]):
-        return "lines"
-    return "rows" if suffixes[-1:] == [".parquet"] else "text"
 
 
 def _line_tasks(file: Path) -> Iterator[Task]:
     """Whole lines, about TASK_BYTES a task; a longer line is a task of its own."""
     first, seen, rest = 1, 0, bytearray()
-    try:
-        with open(file, "rb") as raw:
-            stream = _plain(file, raw)
-            while block := stream.read(TASK_BYTES):
-                whole, newline, tail = block.rpartition(b"\n")
-                if not newline:
-                    rest += block
-                    continue
-                lines, rest = b"".join((rest, whole, newline)), bytearray(tail)
-                yield Task(raw.tell() - seen, name=str(file), first=first, lines=lines)
-                first, seen = first + lines.count(b"\n"), raw.tell()
-            yield Task(raw.tell() - seen, name=str(file), first=first, lines=bytes(rest))
-    except _DAMAGED as e:
-        raise _damaged(file, e) from e
-    except OSError as e:
-        raise DataError(f"{file} cannot be read ({e.strerror}); make it readable or name other inputs.") from e
+    with reading(file), open(file, "rb") as raw:
+        stream = plain(file, raw)
+        while block := stream.read(TASK_BYTES):
+            whole, newline, tail = block.rpartition(b"\n")
+            if not newline:
+                rest += block
+                continue
+            lines, rest = b"".join((rest, whole, newline)), bytearray(tail)
+            yield Task(raw.tell() - seen, name=str(file), first=first, lines=lines)
+            first, seen = first + lines.count(b"\n"), raw.tell()
+        yield Task(raw.tell() - seen, name=str(file), first=first, lines=bytes(rest))
 
 
-def _plain(file: Path, stored: BinaryIO) -> BinaryIO:
-    """What is in an open file, decompressed when its name says that it is gzipped."""
-    return cast(BinaryIO, gzip.GzipFile(fileobj=stored)) if file.suffix.lower() == ".gz" else stored
+def _record_tasks(file: Path, text_key: str) -> Iterator[Task]:
+    """The texts of records that may span lines. They are parsed here: where one ends is known only then."""
+    first, size, seen = 1, 0, 0
+    rows: list[str | None] = []
+    with reading(file), open(file, "rb") as raw:
+        for record in _records(file, plain(file, raw)):
+            rows.append(_text_of(record, f"{file}, record {first + len(rows)}", text_key))
+            size += len(rows[-1] or "")
+            if size >= TASK_BYTES:
+                yield Task(raw.tell() - seen, name=str(file), first=first, rows=tuple(rows), unit="record")
+                first, seen, size, rows = first + len(rows), raw.tell(), 0, []
+        yield Task(raw.tell() - seen, name=str(file), first=first, rows=tuple(rows), unit="record")
+
+
+def _records(file: Path, stream: BinaryIO) -> Iterator[Any]:
+    """JSON values one after another, or the items of an array of them; holds one longest value's text."""
+    decode = json.JSONDecoder().raw_decode
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    text, at, number, ended, in_array = "", 0, 1, False, False
+    while True:
+        at = between.end() if (between := _BETWEEN_RECORDS.match(text, at)) else at
+        mark = text[at : at + 1]
+        if mark == ("]" if in_array else "["):
+            at, in_array = at + 1, not in_array
+            continue
+        if mark:
+            try:
+                value, at = decode(text, at)
+            except RecursionError as e:
+                raise DataError(f"{file}, record {number} is nested too deeply to be read.") from e
+            except json.JSONDecodeError as e:
+                if ended or not (e.pos >= len(text) - 12 or e.msg.startswith("Unterminated string")):
+                    raise DataError(
+                        f"{file}, record {number} is not JSON ({e.msg}); get it again, or leave it out."
+                    ) from e
+            else:
+                number += 1
+                yield value
+                continue
+        elif ended:
+            break
+        block = stream.read(
+            max(TASK_BYTES, len(text) - at)
+        )  # twice as much each time: a long value is not parsed often
+        ended = not block
+        text, at = text[at:] + utf8.decode(block, final=ended), 0
+    if in_array:
+        raise damaged(file, "the array that it holds is not closed")
 
 
 def _row_tasks(file: Path, text_key: str) -> Iterator[Task]:
@@ -187,7 +253,7 @@ def _row_tasks(file: Path, text_key: str) -> Iterator[Task]:
                     yield Task(share, name=str(file), first=first, rows=rows)
                     first, counted = first + len(rows), counted + share
     except (pyarrow.ArrowException, OSError) as e:
-        raise _damaged(file, e) from e
+        raise damaged(file, e) from e
 
 
 def _split_rows(rows: list[str | None]) -> Iterator[tuple[str | None, ...]]:
@@ -205,10 +271,10 @@ def texts(task: Task, text_key: str) -> Iterator[Document | Skipped]:
     """The documents of a task, in order. Raises DataError for one that is damaged."""
     if task.files:
         for file in task.files:
-            yield _read_text(Path(file))
+            yield file if isinstance(file, Skipped) else _read_text(Path(file))
     elif task.rows:
         for number, row in enumerate(task.rows, start=task.first):
-            yield _usable(row, f"{task.name}, row {number}")
+            yield _usable(row, f"{task.name}, {task.unit} {number}")
     else:
         for number, line in enumerate(task.lines.split(b"\n"), start=task.first):
             if line.strip():
@@ -228,9 +294,14 @@ def _usable(text: str | None, where: str) -> Document | Skipped:
 
 def _parse_line(line: bytes, where: str, text_key: str) -> str | None:
     try:
-        data: Any = parse_json(line)
+        data = parse_json(line)
     except ValueError as e:
         raise DataError(f"{where} is not JSON ({e}); each line must be an object with the key '{text_key}'.") from e
+    return _text_of(data, where, text_key)
+
+
+def _text_of(data: Any, where: str, text_key: str) -> str | None:
+    """The text of a parsed record."""
     if not isinstance(data, dict) or text_key not in data:
         hint = nearest(text_key, data) if isinstance(data, dict) else " It is no object."
         raise DataError(f"{where} has no key '{text_key}' (text_key).{hint}")
@@ -242,26 +313,15 @@ def _parse_line(line: bytes, where: str, text_key: str) -> str | None:
 
 def _read_text(file: Path) -> Document | Skipped:
     try:
-        with open(file, "rb") as stored:
-            stream = _plain(file, stored)
-            raw = stream.read(_BINARY_PROBE_BYTES)
-            if b"\0" in raw:
-                return Skipped(str(file), "binary")
-            raw += stream.read()
-    except _DAMAGED as e:
-        raise _damaged(file, e) from e
-    except (PermissionError, FileNotFoundError):
-        return Skipped(str(file), "unreadable")
-    except OSError as e:
-        raise _damaged(file, e) from e
+        stored = open(file, "rb")  # noqa: SIM115 - closed below; only the opening is tried
+    except OSError:
+        return Skipped(str(file), "unreadable", "make it readable")
+    with stored, reading(file):
+        raw = plain(file, stored).read()
     if not raw.strip():
         return Skipped(str(file), "empty")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return Skipped(str(file), "not UTF-8")
+        return Skipped(str(file), "not UTF-8", TO_UTF8)
     return _usable(text, str(file))
-
-
-def _damaged(file: Path, e: Exception) -> DataError:
-    return DataError(f"{file} is damaged ({e}); get it again, or leave it out.")

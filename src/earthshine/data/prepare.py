@@ -1,4 +1,4 @@
-"""Text, JSON lines or parquet -> token shards. Torch-free.
+"""Text, JSON or parquet -> token shards. Torch-free.
 
 One process reads, cuts the input into tasks and writes; the others parse and tokenize. Processes rather than the
 threads inside `tokenizers`: those parallelise encoding alone, while reading, parsing and turning its results into
@@ -29,7 +29,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from earthshine.console import human_count, human_seconds, log, progress
-from earthshine.data.documents import Document, Skipped, Task, find_files, make_tasks, size_of, texts
+from earthshine.data.documents import (
+    Document,
+    Skipped,
+    Task,
+    find_files,
+    make_tasks,
+    refuse,
+    refuse_unreadable,
+    size_of,
+    texts,
+)
+from earthshine.data.formats import recognise
 from earthshine.data.shards import ShardWriter, token_dtype
 from earthshine.data.tokenizer import load_tokenizer
 from earthshine.errors import ConfigError, DataError, OutputExistsError
@@ -165,15 +176,17 @@ def prepare(
     eod: str | int | None = None,
     workers: int | None = None,
     max_tokens_per_shard: int = 1 << 28,
+    skip_unreadable: bool = False,
 ) -> dict[str, Any]:
     """Tokenize documents into a new folder of token shards (`shards` has the format); returns a summary.
 
     inputs: files and folders (`documents` says what is read from them). text_key: the key or column of the text in
-    JSON lines and parquet. eod: see `load_tokenizer`. workers: processes, all cores when absent; the output does not
+    JSON and parquet. eod: see `load_tokenizer`. workers: processes, all cores when absent; the output does not
     depend on it. max_tokens_per_shard: a shard is closed before it exceeds this, unless one document does.
+    skip_unreadable: leave out what looks like data in a form that is not read, instead of refusing it.
 
     The folder appears whole or not at all. Raises ConfigError (inputs, tokenizer, eod), OutputExistsError, DataError
-    (damaged input, or no document in it), MissingDependencyError (parquet), DiskFullError.
+    (input that is damaged or would be left out, or no document in it), MissingDependencyError (parquet), DiskFullError.
     """
     out = Path(out)
     workers = _cores() if workers is None else workers
@@ -181,19 +194,22 @@ def prepare(
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1.")
     if not inputs:
-        raise ConfigError("inputs=[] names nothing to read; give files or folders of text, .jsonl or .parquet.")
+        raise ConfigError("inputs=[] names nothing to read; give files or folders of text, JSON or parquet.")
     if os.path.lexists(out):
         raise OutputExistsError(f"out={out} exists; choose another folder or remove it first.")
     encoder = Encoder(Path(tokenizer), eod, text_key)
     files, aside = find_files(inputs)
     total_bytes = sum(map(size_of, files))
-    tasks = make_tasks(files, text_key)
+    formats = [recognise(file, text_key) for file in files]
+    if not skip_unreadable:
+        refuse_unreadable(files, formats)
+    tasks = make_tasks(files, text_key, formats)
     workers = min(workers, -(-total_bytes // _MIN_BYTES_PER_WORKER) or 1)
     start = time.monotonic()
     with _published(out) as folder:
         writer = ShardWriter(folder, vocab_size=encoder.tokenizer.vocab_size, max_tokens_per_shard=max_tokens_per_shard)
         try:
-            tally = _write_all(writer, _encode_all(tasks, encoder, text_key, workers), total_bytes)
+            tally = _write_all(writer, _encode_all(tasks, encoder, text_key, workers), total_bytes, skip_unreadable)
             skipped = aside + tally.skipped
             index = _finish(writer, encoder, files, skipped, tally.in_pieces)
         finally:
@@ -250,12 +266,16 @@ class _Tally:
     in_pieces: int
 
 
-def _write_all(writer: ShardWriter, results: Generator[Encoded, None, None], total_bytes: int) -> _Tally:
+def _write_all(
+    writer: ShardWriter, results: Generator[Encoded, None, None], total_bytes: int, skip_unreadable: bool
+) -> _Tally:
     """Write every result, showing progress in bytes of input; names the first few skips of each reason."""
     tally = _Tally(Counter(), 0)
     tokens = documents = 0
     with contextlib.closing(results), progress("prepare", total_bytes, "B") as bar:
         for result in results:
+            if not skip_unreadable:
+                refuse(result.skipped)
             writer.add(result.tokens, result.lengths_N, result.bytes_N)
             for skip in result.skipped:
                 tally.skipped[skip.reason] += 1
