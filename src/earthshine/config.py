@@ -8,6 +8,7 @@ dataclasses. A field that may be one of several dataclasses is a union whose mem
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections import Counter
@@ -33,11 +34,18 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def encode(value: Any) -> Any:
-    """A config as JSON-ready dicts, lists and scalars; the inverse of `decode`."""
+    """A config, or dicts and lists, as JSON-ready dicts, lists and scalars; the inverse of `decode`.
+
+    An infinity becomes the text "inf", because JSON has none.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-    if isinstance(value, tuple):
+    if isinstance(value, dict):
+        return {k: encode(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
         return [encode(v) for v in value]
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
     return value
 
 
@@ -67,6 +75,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if kind is float and data in ("inf", "-inf"):
         return float(data)
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
         raise ConfigError(f"{where}={data!r} must be of type {kind.__name__}, not {type(data).__name__}.")

@@ -42,7 +42,7 @@ class DiskFullError(EarthshineError, OSError):
 
 
 class TrainingDivergedError(EarthshineError, ArithmeticError):
-    """A loss or a gradient that is not finite; exit code 1."""
+    """A loss, a gradient or a logit that is not finite; exit code 1."""
 
 
 class MissingDependencyError(EarthshineError, ImportError):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -100,9 +101,28 @@ def _umask() -> int:
     return mask
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that any parser takes: it has no NaN and no infinity, so that such a number becomes null.
+
+    Keys stay in their own order. Who writes a number that may be one says beside it why it is null.
+    """
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
+
+
 def write_json(path: Path, obj: Any) -> None:
-    """Write `obj` as JSON (keys in their own order, one space of indent) by `atomic_write`."""
-    atomic_write(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
+    """Write `obj` as JSON (`to_json`, one space of indent) by `atomic_write`."""
+    atomic_write(path, to_json(obj, indent=1) + "\n")
 
 
 def append_line(path: Path, text: str) -> None:

@@ -1,11 +1,13 @@
 """config.py: what is wrong with a JSON config is said, whatever it is."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from earthshine.config import decode, encode, load_json, override, parse_json
 from earthshine.errors import ConfigError
+from earthshine.files import write_json
 from earthshine.recipes.registry import recipe
 from earthshine.train.job import TrainJob
 
@@ -16,6 +18,17 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path.write_text('{"seed": 1, "name": "a", "seed": 2}')
     with pytest.raises(ConfigError, match="the key 'seed' stands twice"):
         load_json(TrainJob, path)
+
+
+def test_infinity_survives_json(tmp_path: Path) -> None:
+    """Schatten's p may be infinite, and JSON has no infinity."""
+    job = override(recipe("tiny"), ["optimizer.norm=schatten", "optimizer.schatten_p=inf"])
+    assert job.optimizer.schatten_p == math.inf
+    write_json(tmp_path / "job.json", encode(job))
+    assert '"schatten_p": "inf"' in (tmp_path / "job.json").read_text()
+    assert load_json(TrainJob, tmp_path / "job.json") == job
+    with pytest.raises(ConfigError, match="seed='inf' must be of type int"):
+        override(job, ["seed=inf"])
 
 
 @pytest.mark.parametrize("kind", [[], {}, None, 1], ids=str)

@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -33,6 +35,21 @@ def test_atomic_write_obeys_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_no_json_holds_what_json_has_not(tmp_path):
+    """NaN and infinities become null at any depth; Python's own reader would take them, others do not."""
+    nan, inf = float("nan"), float("inf")
+    value = {"a": nan, "b": [1.5, -inf, {"c": (inf, None, True)}], "d": "NaN", "e": 2}
+    expected = {"a": None, "b": [1.5, None, {"c": [None, None, True]}], "d": "NaN", "e": 2}
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    files.write_json(tmp_path / "a.json", value)
+    for text in (files.to_json(value), (tmp_path / "a.json").read_text()):
+        assert json.loads(text, parse_constant=refuse) == expected
+    assert math.isnan(value["a"])  # what was given is left as it is
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

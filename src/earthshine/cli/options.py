@@ -1,7 +1,5 @@
 """Parsing of one command's options by tyro, and what commands share."""
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
+
+from earthshine.files import to_json
 
 ModelPath = Annotated[Positional[Path], arg(metavar="MODEL")]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -33,8 +33,7 @@ def parse(command: ModuleType, name: str, args: Sequence[str]) -> Any:
 
 def print_json(value: Any) -> None:
     """A result for machines, on stdout."""
-    json.dump(value, sys.stdout, indent=1, ensure_ascii=False)
-    print()
+    print(to_json(value, indent=1))
 
 
 def compute_dtype(precision: Precision) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from earthshine.config import read_json
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer
 
@@ -32,7 +32,8 @@ def generate(
         seed: of the sampling; the same seed gives the same text on the same machine.
         eos_ids: ids that end the text; default: those of the model's config.
 
-    Raises ConfigError for an empty prompt, an id outside the vocabulary, or more positions than the model has.
+    Raises ConfigError for an empty prompt, an id outside the vocabulary, or more positions than the model has;
+    TrainingDivergedError, naming the position, for logits that are not finite: they choose nothing.
     """
     config = model.config
     if not prompt_ids:
@@ -61,14 +62,22 @@ def generate(
     cache = model.new_cache(1, total)
     tokens_BS = torch.tensor([list(prompt_ids)], device=device)
     out: list[int] = []
-    for _ in range(max_new_tokens):
-        logits_V = model.next_token_logits(tokens_BS, cache)[0]
-        chosen = _choose(logits_V, temperature, top_k, generator)
-        if chosen in stop:
-            break
-        out.append(chosen)
-        tokens_BS = torch.tensor([[chosen]], device=device)
-    model.train(was_training)
+    try:
+        for _ in range(max_new_tokens):
+            logits_V = model.next_token_logits(tokens_BS, cache)[0].cpu()
+            if not bool(logits_V.isfinite().all()):
+                raise TrainingDivergedError(
+                    f"the logits after position {len(prompt_ids) + len(out)} ({len(prompt_ids)} tokens of the prompt "
+                    f"and {len(out)} new ones) are not finite: the weights are damaged or have diverged, or the "
+                    f"compute dtype {model.compute_dtype} is too narrow for them."
+                )
+            chosen = _choose(logits_V, temperature, top_k, generator)
+            if chosen in stop:
+                break
+            out.append(chosen)
+            tokens_BS = torch.tensor([[chosen]], device=device)
+    finally:
+        model.train(was_training)
     return out
 
 
@@ -91,7 +100,6 @@ def stop_ids(model_dir: str | Path, config: ModelConfig) -> tuple[int, ...]:
 
 
 def _choose(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    logits_V = logits_V.cpu()
     if temperature == 0:
         return int(logits_V.argmax())
     logits_V = (logits_V - logits_V.max()).double() / temperature  # the largest is 0, however cold

@@ -37,8 +37,8 @@ def heldout_loss(
     other texts are told apart.
 
     Raises ConfigError for a `seq_len` beyond the model's positions, where the loss would be of something that it never
-    learned; DataError when there is no whole window or a token is outside the vocabulary; TrainingDivergedError when
-    the loss is not finite.
+    learned; DataError when there is no whole window or a token is outside the vocabulary; TrainingDivergedError,
+    naming the sequence, when a loss is not finite.
     """
     limit = model.config.max_position_embeddings
     if not 1 <= seq_len <= limit:
@@ -65,6 +65,11 @@ def heldout_loss(
             targets_B = (rows.targets_BS != IGNORE).sum(1)
             for loss_sum, num_targets in zip(losses_B.tolist(), targets_B.tolist(), strict=True):
                 if num_targets:
+                    if not math.isfinite(loss_sum):
+                        raise TrainingDivergedError(
+                            f"the held-out loss of sequence {len(sums) + 1} on {path} is {loss_sum / num_targets}: "
+                            f"the weights are damaged or have diverged."
+                        )
                     sums.append(loss_sum)
                     counts.append(num_targets)
             bar.advance(rows.tokens_BS.shape[0])
@@ -72,8 +77,6 @@ def heldout_loss(
         raise DataError(f"{path} holds no window of {seq_len} held-out tokens: prepare more text or lower seq_len.")
     tokens = sum(counts)
     loss = math.fsum(sums) / tokens
-    if not math.isfinite(loss):
-        raise TrainingDivergedError(f"the held-out loss on {path} is {loss}: the weights are damaged or have diverged.")
     num_bytes = tokens * heldout_bytes_per_token(
         str(path), seq_len=seq_len, max_sequences=max_sequences, document_attention=document_attention
     )

@@ -1,6 +1,7 @@
 """The options of a parameter group: filled in, checked, and compared with those of a checkpoint."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -188,5 +189,7 @@ def group_differences(current: Sequence[Mapping[str, Any]], saved: Sequence[Mapp
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples: a checkpoint format may have turned one into the other."""
+    """Lists as tuples, infinity as text: a checkpoint format may have turned one into the other."""
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
     return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value

@@ -1,14 +1,12 @@
 """`write_report`: run folders in, one self-contained HTML page out, with the same in Markdown and JSON beside it."""
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from earthshine.errors import ConfigError, DiskFullError
-from earthshine.files import atomic_write
+from earthshine.files import atomic_write, to_json
 from earthshine.report import evidence, facts, results, training
 from earthshine.report.document import Document, Section, clean, to_markdown
 from earthshine.report.markup import to_html
@@ -36,7 +34,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, titl
     page = _page_path([run.path for run in found], None if out is None else Path(out))
     compared = comparisons(found)
     document = build(found, compared, title)
-    machine = json.dumps(_strict(machine_readable(found, compared, document.title)), indent=1, allow_nan=False)
+    machine = to_json(_clean(machine_readable(found, compared, document.title)), indent=1)
     files = {".html": to_html(document), ".md": to_markdown(document), ".json": machine + "\n"}
     try:
         for suffix, text in files.items():
@@ -169,15 +167,13 @@ def _comparison_json(c: Comparison) -> dict[str, Any]:
     }
 
 
-def _strict(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null. Texts lose what no file can hold."""
+def _clean(value: Any) -> Any:
+    """Texts lose what no file can hold."""
     match value:
-        case float():
-            return value if math.isfinite(value) else None
         case str():
             return clean(value)
         case dict():
-            return {clean(str(k)): _strict(v) for k, v in value.items()}
+            return {clean(str(k)): _clean(v) for k, v in value.items()}
         case list() | tuple():
-            return [_strict(v) for v in value]
+            return [_clean(v) for v in value]
     return value

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from earthshine.console import human_count, human_seconds, log
-from earthshine.files import append_line, atomic_write
+from earthshine.files import append_line, atomic_write, to_json
 
 
 class MetricsFile:
@@ -19,7 +19,7 @@ class MetricsFile:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        append_line(self.path, json.dumps(_finite(record)))
+        append_line(self.path, to_json(record))
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The records, up to the first line that is not whole."""
@@ -41,7 +41,7 @@ class MetricsFile:
         logged = sum(r["kind"] == "step" for r in kept)
         if logged != step:
             log(f"warning: {self.path} holds {logged} of the {step} steps done; the others' numbers are lost.")
-        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in kept))
+        atomic_write(self.path, "".join(to_json(r) + "\n" for r in kept))
 
     def heldout_at(self, step: int) -> dict[str, Any] | None:
         """The held-out record of that step, if it is there."""
@@ -59,11 +59,6 @@ class MetricsFile:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-
-
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN or infinity: such a number becomes None."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def samples_digest(sample_ids: Sequence[tuple[int, ...]]) -> str:

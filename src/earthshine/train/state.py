@@ -58,7 +58,7 @@ class TrainState:
             "total_tokens": self.total_tokens,
             "choices": self.choices,
             "loader": self.loader.state_dict(),
-            "optimizer_groups": self.optimizer.state_dict()["param_groups"],
+            "optimizer_groups": encode(self.optimizer.state_dict()["param_groups"]),
         }
 
     def restore(self, checkpoint: Checkpoint, *, allow_config_change: bool) -> None:

@@ -1,6 +1,7 @@
 """What the proofs have in common: tokens to compare on, differences of logits, and rows of results."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,14 @@ def mean_kl(reference_BSV: Tensor, other_BSV: Tensor) -> float:
 
 
 def row(name: str, measured: float, tolerance: float, note: str = "") -> dict[str, Any]:
-    """One line of a proof: it holds when measured <= tolerance (and not when either is NaN)."""
-    return {"name": name, "measured": measured, "tolerance": tolerance, "ok": measured <= tolerance, "note": note}
+    """One line of a proof: it holds when measured <= tolerance, both of them finite.
+
+    JSON writes what is not finite as null: the note then says what it was.
+    """
+    numbers = {"measured": measured, "tolerance": tolerance}
+    wrong = [f"{what} is {value}, so nothing was shown" for what, value in numbers.items() if not math.isfinite(value)]
+    ok = measured <= tolerance and not wrong
+    return {"name": name, **numbers, "ok": ok, "note": "; ".join([*wrong, *([note] if note else [])])}
 
 
 def result(check: str, subject: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

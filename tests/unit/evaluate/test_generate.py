@@ -1,13 +1,15 @@
 """Sampling: greedy equals uncached argmax, seeds decide, ends stop, and bad prompts are refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.evaluate.generate import generate, stop_ids
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
@@ -42,6 +44,34 @@ def test_the_coldest_temperature_is_greedy(model: Transformer) -> None:
 def test_stops_at_an_end_token_without_returning_it(model: Transformer) -> None:
     whole = generate(model, [1], max_new_tokens=5, eos_ids=())
     assert generate(model, [1], max_new_tokens=5, eos_ids=(whole[2],)) == whole[: whole.index(whole[2])]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_choose_nothing(
+    temperature: float, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """argmax would take the NaN's id, and a greedy text of broken weights would look like a text."""
+    broken = Transformer(preset("llama3_tiny"))
+    initialize(broken, seed=0)
+    broken.train()
+    right, calls = broken.next_token_logits, []
+
+    def wrong_at_last(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        logits_BV = right(*args)
+        logits_BV[0, 7] = bad if len(calls) == 3 else logits_BV[0, 7]
+        return logits_BV
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "next_token_logits", wrong_at_last)
+        with pytest.raises(TrainingDivergedError, match=r"after position 5 \(3 tokens of the prompt and 2 new ones\)"):
+            generate(broken, [5, 17, 99], max_new_tokens=4, temperature=temperature, eos_ids=())
+    assert broken.training
+    with torch.no_grad():
+        broken.final_norm.weight[0] = bad
+    with pytest.raises(TrainingDivergedError, match="after position 1 "):
+        generate(broken, [5], temperature=temperature)
 
 
 @pytest.mark.parametrize(

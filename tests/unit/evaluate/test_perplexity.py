@@ -1,6 +1,7 @@
 """Held-out loss against a plain computation, and its standard error against known cases."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from earthshine.data.prepare import prepare
 from earthshine.data.shards import TokenShards
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.evaluate.perplexity import heldout_loss, ratio_stderr
 from earthshine.model.config import CapacityConfig
 from earthshine.model.presets import preset
@@ -107,3 +108,17 @@ def test_stderr_of_equal_sequences_is_that_of_a_mean() -> None:
     assert ratio_stderr([1.0], [3]) == 0
     # A sequence twice as long with the same mean is no noise.
     assert ratio_stderr([2.0, 4.0], [1, 2]) == 0
+
+
+def test_a_loss_that_is_not_finite_is_no_result(shards: Path) -> None:
+    """The first window without a number is named, whatever the batch it is in."""
+    model = Transformer(replace(preset("llama3_tiny"), tie_word_embeddings=False)).train()
+    initialize(model, seed=0)
+    data = TokenShards(shards)
+    flat = np.concatenate([data.document(i) for i in range(data.num_documents)])
+    first = next(i for i in range(20, len(flat)) if flat[i] not in flat[:20])
+    with torch.no_grad():
+        model.embed.weight[int(flat[first])] = torch.nan
+    with pytest.raises(TrainingDivergedError, match=rf"loss of sequence {first // 20 + 1} on .* is nan: the weights"):
+        heldout_loss(model, shards, seq_len=20, max_sequences=0, batch=3)
+    assert model.training

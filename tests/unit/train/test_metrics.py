@@ -110,5 +110,6 @@ def test_a_missing_file_is_an_empty_one(tmp_path: Path) -> None:
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    metrics.append({"kind": "step", "step": 1, "loss": 1.0, "mfu": math.inf})
-    assert json.loads(metrics.path.read_text())["mfu"] is None
+    metrics.append({"kind": "step", "step": 1, "loss": 1.0, "mfu": math.inf, "update_rms": {"muon": math.nan}})
+    record = json.loads(metrics.path.read_text())
+    assert record["mfu"] is None and record["update_rms"] == {"muon": None}

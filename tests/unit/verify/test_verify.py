@@ -1,5 +1,7 @@
 """The proofs hold for what is right, and fail for what was broken on purpose."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 
 from earthshine.checkpoint.hf import load_model, save_model
 from earthshine.errors import ConfigError
+from earthshine.files import to_json
 from earthshine.model.config import HF_CLASSES, MLAConfig, ModelConfig, MoEConfig
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
@@ -126,3 +129,26 @@ def test_the_measures() -> None:
         0.1201, abs=1e-4
     )
     assert row("x", 1.0, 1.0)["ok"] and not row("x", float("nan"), 1.0)["ok"]
+
+
+@pytest.mark.parametrize("measured", [math.nan, math.inf])
+@pytest.mark.parametrize("tolerance", [1.0, math.nan, math.inf])
+def test_nothing_holds_by_numbers_that_are_not_finite(measured: float, tolerance: float) -> None:
+    """An infinite difference is not within an infinite tolerance."""
+    failed = row("x", measured, tolerance, "of nothing")
+    assert not failed["ok"] and failed["note"].startswith(f"measured is {measured}, so nothing was shown; ")
+    assert failed["note"].endswith("; of nothing")
+    assert not row("x", 0.0, math.inf)["ok"]
+
+
+def test_a_proof_that_failed_by_overflow_says_so_in_json(dense: Path, tmp_path: Path) -> None:
+    upcycle(dense, tmp_path / "moe", UpcycleConfig(experts=4))
+    moe = load_model(tmp_path / "moe")
+    with torch.no_grad():
+        for weight in (moe.blocks[0].moe.experts.w_down_EDF, moe.blocks[0].moe.experts.w_up_EFD):
+            weight.mul_(1e38)
+    save_model(moe, moe.config, tmp_path / "bad")
+    proof = verify_upcycle(dense, tmp_path / "bad", tokens=8)
+    assert not proof["ok"] and not any(r["ok"] for r in proof["rows"][:2])
+    first = json.loads(to_json(proof))["rows"][0]
+    assert first["measured"] is None and first["note"].startswith("measured is nan, so nothing was shown")
