@@ -22,11 +22,11 @@ from earthshine.checkpoint.safetensors_store import (
     write_sharded,
 )
 from earthshine.checkpoint.staging import staged_directory
-from earthshine.config import nearest, read_json
+from earthshine.config import nearest
 from earthshine.console import log
-from earthshine.errors import ConfigError, WeightsError
+from earthshine.errors import WeightsError
 from earthshine.model.config import ModelConfig
-from earthshine.model.hf_config import from_hf, to_hf
+from earthshine.model.hf_config import from_hf, read_hf_config, to_hf, without_effect
 
 if TYPE_CHECKING:
     from earthshine.model.transformer import Transformer
@@ -45,21 +45,16 @@ COMPANIONS = (  # what else a model's directory holds and its conversion keeps
 )
 
 
-def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """The parsed `config.json` of a model's directory. Raises ConfigError when there is none or it is not an object."""
-    path = Path(directory) / "config.json"
-    try:
-        hf = read_json(path)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} is not a readable Hugging Face config: {e}.") from e
-    if not isinstance(hf, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not {type(hf).__name__}.")
-    return hf
-
-
 def read_config(directory: str | Path) -> ModelConfig:
-    """The architecture of a Hugging Face directory. Raises ConfigError or UnsupportedModelError."""
-    return from_hf(read_hf_config(directory))
+    """The architecture of a Hugging Face directory. Raises ConfigError or UnsupportedModelError.
+
+    What its config.json sets without effect is logged.
+    """
+    hf = read_hf_config(directory)
+    config = from_hf(hf)
+    for line in without_effect(hf):
+        log(f"{directory}/config.json: {line}")
+    return config
 
 
 class Accounts(NamedTuple):
@@ -99,7 +94,9 @@ def account(store: Store, config: ModelConfig) -> Accounts:
             )
         unused[name] = why
     if missing:
-        raise WeightsError(f"{store.directory} has no tensor {missing[0]}, which its config.json demands.")
+        raise WeightsError(
+            f"{store.directory} has no tensor {missing[0]}, which its config.json demands.{_tied(missing)}"
+        )
     for place in places.values():
         info = store.info(place.name)
         if info.shape != place.shape:
@@ -114,6 +111,16 @@ def account(store: Store, config: ModelConfig) -> Accounts:
         if consumed[place.name] != math.prod(info.shape):
             raise WeightsError(f"{store.directory} has parts of tensor {place.name} a second time, per expert.")
     return Accounts(wanted, places, unused)
+
+
+def _tied(missing: list[str]) -> str:
+    """What to do when only the output matrix is missing: most often it is the embedding."""
+    if missing != ["lm_head.weight"]:
+        return ""
+    return (
+        " If the output matrix is the embedding's, set tie_word_embeddings to true in config.json; "
+        "else the file that holds it is missing: fetch it again."
+    )
 
 
 def _why_unused(store: Store, config: ModelConfig, name: str) -> str | None:

@@ -80,8 +80,10 @@ _STACKED = {
     "moe.experts.w_down_EDF": ("mlp.experts.down_proj", 0, 1),
 }
 
-# Buffers that old transformers saved and that are computed from the config.
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Buffers that transformers, old or new, and others saved and that are computed from the config.
+IGNORED = re.compile(
+    r"(model\.)?(layers\.\d+\.(self_attn\.)?)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 TIED_COPY = {"lm_head.weight": "model.embed_tokens.weight"}
 

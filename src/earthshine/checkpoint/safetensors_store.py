@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from earthshine.checkpoint.advice import instead_of_weights
 from earthshine.config import parse_json, read_json
 from earthshine.errors import WeightsError
 from earthshine.files import atomic_write, naming_full_disk, sha256_file, sync_folder
@@ -137,7 +138,9 @@ class Store:
         elif index.is_file():
             self._tensors = self._read_shards(index)
         else:
-            raise WeightsError(f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: no weights to read.")
+            raise WeightsError(
+                f"{self.directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{instead_of_weights(self.directory)}"
+            )
 
     @staticmethod
     def _read_shards(index: Path) -> dict[str, TensorInfo]:
@@ -152,7 +155,11 @@ class Store:
                 raise WeightsError(f"{index}: shard {file!r} must be a file name in the same directory.")
             for name, info in read_header(index.parent / file).items():
                 if weight_map.get(name) != file:
-                    raise WeightsError(f"{index} has {name} in {weight_map.get(name)}, but {file} holds it.")
+                    said = f"says that {weight_map[name]} holds it" if name in weight_map else "does not list it"
+                    raise WeightsError(
+                        f"{index.parent / file} holds {name}, but {index.name} {said}: index and weight files are not "
+                        f"of the same download. Fetch both again."
+                    )
                 tensors[name] = info
         missing = sorted(set(weight_map) - set(tensors))
         if missing:

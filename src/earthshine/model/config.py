@@ -231,6 +231,7 @@ class ModelConfig:
             )
         if self.max_position_embeddings < 1:
             raise ConfigError(f"model.max_position_embeddings={self.max_position_embeddings} must be at least 1.")
+        self._check_token_ids()
         self._check_numbers()
         self._check_attention()
         self._check_moe()
@@ -240,6 +241,17 @@ class ModelConfig:
                 f"model.model_type={self.model_type!r} does not hold this architecture; "
                 f"it is one of: {', '.join(self._families()) or 'none'}."
             )
+
+    def _check_token_ids(self) -> None:
+        """transformers cannot build a model whose padding token has no row in the embedding."""
+        tokens = {"bos_token_id": (self.bos_token_id,), "pad_token_id": (self.pad_token_id,)}
+        for name, ids in (tokens | {"eos_token_ids": self.eos_token_ids}).items():
+            for one in ids:
+                if not -1 <= one < self.vocab_size:
+                    raise ConfigError(
+                        f"model.{name}={one} is not in the vocabulary: with model.vocab_size={self.vocab_size} ids are "
+                        f"0 to {self.vocab_size - 1}. Give the id of the token that is meant, or leave the field out."
+                    )
 
     def _check_numbers(self) -> None:
         scaling = self.rope_scaling

@@ -4,27 +4,23 @@ What a file leaves out is what transformers takes; only the sizes below must be 
 and is not implemented is refused.
 """
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from earthshine.config import decode
+from earthshine.config import decode, read_json
 from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import FAMILIES, HF_CLASSES, Family, ModelConfig
+from earthshine.model.hf_settings import (
+    changes_nothing,
+    in_their_words,
+    is_linear_by_one,
+    refuse,
+    refuse_window,
+    whole,
+)
 
-# Keys that change the computation and that we hold only at these values; all of them are transformers' defaults.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "qkv_bias": (False,),
-    "mlp_bias": (False,),
-    "pretraining_tp": (1,),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False,),
-    "quantization_config": (None,),
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
-}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # What transformers takes where a config says nothing. None: computed from other fields, or turned off.
 _DEFAULTS: dict[str, Any] = {
@@ -94,6 +90,47 @@ _SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """The parsed `config.json` of a model's directory. Raises ConfigError when there is none or it is not an object."""
+    path = Path(directory) / "config.json"
+    try:
+        hf = read_json(path)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise ConfigError(_not_a_model(Path(directory))) from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} is not a readable Hugging Face config: {e}.") from e
+    if not isinstance(hf, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(hf).__name__}.")
+    return hf
+
+
+def _not_a_model(path: Path) -> str:
+    """What a path is that is no model's directory, and how to get one."""
+    gguf = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
+    if gguf is not None and (gguf.suffix == ".gguf" or _begins_with(gguf, b"GGUF")):
+        out = gguf.with_suffix("")
+        code = f"from earthshine.checkpoint.gguf import convert_gguf; convert_gguf({str(gguf)!r}, {str(out)!r})"
+        return f'{gguf} is a GGUF file: convert it to a Hugging Face directory first, with python -c "{code}".'
+    if path.is_file():
+        return f"{path} is a file: give the directory of a model, with its config.json and weights."
+    if path.is_dir():
+        snapshots = sorted((path / "snapshots").glob("*/config.json"))
+        if snapshots:
+            return (
+                f"{path} is a cache of the Hugging Face Hub: give the model's directory in it, {snapshots[-1].parent}."
+            )
+        return f"{path} has no config.json: give the directory of a model, with its config.json and weights."
+    message = f"{path} does not exist: the directory of a model is needed, with its config.json and weights."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or "/" not in str(path):
+        message += f" If it is a name on the Hugging Face Hub: hf download {path} --local-dir models/{path.name}"
+    return message
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a parsed Hugging Face `config.json`.
 
@@ -116,53 +153,30 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     for key in _SIZES:
         if hf.get(key) is None:
             raise ConfigError(f"config.json has no field '{key}', which model_type={family!r} needs.")
-    _refuse(family, hf)
-    _refuse_window(family, hf, values)
-    config = decode(ModelConfig, _fields(family, hf, values), "config.json")  # which checks every type
+    refuse(family, hf)
+    refuse_window(family, hf, values)
+    try:
+        config = decode(ModelConfig, _fields(family, hf, values), "config.json")  # which checks every type
+    except ConfigError as e:
+        raise type(e)(in_their_words(family, _ALIASES.get(family, ("num_experts", ""))[0], str(e))) from e
     usual = config.family
     degenerate = family in ("qwen2_moe", "qwen3_moe") and not config.is_moe  # its layers are all plain ones
     return config if usual == family or degenerate else replace(config, model_type=family)
 
 
-def _refuse(family: Family, hf: dict[str, Any]) -> None:
-    required = dict(_REQUIRED)
-    if family == "qwen2_moe":
-        required.pop("qkv_bias")  # a field of ours
-    for key, allowed in required.items():
-        if key in hf and hf[key] not in allowed:
-            raise UnsupportedModelError(
-                f"config.json {key} is {hf[key]!r}: only {' or '.join(map(repr, allowed))} is implemented for {family}."
-            )
-
-
-def _refuse_window(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> None:
-    """A window no shorter than the longest sequence hides nothing; a Qwen's holds only with `use_sliding_window`."""
-    window = values["sliding_window"]
-    if family.startswith("qwen") and not values["use_sliding_window"]:
-        window = None
-    longest = _whole(values, "max_position_embeddings")
-    if window is not None and (type(window) is not int or window < longest):
-        said = "" if "sliding_window" in hf else ", the default of a config that does not say otherwise"
-        raise UnsupportedModelError(
-            f"config.json sliding_window is {window}{said}: windows shorter than max_position_embeddings="
-            f"{longest} are not implemented. Where no sequence will be longer than the window, lower "
-            f"max_position_embeddings to it."
-        )
-    kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
-    if kinds - {"sliding_attention"} or (kinds and window is None):
-        raise UnsupportedModelError(
-            f"config.json layer_types is {hf['layer_types']}: only full attention is implemented."
-        )
+def without_effect(hf: dict[str, Any]) -> list[str]:
+    """What a `config.json` that `from_hf` accepts sets to an unusual value without effect, a sentence each."""
+    return changes_nothing(hf, _DEFAULTS | _FAMILY_DEFAULTS[hf["model_type"]] | hf)
 
 
 def _fields(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `ModelConfig`, not yet checked. `hf` is as it was written, `values` has the defaults too."""
-    layers, heads, width = (_whole(hf, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    layers, heads, width = (whole(hf, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     eos = values["eos_token_id"]
     mla = _mla(values) if family == "deepseek_v3" else {}
     head_dim = values["head_dim"]
     if mla:
-        head_dim = _whole(values, "qk_nope_head_dim") + _whole(values, "qk_rope_head_dim")
+        head_dim = whole(values, "qk_nope_head_dim") + whole(values, "qk_rope_head_dim")
     theta, scaling = _rope_from_hf(values, hf)
     return {
         "vocab_size": hf["vocab_size"],
@@ -190,7 +204,7 @@ def _fields(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> dict[
 
 def _mla(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    sizes = {name: _whole(values, name) for name in names}
+    sizes = {name: whole(values, name) for name in names}
     q_lora_rank = 0 if values["q_lora_rank"] is None else values["q_lora_rank"]
     return {**sizes, "q_lora_rank": q_lora_rank, "rope_interleaved": values["rope_interleave"]}
 
@@ -200,13 +214,13 @@ def _moe(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
         return _softmax_moe(family, values, layers)
     if family != "deepseek_v3":
         return {}
-    sparse = tuple(range(_whole(values, "first_k_dense_replace", least=0), layers))
+    sparse = tuple(range(whole(values, "first_k_dense_replace", least=0), layers))
     if not sparse:
         return {}
-    width = _whole(values, "moe_intermediate_size")
-    shared = 0 if values["n_shared_experts"] is None else _whole(values, "n_shared_experts", least=0)
+    width = whole(values, "moe_intermediate_size")
+    shared = 0 if values["n_shared_experts"] is None else whole(values, "n_shared_experts", least=0)
     return {
-        "num_experts": _whole(values, "n_routed_experts"),
+        "num_experts": whole(values, "n_routed_experts"),
         "top_k": values["num_experts_per_tok"],
         "intermediate_size": width,
         "layers": sparse,
@@ -222,11 +236,11 @@ def _moe(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
 
 def _softmax_moe(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
     if family == "mixtral":
-        sparse, experts = tuple(range(layers)), _whole(values, "num_local_experts")
+        sparse, experts = tuple(range(layers)), whole(values, "num_local_experts")
         width, renormalize = values["intermediate_size"], True
     else:
-        plain, step = list(values["mlp_only_layers"] or ()), _whole(values, "decoder_sparse_step")
-        experts = _whole(values, "num_experts", least=0)
+        plain, step = list(values["mlp_only_layers"] or ()), whole(values, "decoder_sparse_step")
+        experts = whole(values, "num_experts", least=0)
         sparse = tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0) if experts else ()
         width, renormalize = values["moe_intermediate_size"], values["norm_topk_prob"]
     if not sparse:
@@ -242,14 +256,6 @@ def _softmax_moe(family: Family, values: dict[str, Any], layers: int) -> dict[st
         "renormalize": renormalize,
         "shared_intermediate_size": values["shared_expert_intermediate_size"] if family == "qwen2_moe" else 0,
     }
-
-
-def _whole(values: dict[str, Any], key: str, least: int = 1) -> int:
-    """A number that others are computed from. Raises ConfigError unless it is an integer of at least `least`."""
-    value = values[key]
-    if type(value) is not int or value < least:
-        raise ConfigError(f"config.json {key}={value!r} must be an integer of at least {least}.")
-    return value
 
 
 def _rope_from_hf(values: dict[str, Any], hf: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -271,6 +277,9 @@ def _rope_from_hf(values: dict[str, Any], hf: dict[str, Any]) -> tuple[float, di
             if value is not None and merged.setdefault(key, value) != value:
                 raise ConfigError(f"config.json gives {key} twice: {merged[key]!r}, and {value!r} in {place}.")
     theta, kind = merged.pop("rope_theta", values["rope_theta"]), merged.pop("rope_type", "default")
+    if is_linear_by_one(merged | {"rope_type": kind}):
+        kind = "default"
+        del merged["factor"]
     if kind not in tuple(_SCALINGS):
         raise UnsupportedModelError(f"config.json rope_type={kind!r}: only {', '.join(_SCALINGS)} are implemented.")
     original = merged.pop("original_max_position_embeddings", values["max_position_embeddings"])

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from earthshine.checkpoint import manifest as manifests
-from earthshine.config import diff, encode, read_json
+from earthshine.config import diff, encode
 from earthshine.console import human_bytes, human_count, human_seconds, table
 from earthshine.data.config import DataConfig
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.counts import count_parameters, forward_flops_per_token, train_flops_per_token
-from earthshine.model.hf_config import from_hf
+from earthshine.model.hf_config import from_hf, read_hf_config
 from earthshine.model.matrices import weights
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.optim.schedule import learning_rate
@@ -153,10 +153,9 @@ def model_config(job: TrainJob) -> ModelConfig:
             pass
         case FromHuggingFace(path=path):
             try:
-                hf = read_json(Path(path) / "config.json")
-            except (OSError, ValueError) as e:
-                raise ConfigError(f"init.path={path!r} is not a Hugging Face directory: config.json: {e}.") from e
-            model = from_hf(hf)
+                model = from_hf(read_hf_config(path))
+            except ConfigError as e:
+                raise type(e)(f"init.path={path!r}: {e}") from e
         case FromCheckpoint(path=path):
             model = _checkpoint_model(path)
     check_model(job, model)

@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.export import export
@@ -299,3 +302,40 @@ def test_tensors_without_elements_are_left_out_and_said(hf_dir, deepseek, capsys
     model = load_model(hf_dir(bare, lambda t: t.update({name: torch.empty(0, 16)})))
     assert model.config == bare
     assert f"{name} left out: without elements" in capsys.readouterr().err
+
+
+def test_only_the_output_matrix_is_missing(hf_dir: Callable[..., Path], dense: ModelConfig) -> None:
+    def untie(tensors: dict[str, Tensor]) -> None:
+        del tensors["lm_head.weight"]
+
+    directory = hf_dir(dense, untie)
+    with pytest.raises(WeightsError, match="no tensor lm_head.weight.*set tie_word_embeddings to true in config.json"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.rotary_emb.inv_freq",
+        "rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "model.layers.1.rotary_emb.inv_freq",
+    ],
+)
+def test_rotary_tables_of_any_version_are_left_out(
+    name: str, hf_dir: Callable[..., Path], dense: ModelConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_model(hf_dir(dense, lambda tensors: tensors.update({name: torch.ones(3)})))
+    assert f"{name} left out: computed from the config." in capfd.readouterr().err
+
+
+def test_settings_without_effect_are_logged(
+    hf_dir: Callable[..., Path], dense: ModelConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    directory = hf_dir(dense)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pretraining_tp": 2}))
+    load_model(directory)
+    assert f"{directory}/config.json: pretraining_tp=2 changes nothing" in capfd.readouterr().err

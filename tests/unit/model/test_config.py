@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import FAMILIES, CapacityConfig, MLAConfig, ModelConfig, MoEConfig, RopeScaling
-from earthshine.model.hf_config import from_hf, to_hf
+from earthshine.model.hf_config import from_hf, read_hf_config, to_hf, without_effect
 from earthshine.model.presets import PRESETS, preset
 
 DENSE = ModelConfig(
@@ -181,7 +182,13 @@ def test_old_and_new_places_of_rope_are_read() -> None:
         ),
         ("llama", {"sliding_window": 32}, "sliding_window is 32: windows shorter than max_position_embeddings=64"),
         ("mixtral", {"sliding_window": 32}, "sliding_window is 32"),
-        ("qwen2", {"sliding_window": 32, "use_sliding_window": True}, "sliding_window is 32"),
+        ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, "sliding_window is 32"),
+        ("qwen2_moe", {"sliding_window": 32, "use_sliding_window": True}, "sliding_window is 32"),
+        (
+            "qwen3_moe",
+            {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 9},
+            "sliding_window is 32",
+        ),
         ("llama", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "layer_types"),
         ("llama", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor of"),
@@ -205,6 +212,50 @@ def test_a_sliding_window_counts_only_where_it_is_in_force() -> None:
     layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
     wide = {"use_sliding_window": True, "sliding_window": 64, "layer_types": layer_types}
     assert from_hf(qwen | wide) == MODELS["qwen3"]
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    "family, change, said",
+    [
+        ("llama", {"pretraining_tp": 2}, "pretraining_tp=2 changes nothing"),
+        ("deepseek_v3", {"pretraining_tp": 4}, "pretraining_tp=4 changes nothing"),
+        ("qwen2", {"attention_bias": True}, "attention_bias=True changes nothing: a qwen2 does not read it"),
+        ("mistral", {"attention_bias": True}, "attention_bias=True changes nothing"),
+        ("qwen2_moe", {"attention_bias": True}, "attention_bias=True changes nothing"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias=True changes nothing"),
+        ("llama", {"scoring_func": "softmax", "moe_layer_freq": 2}, "scoring_func='softmax' changes nothing"),
+        ("qwen2", WINDOW | {"max_window_layers": 3}, "sliding_window=16 changes nothing: it is in force in no layer"),
+        ("qwen3", WINDOW | {"layer_types": ["full_attention"] * 3, "max_window_layers": 0}, "sliding_window=16"),
+        ("qwen2_moe", WINDOW | {"max_window_layers": 0}, "sliding_window=16 changes nothing"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_parameters": None}, "by a factor of 1"),
+    ],
+)
+def test_what_changes_nothing_is_accepted_and_said(family: str, change: dict[str, Any], said: str) -> None:
+    """transformers 5.23 gives the same logits with and without each of them."""
+    hf = to_hf(MODELS[family])
+    assert without_effect(hf) == []
+    assert from_hf(hf | change) == MODELS[family]
+    assert said in " ".join(without_effect(hf | change))
+
+
+@pytest.mark.parametrize(
+    "family, change, message",
+    [
+        ("mixtral", {"num_experts_per_tok": 6}, r"^config.json num_experts_per_tok=6 must be between 1 and num_local"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, r"^config.json num_experts_per_tok=9 must be between 1 and num_exp"),
+        ("deepseek_v3", {"topk_group": 9}, r"^config.json topk_group=9 must be between 1 and n_group"),
+        ("llama", {"num_key_value_heads": 3}, r"^config.json num_key_value_heads=3 must divide num_attention_heads"),
+        ("llama", {"pad_token_id": 4096}, r"^config.json pad_token_id=4096 is not in the vocabulary: with vocab_size="),
+        ("mixtral", {"eos_token_id": [1, 4096]}, r"^config.json eos_token_id=4096 is not in the vocabulary"),
+        ("qwen2", {"bos_token_id": 4096}, r"^config.json bos_token_id=4096 is not in the vocabulary"),
+    ],
+)
+def test_a_message_has_the_names_of_the_file(family: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_hf(to_hf(MODELS[family]) | change)
 
 
 def test_the_number_of_experts_has_two_names() -> None:
@@ -320,3 +371,29 @@ def test_capacity_is_exact_arithmetic_with_the_factor_that_was_written() -> None
     assert not CapacityConfig(factor=0.7).can_drop(7, 10) and CapacityConfig(factor=0.7).can_drop(8, 11)
     assert decode(CapacityConfig, encode(config)) == config == replace(CapacityConfig(factor=2.0), factor=1e-3)
     assert CapacityConfig().tokens_per_expert(8, 4, 2) == 0
+
+
+def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
+    gguf, other = tmp_path / "m.bin", tmp_path / "notes.txt"
+    gguf.write_bytes(b"GGUF" + bytes(8))
+    other.write_text("hello")
+    holder = tmp_path / "holder"
+    holder.mkdir()
+    (holder / "q4.gguf").write_bytes(b"GGUF")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    for path, says in (
+        (gguf, "m.bin is a GGUF file: convert it.*convert_gguf"),
+        (holder, "q4.gguf is a GGUF file"),
+        (other, "notes.txt is a file: give the directory of a model"),
+        (tmp_path, "has no config.json: give the directory of a model"),
+        (snapshot.parents[1], f"is a cache of the Hugging Face Hub: give .* {snapshot}"),
+        (
+            Path("meta-llama/Llama-3.2-1B"),
+            "does not exist.*hf download meta-llama/Llama-3.2-1B --local-dir models/Llama",
+        ),
+        (tmp_path / "no" / "where", "does not exist: the directory of a model is needed"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            read_hf_config(path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,26 @@ def test_models_that_do_not_belong_together_are_refused(dense: Path, tmp_path: P
         verify_upcycle(dense, tmp_path / "other")
     with pytest.raises(ConfigError, match="tokens=100000 must be between 2 and the model's 512"):
         verify_huggingface(dense, tokens=100_000)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"rms_norm_eps": 1}, "Field 'rms_norm_eps' expected float"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "attention_dropout": "much"},
+            "attention_dropout",
+        ),
+    ],
+)
+def test_what_transformers_raises_is_a_check_that_does_not_hold(dense: Path, tmp_path: Path, change, words) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    proof = verify_huggingface(model, tokens=8)
+    assert not proof["ok"] and proof["rows"][0]["name"] == "errors of transformers", proof
+    assert words in proof["rows"][0]["note"] and "\n" not in proof["rows"][0]["note"]
 
 
 def test_the_measures() -> None:
