@@ -44,6 +44,10 @@ class Options:
     eod: str | None = None
     """Token that ends a document, by its text or its id; by default the tokenizer's end-of-sequence token."""
 
+    special_tokens: bool = False
+    """A special token's spelling in a text becomes that token (chats with their marks), in prompts too; else it is
+    text."""
+
     workers: int = 0
     """Processes that tokenize; 0: one per core."""
 
@@ -67,6 +71,7 @@ def run(options: Options) -> None:
         options.out,
         text_key=options.text_key,
         eod=options.eod,
+        special_tokens=options.special_tokens,
         workers=options.workers or None,
         max_tokens_per_shard=options.max_tokens_per_shard,
         skip_unreadable=options.skip_unreadable,

@@ -21,6 +21,7 @@ from earthshine.data.config import DataConfig
 from earthshine.data.mixture import Mixture
 from earthshine.data.packing import Epoch, Packing, cut
 from earthshine.data.shards import TokenShards
+from earthshine.data.tokenization import Tokenization, of_sources
 from earthshine.errors import CheckpointError, ConfigError, DataError
 
 IGNORED = -100  # a target that is no target, as in torch.nn.functional.cross_entropy
@@ -55,13 +56,15 @@ class Batch:
         )
 
 
-def _batch(window_BT: NDArray[np.int64], sample_ids: list[SampleId], eod: int, document_attention: bool) -> Batch:
-    """Windows of T = S + 1 tokens as a Batch."""
+def _batch(
+    window_BT: NDArray[np.int64], ends_BT: NDArray[np.bool_], sample_ids: list[SampleId], document_attention: bool
+) -> Batch:
+    """Windows of T = S + 1 tokens as a Batch; ends_BT: which tokens are the last of their document."""
     tokens_BS = window_BT[:, :-1]
     targets_BS = window_BT[:, 1:].copy()
     documents_BS = np.zeros(tokens_BS.shape, dtype=np.int32)
     if document_attention:
-        end_BS = tokens_BS == eod
+        end_BS = ends_BT[:, :-1]
         np.cumsum(end_BS[:, :-1], axis=1, dtype=np.int32, out=documents_BS[:, 1:])
         targets_BS[end_BS] = IGNORED
     return Batch(
@@ -84,12 +87,15 @@ class _Source:
         self._epoch_number = -1
         self._epoch: Epoch | None = None
 
-    def read(self, epoch: int, index: int, out_T: NDArray[np.int64]) -> None:
+    def read(self, epoch: int, index: int, out_T: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Fill `out_T` with a sample; returns which of its tokens are the last of their document."""
         if epoch != self._epoch_number or self._epoch is None:
             self._epoch = None  # the old order goes before the new one is made
             self._epoch = Epoch(self._lengths_N, epoch=epoch, **self._key)
             self._epoch_number = epoch
-        self.shards.read(*self._epoch.sample(index), out_T)
+        document_P, start_P, stop_P = self._epoch.sample(index)
+        self.shards.read(document_P, start_P, stop_P, out_T)
+        return self.shards.ends(start_P, stop_P, out_T)
 
 
 def _samples(shards: TokenShards, seq_len: int) -> tuple[int, int]:
@@ -157,18 +163,42 @@ class Loader:
     def next_step(self) -> Batch:
         """The next step's sequences, all ranks' together. A source that is used up starts its next epoch."""
         window_BT = np.empty((self._sequences_per_step, self._seq_len + 1), dtype=np.int64)
+        ends_BT = np.empty(window_BT.shape, dtype=np.bool_)
         taken = list(self._taken)  # kept only when the whole step could be read
         sample_ids = []
-        for row_T in window_BT:
+        for row_T, end_T in zip(window_BT, ends_BT, strict=True):
             number = self._mixture.choose(taken)
             source = self._sources[number]
             epoch, index = divmod(taken[number], source.samples_per_epoch)
-            source.read(epoch, index, row_T)
+            end_T[:] = source.read(epoch, index, row_T)
             sample_ids.append((number, epoch, index))
             taken[number] += 1
         self._taken = taken
         self._steps += 1
-        return _batch(window_BT, sample_ids, self._sources[0].shards.eod, self._document_attention)
+        return _batch(window_BT, ends_BT, sample_ids, self._document_attention)
+
+    @property
+    def tokenization(self) -> Tokenization:
+        """How the run's texts became ids: what its checkpoints carry, for evaluation, prompts and export."""
+        return of_sources([s.shards.tokenization for s in self._sources])
+
+    def warnings(self) -> list[str]:
+        """What a user should know of the data before the first step."""
+        shards = [s.shards for s in self._sources]
+        found = [f"{s.path}: {s.lost()}; bits per byte do not count what was lost." for s in shards if s.lost()]
+        old = [str(s.path) for s in shards if not s.tokenization.recorded]
+        if old:
+            found.append(
+                f"{', '.join(old)} does not record how its texts became ids (it was written before prepare did): "
+                f"a document ends at each end token (id {shards[0].eod}), one inside a text included. "
+                f"Prepare it again for documents that end where they end."
+            )
+        if len({s.tokenization.bos_ids for s in shards if s.tokenization.recorded} | ({()} if old else set())) > 1:
+            found.append(
+                "data.sources: the documents of some begin with a beginning token and those of others do not; prepare "
+                "them alike, because a prompt begins like the first source's documents."
+            )
+        return found
 
     def check_heldout(self, path: str) -> str:
         """The fingerprint of shards to evaluate on between steps.
@@ -258,9 +288,12 @@ def heldout_batches(
     for first in range(0, count, batch):
         last = min(first + batch, count)
         window_BT = np.empty((last - first, seq_len + 1), dtype=np.int64)
-        for i, row_T in enumerate(window_BT, start=first):
-            shards.read(*packing.pieces(i), row_T)
-        yield _batch(window_BT, [(0, 0, i) for i in range(first, last)], shards.eod, document_attention)
+        ends_BT = np.empty(window_BT.shape, dtype=np.bool_)
+        for i, row_T, end_T in zip(range(first, last), window_BT, ends_BT, strict=True):
+            document_P, start_P, stop_P = packing.pieces(i)
+            shards.read(document_P, start_P, stop_P, row_T)
+            end_T[:] = shards.ends(start_P, stop_P, row_T)
+        yield _batch(window_BT, ends_BT, [(0, 0, i) for i in range(first, last)], document_attention)
 
 
 def heldout_bytes_per_token(

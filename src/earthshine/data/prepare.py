@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ from earthshine.data.documents import (
     texts,
 )
 from earthshine.data.formats import recognise
+from earthshine.data.long_text import encode_in_pieces
 from earthshine.data.shards import ShardWriter, token_dtype
+from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import load_tokenizer
 from earthshine.errors import ConfigError, DataError, OutputExistsError
 from earthshine.files import naming_full_disk, sync_folder
@@ -50,6 +52,7 @@ _PIECE_CHARS = 1 << 20  # longest text that is encoded whole: `tokenizers` holds
 _TASKS_PER_WORKER = 3
 _MIN_BYTES_PER_WORKER = 1 << 20  # below this a process costs more than it saves
 _SKIPS_NAMED = 3  # of each reason
+_COUNTED = ("unknown_tokens", "dropped_characters", "end_tokens_inside", "spelling_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,16 @@ class Encoded:
     bytes_N: NDArray[np.int64]
     skipped: tuple[Skipped, ...]
     in_pieces: int  # documents longer than _PIECE_CHARS
+    counts: "Counter[str]" = field(default_factory=Counter)  # of _COUNTED
 
 
 class Encoder:
     """Task -> Encoded."""
 
-    def __init__(self, tokenizer: Path, eod: str | int | None, text_key: str) -> None:
+    def __init__(self, tokenizer: Path, eod: str | int | None, text_key: str, special_tokens: bool = False) -> None:
         self.tokenizer = load_tokenizer(tokenizer, eod)
         self.eod = self.tokenizer.eod  # so that an unknown one is found out before anything is written
+        self.special_tokens = special_tokens
         self._text_key = text_key
         self._dtype = token_dtype(self.tokenizer.vocab_size)
 
@@ -78,78 +83,78 @@ class Encoder:
         lengths: list[int] = []
         sizes: list[int] = []
         in_pieces = 0
-        end = np.array([self.eod], dtype=self._dtype)
+        beginning, end = (np.array(ids, dtype=self._dtype) for ids in (self.tokenizer.bos_ids, [self.eod]))
         found = list(texts(task, self._text_key))
         skipped = [item for item in found if isinstance(item, Skipped)]
         documents = [item for item in found if isinstance(item, Document)]
-        pieces = [split_text(document.text, _PIECE_CHARS) for document in documents]
-        ids = self._encode([piece for of_one in pieces for piece in of_one])
-        for document, of_one in zip(documents, pieces, strict=True):
-            own = [next(ids) for _ in of_one]
+        ids = self._encode([document.text for document in documents if len(document.text) <= _PIECE_CHARS])
+        for document in documents:
+            own = [next(ids)] if len(document.text) <= _PIECE_CHARS else self._encode_long(document.text)
             length = sum(map(len, own))
             if length == 0:  # a normalizer may leave nothing of a text
                 skipped.append(Skipped(document.name, "no tokens"))
                 continue
+            if len(beginning) and not (self.special_tokens and np.array_equal(own[0][: len(beginning)], beginning)):
+                own, length = [beginning, *own], length + len(beginning)
             parts += [*own, end]
             lengths.append(length + 1)
             sizes.append(len(document.text.encode()))
-            in_pieces += len(of_one) > 1
+            in_pieces += len(document.text) > _PIECE_CHARS
+        tokens = np.concatenate(parts) if parts else end[:0]
         return Encoded(
             task.input_bytes,
-            np.concatenate(parts) if parts else end[:0],
+            tokens,
             np.array(lengths, dtype=np.int64),
             np.array(sizes, dtype=np.int64),
             tuple(skipped),
             in_pieces,
+            self._counts([document.text for document in documents], tokens, len(lengths)),
         )
 
-    def _encode(self, pieces: list[str]) -> Iterator[NDArray[Any]]:
-        """Each piece's ids, encoding at most about _PIECE_CHARS at a time."""
+    def _counts(self, given: list[str], tokens: NDArray[Any], documents: int) -> "Counter[str]":
+        """What prepare says of the texts; `_COUNTED` has the names."""
+        unknown, around = self.tokenizer.unknown_id, (*self.tokenizer.bos_ids, self.eod)
+        counts = {
+            "unknown_tokens": 0 if unknown is None else _count(tokens, unknown) - documents * around.count(unknown),
+            "dropped_characters": self.tokenizer.dropped_characters(given),
+            "end_tokens_inside": _count(tokens, self.eod) - documents * around.count(self.eod),
+            "spelling_special_tokens": sum(bool(self.tokenizer.spelled(text)) for text in given),
+        }
+        return Counter({name: counts[name] for name in _COUNTED if counts[name] > 0})
+
+    def _encode_long(self, text: str) -> list[NDArray[Any]]:
+        pieces = encode_in_pieces(text, _PIECE_CHARS, self._encode_batch)
+        return [np.array(ids, dtype=self._dtype) for ids in pieces]
+
+    def _encode_batch(self, given: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer.encode_batch(given, special=self.special_tokens)
+
+    def _encode(self, given: list[str]) -> Iterator[NDArray[Any]]:
+        """Each text's ids, encoding at most about _PIECE_CHARS at a time."""
         start = 0
-        while start < len(pieces):
+        while start < len(given):
             stop, chars = start, 0
-            while stop < len(pieces) and (stop == start or chars + len(pieces[stop]) <= _PIECE_CHARS):
-                chars += len(pieces[stop])
+            while stop < len(given) and (stop == start or chars + len(given[stop]) <= _PIECE_CHARS):
+                chars += len(given[stop])
                 stop += 1
-            for ids in self.tokenizer.encode_batch(pieces[start:stop], special=False):
+            for ids in self._encode_batch(given[start:stop]):
                 yield np.array(ids, dtype=self._dtype)
             start = stop
 
 
-def split_text(text: str, limit: int) -> list[str]:
-    """Cut a long text into pieces of at most `limit` characters, which tokenizers' memory demands.
-
-    Preferably after a newline that a visible character follows, which is a border between words for the pre-tokenizers
-    of GPT-2, Llama 3 and their kin, so that the tokens are those of the whole text; else before a single space; else
-    anywhere.
-    """
-    pieces, start = [], 0
-    while len(text) - start > limit:
-        cut = _border(text, "\n", 1, start, start + limit) or _border(text, " ", 0, start, start + limit)
-        cut = cut or start + limit
-        pieces.append(text[start:cut])
-        start = cut
-    return [*pieces, text[start:]]
-
-
-def _border(text: str, mark: str, keep: int, start: int, stop: int) -> int:
-    """The last place in the second half of text[start:stop] where a mark stands next to visible characters, or 0."""
-    low, at = (start + stop) // 2, stop - 1
-    while (at := text.rfind(mark, low, at)) > low:
-        if not text[at + 1].isspace() and (keep or not text[at - 1].isspace()):
-            return at + keep
-    return 0
+def _count(tokens: NDArray[Any], number: int) -> int:
+    return int(np.count_nonzero(tokens == number))
 
 
 _encoder: Encoder | None = None  # of this process, when it is a worker
 
 
-def _start_worker(stop: Connection, tokenizer: Path, eod: int, text_key: str) -> None:
+def _start_worker(stop: Connection, tokenizer: Path, eod: int, text_key: str, special_tokens: bool) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, args=(stop,), daemon=True).start()
-    _encoder = Encoder(tokenizer, eod, text_key)
+    _encoder = Encoder(tokenizer, eod, text_key, special_tokens)
 
 
 def _end_with_parent(stop: Connection) -> None:
@@ -174,6 +179,7 @@ def prepare(
     *,
     text_key: str = "text",
     eod: str | int | None = None,
+    special_tokens: bool = False,
     workers: int | None = None,
     max_tokens_per_shard: int = 1 << 28,
     skip_unreadable: bool = False,
@@ -181,9 +187,12 @@ def prepare(
     """Tokenize documents into a new folder of token shards (`shards` has the format); returns a summary.
 
     inputs: files and folders (`documents` says what is read from them). text_key: the key or column of the text in
-    JSON and parquet. eod: see `load_tokenizer`. workers: processes, all cores when absent; the output does not
-    depend on it. max_tokens_per_shard: a shard is closed before it exceeds this, unless one document does.
-    skip_unreadable: leave out what looks like data in a form that is not read, instead of refusing it.
+    JSON and parquet. eod: see `load_tokenizer`. special_tokens: a special token's spelling inside a text becomes
+    that token (chats written out with their marks); otherwise it is text like any other. A document begins with what
+    the tokenizer puts before a text; the index records both, for prompts to be encoded alike. workers: processes, all
+    cores when absent; the output does not depend on it. max_tokens_per_shard: a shard is closed before it exceeds this,
+    unless one document does. skip_unreadable: leave out what looks like data in a form that is not read, instead of
+    refusing it.
 
     The folder appears whole or not at all. Raises ConfigError (inputs, tokenizer, eod), OutputExistsError, DataError
     (input that is damaged or would be left out, or no document in it), MissingDependencyError (parquet), DiskFullError.
@@ -197,7 +206,7 @@ def prepare(
         raise ConfigError("inputs=[] names nothing to read; give files or folders of text, JSON or parquet.")
     if os.path.lexists(out):
         raise OutputExistsError(f"out={out} exists; choose another folder or remove it first.")
-    encoder = Encoder(Path(tokenizer), eod, text_key)
+    encoder = Encoder(Path(tokenizer), eod, text_key, special_tokens)
     files, aside = find_files(inputs)
     total_bytes = sum(map(size_of, files))
     formats = [recognise(file, text_key) for file in files]
@@ -211,7 +220,7 @@ def prepare(
         try:
             tally = _write_all(writer, _encode_all(tasks, encoder, text_key, workers), total_bytes, skip_unreadable)
             skipped = aside + tally.skipped
-            index = _finish(writer, encoder, files, skipped, tally.in_pieces)
+            index = _finish(writer, encoder, files, skipped, tally)
         finally:
             writer.abandon()
     seconds = time.monotonic() - start
@@ -221,7 +230,7 @@ def prepare(
     )
     return {
         "out": str(out),
-        **{key: index[key] for key in ("tokens", "documents", "bytes", "vocab_size", "eod", "dtype")},
+        **{key: index[key] for key in ("tokens", "documents", "bytes", "vocab_size", "eod", "dtype", *_COUNTED[:2])},
         "shards": len(index["shards"]),
         "files": len(files),
         "skipped": index["skipped"],
@@ -264,13 +273,14 @@ def _published(out: Path) -> Iterator[Path]:
 class _Tally:
     skipped: Counter[str]
     in_pieces: int
+    counts: Counter[str]
 
 
 def _write_all(
     writer: ShardWriter, results: Generator[Encoded, None, None], total_bytes: int, skip_unreadable: bool
 ) -> _Tally:
     """Write every result, showing progress in bytes of input; names the first few skips of each reason."""
-    tally = _Tally(Counter(), 0)
+    tally = _Tally(Counter(), 0, Counter())
     tokens = documents = 0
     with contextlib.closing(results), progress("prepare", total_bytes, "B") as bar:
         for result in results:
@@ -282,6 +292,7 @@ def _write_all(
                 if tally.skipped[skip.reason] <= _SKIPS_NAMED:
                     log(f"prepare: skipped {skip.name}: {skip.reason}")
             tally.in_pieces += result.in_pieces
+            tally.counts.update(result.counts)
             tokens += len(result.tokens)
             documents += len(result.lengths_N)
             bar.advance(result.input_bytes, f"{human_count(tokens)} tokens, {human_count(documents)} documents")
@@ -289,22 +300,58 @@ def _write_all(
 
 
 def _finish(
-    writer: ShardWriter, encoder: Encoder, files: list[Path], skipped: Counter[str], in_pieces: int
+    writer: ShardWriter, encoder: Encoder, files: list[Path], skipped: Counter[str], tally: _Tally
 ) -> dict[str, Any]:
     counts = dict(sorted(skipped.items()))
     said = ", ".join(f"{n} {reason}" for reason, n in counts.items())
-    if in_pieces:
-        log(f"prepare: {in_pieces} documents of more than {_PIECE_CHARS} characters were encoded in pieces.")
+    if tally.in_pieces:
+        log(f"prepare: {tally.in_pieces} documents of more than {_PIECE_CHARS} characters were encoded in pieces.")
     if said:
         log(f"prepare: skipped in all: {said}.")
-    facts = {"tokenizer_sha256": encoder.tokenizer.sha256, "eod": encoder.eod, "skipped": counts}
-    index = writer.finish(**facts)
+    rule = Tokenization(
+        tokenizer_sha256=encoder.tokenizer.sha256,
+        eod=encoder.eod,
+        bos_ids=encoder.tokenizer.bos_ids,
+        special_spellings="tokens" if encoder.special_tokens else "text",
+    )
+    index = writer.finish(
+        tokenizer_sha256=rule.tokenizer_sha256,
+        eod=rule.eod,
+        tokenization=rule.in_index(),
+        **{name: tally.counts[name] for name in _COUNTED},
+        skipped=counts,
+    )
     if index["documents"] == 0:
         raise DataError(
             f"inputs hold no document: {len(files)} files were read{f' ({said})' if said else ''}; "
             f"name files with text, or the right text_key."
         )
+    _say_counts(encoder, index)
     return index
+
+
+def _say_counts(encoder: Encoder, index: dict[str, Any]) -> None:
+    """What of the texts the tokens do not hold, or hold otherwise than a reader may expect."""
+    tokenizer, unknown, dropped, inside, spelling = encoder.tokenizer, *(index[name] for name in _COUNTED)
+    if unknown:
+        log(
+            f"warning: {unknown / index['tokens']:.2%} of the tokens ({unknown:,}) are the unknown token <unk> (id "
+            f"{tokenizer.unknown_id}): {tokenizer.path} cannot spell these texts, and bits per byte do not count what "
+            f"is lost. Take a tokenizer made for them, or one that falls back on bytes."
+        )
+    if dropped:
+        log(
+            f"warning: {dropped:,} characters were left out: {tokenizer.path} does not know them and has no unknown "
+            f"token (<unk>). Take a tokenizer made for these texts, or one that falls back on bytes."
+        )
+    if inside:
+        log(
+            f"warning: {inside:,} tokens inside the texts are the end token (id {encoder.eod}). Documents end where "
+            f"their lengths say, but a model learns to continue after it: choose one that no text spells (--eod)."
+        )
+    if spelling:
+        how = "became the tokens" if encoder.special_tokens else "are text (special_tokens makes them the tokens)"
+        log(f"prepare: {spelling:,} documents spell special tokens, which {how}; prompts are encoded alike.")
 
 
 def _encode_all(tasks: Iterator[Task], encoder: Encoder, text_key: str, workers: int) -> Generator[Encoded, None, None]:
@@ -319,7 +366,7 @@ def _encode_all(tasks: Iterator[Task], encoder: Encoder, text_key: str, workers:
         workers,
         mp_context=context,
         initializer=_start_worker,
-        initargs=(watched, encoder.tokenizer.path, encoder.eod, text_key),
+        initargs=(watched, encoder.tokenizer.path, encoder.eod, text_key, encoder.special_tokens),
     )
     try:
         yield from _in_order(lambda task: pool.submit(_encode_task, task), tasks, workers * _TASKS_PER_WORKER)

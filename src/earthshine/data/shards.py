@@ -3,7 +3,9 @@
 A folder holds `index.json` and for each shard `shard-00000.bin` (the documents' tokens end to end, each document closed
 by the end-of-document token; little-endian uint16, or uint32 for vocabularies beyond 65,536) and `shard-00000.idx`
 (for each document two little-endian int64: its first token in the shard, and the UTF-8 bytes of its text). A document
-is never split over shards. The index holds sizes and sha256 of every file, so nothing short or altered is read unseen.
+is never split over shards. The index holds sizes and sha256 of every file, so nothing short or altered is read unseen,
+and under "tokenization" how the texts became ids (`tokenization` has the rule). Where it does not, which was so once,
+a document's tokens count as ending at each end-of-document token among them.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from earthshine.config import parse_json
+from earthshine.data.tokenization import of_index
 from earthshine.errors import DataError
 from earthshine.files import naming_full_disk, sha256_file, write_json
 
@@ -131,8 +134,8 @@ class TokenShards:
     """A folder of token shards, memory-mapped: pages are read when touched and dropped when memory is wanted.
 
     num_documents, num_tokens (end-of-document tokens included), num_bytes (UTF-8 bytes of the texts), eod, vocab_size
-    (of the tokenizer), tokenizer_sha256, index (the parsed index.json), fingerprint (its sha256, and so, through the
-    hashes in it, that of all the data).
+    (of the tokenizer), tokenizer_sha256, tokenization (the rule by which texts became ids), index (the parsed
+    index.json), fingerprint (its sha256, and so, through the hashes in it, that of all the data).
     """
 
     def __init__(self, path: str | Path, verify: bool = True, vocab_size: int | None = None) -> None:
@@ -149,6 +152,7 @@ class TokenShards:
         self.eod = int(self.index["eod"])
         self.vocab_size = int(self.index["vocab_size"])
         self.tokenizer_sha256 = str(self.index["tokenizer_sha256"])
+        self.tokenization = of_index(self.index)
         self._limit = self.vocab_size if vocab_size is None else min(vocab_size, self.vocab_size)
         dtype = _DTYPES[self.index["dtype"]]
         self._shards: list[dict[str, Any]] = self.index["shards"]
@@ -175,6 +179,12 @@ class TokenShards:
                 raise DataError(f"{self.path / shard['offsets']} is damaged: its offsets do not rise from 0.")
             lengths[first : first + len(starts)] = counts
         return lengths
+
+    def lost(self) -> str:
+        """What the tokenizer could not spell of the texts, in words; "" where that is nothing, or was not counted."""
+        unknown, dropped = (int(self.index.get(key, 0)) for key in ("unknown_tokens", "dropped_characters"))
+        words = [f"{unknown / self.num_tokens:.2%} of the tokens are unknown (<unk>)"] if unknown else []
+        return ", ".join(words + ([f"{dropped:,} characters were left out as unknown (no <unk>)"] if dropped else []))
 
     def document_bytes(self, stop: int) -> int:
         """UTF-8 bytes of the texts of documents 0 to stop - 1."""
@@ -215,6 +225,16 @@ class TokenShards:
             piece = int(np.searchsorted(np.cumsum(stop_P - start_P), int(out_S.argmax()), side="right"))
             self._refuse_token(self._shards[int(shard_P[piece])], int(out_S.max()))
 
+    def ends(
+        self, start_P: NDArray[np.int64], stop_P: NDArray[np.int64], tokens_S: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Which of the tokens that `read` gave for these pieces are the last of a document, or of its piece."""
+        if not self.tokenization.recorded:
+            return tokens_S == self.eod
+        ends_S = np.zeros(tokens_S.shape, dtype=np.bool_)
+        ends_S[np.cumsum(stop_P - start_P) - 1] = True
+        return ends_S
+
     def _refuse_token(self, shard: dict[str, Any], token: int) -> None:
         raise DataError(
             f"{self.path / shard['file']} holds token id {token}, but the vocabulary has {self._limit} ids "
@@ -245,6 +265,8 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
         for shard in index["shards"]:
             sound = sound and all(Path(shard[k]).name == shard[k] for k in ("file", "offsets"))
             sound = sound and isinstance(shard["sha256"], str) and isinstance(shard["offsets_sha256"], str)
+        of_index(index)
+        sound = sound and all(isinstance(index.get(k, 0), int) for k in ("unknown_tokens", "dropped_characters"))
     except (ValueError, KeyError, TypeError) as e:
         if isinstance(e, DataError):
             raise

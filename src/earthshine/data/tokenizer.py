@@ -1,16 +1,20 @@
 """Any Hugging Face `tokenizer.json`, through the library `tokenizers`. Torch-free.
 
-We differ from the file's own behaviour: nothing is added around a text (no beginning or end token), and a file's
-truncation and padding settings are switched off, because both would silently change documents.
+We differ from the file's own behaviour: nothing is added around a text unless asked for (`bos_ids` says what the file
+puts before one), and a file's truncation and padding settings are switched off, because both would silently change
+documents. A text can be encoded so that the spelling of a special token in it is text (`control_tokens`).
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from earthshine.config import nearest, read_json
 from earthshine.console import log
+from earthshine.data.control_tokens import control_tokens, spelling_pattern, text_backend
 from earthshine.errors import ConfigError
 from earthshine.files import sha256_file
 
@@ -63,22 +67,83 @@ class Tokenizer:
         """Token ids of a text; with `special=False` a special token's spelling is text like any other."""
         return self.encode_batch([text], special=special)[0]
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the beginning token where the tokenizer puts one and the text does not."""
-        self._backend.encode_special_tokens = False
-        with self._failures_named("cannot encode this prompt"):
-            ids = list(self._backend.encode(text, add_special_tokens=True).ids)
-        plain = self.encode(text)
-        # A post-processor may also append (an end token, which would be continued after an end): keep what is before.
-        start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0) if plain else 0
-        beginning = ids[:start] if plain else ids
-        return plain if plain[: len(beginning)] == beginning else beginning + plain
+    def encode_prompt(self, text: str, *, special: bool = True, bos_ids: Sequence[int] | None = None) -> list[int]:
+        """Token ids of a prompt, which begins as a document does; special: see `encode`.
+
+        bos_ids: what a document begins with, the tokenizer's own `bos_ids` when absent; not repeated where special
+            tokens are tokens and the text spells them itself.
+        """
+        beginning = list(self.bos_ids if bos_ids is None else bos_ids)
+        ids = self.encode(text, special=special)
+        return ids if special and ids[: len(beginning)] == beginning else beginning + ids
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Token ids of each text, as `encode`."""
-        self._backend.encode_special_tokens = not special
+        backend = self._backend if special else self._text_backend
+        backend.encode_special_tokens = not special
         with self._failures_named("cannot encode this text"):
-            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def bos_ids(self) -> tuple[int, ...]:
+        """The ids that the file's post-processor puts before a text; () for none."""
+        self._backend.encode_special_tokens = False
+        last = [self._backend.id_to_token(i) or "" for i in range(max(self.vocab_size - 8, 0), self.vocab_size)]
+        for text in ("a", "0", ".", *last):  # any that is not nothing to the tokenizer
+            with self._failures_named("cannot encode a text"):
+                encoding = self._backend.encode(text, add_special_tokens=True)
+            added = list(encoding.special_tokens_mask)
+            if 0 in added:
+                return tuple(encoding.ids[: added.index(0)])
+        return ()
+
+    @cached_property
+    def control(self) -> dict[int, str]:
+        """Id -> spelling of the special tokens."""
+        return control_tokens(self._backend, self.path.parent)
+
+    @cached_property
+    def _text_backend(self) -> Any:
+        with self._failures_named("cannot be used"):
+            return text_backend(self._backend, self.path, self.control, self._eod)
+
+    @cached_property
+    def _spelling(self) -> "re.Pattern[str] | None":
+        return re.compile(spelling_pattern(self.control.values())) if self.control else None
+
+    def spelled(self, text: str) -> str:
+        """The first spelling of a special token in a text; "" for none."""
+        match = self._spelling.search(text) if self._spelling else None
+        return match.group() if match else ""
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what the vocabulary cannot spell."""
+        import tokenizers
+
+        model = self._backend.model
+        if isinstance(model, tokenizers.models.Unigram):
+            number = read_json(self.path)["model"].get("unk_id")
+            return int(number) if isinstance(number, int) else None
+        unknown = getattr(model, "unk_token", None)
+        return None if unknown is None else model.token_to_id(unknown)
+
+    def dropped_characters(self, texts: Iterable[str]) -> int:
+        """How many characters of the texts become nothing: BPE without an unknown token leaves out what it lacks."""
+        if not self._drops:
+            return 0
+        lost = 0
+        for text in texts:
+            for character in set(text):
+                if character not in self._kept:
+                    self._kept[character] = character.isspace() or bool(self.encode(character, special=False))
+                lost += 0 if self._kept[character] else text.count(character)
+        return lost
+
+    @cached_property
+    def _drops(self) -> bool:
+        self._kept: dict[str, bool] = {}
+        return self.unknown_id is None and not self.encode("\U0001f70f", special=False)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids; special tokens are left out unless `skip_special=False`."""
@@ -94,6 +159,11 @@ class Tokenizer:
             if not (isinstance(e, Exception) or type(e).__name__ == "PanicException"):
                 raise  # an interrupt, an exit
             raise ConfigError(f"tokenizer={self.path} {what}: {e}. Repair the file, or give another one.") from e
+
+    def decode_continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+        """The text of new ids after those of a prompt: with the space that a decoder takes off the start of a text."""
+        prompt, whole = self.decode(prompt_ids), self.decode([*prompt_ids, *new_ids])
+        return whole[len(prompt) :] if whole.startswith(prompt) else self.decode(new_ids)
 
     def _declared_eod(self) -> int | None:
         """The end token that the files beside the tokenizer.json name, the most specific file first."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from earthshine.data.config import DataConfig, SourceConfig
 from earthshine.data.loader import IGNORED, Batch, Loader, heldout_batches, heldout_bytes_per_token
 from earthshine.data.shards import TokenShards
+from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError, DataError
 
 ShardMaker = Callable[..., Path]
@@ -77,6 +78,55 @@ def test_inputs_and_tail_of_an_epoch_are_all_its_tokens(counting_shards: Path) -
     words = inputs[inputs != 0]
     assert len(set(words.tolist())) == len(words)  # ids other than the end token, 0, are unique in these shards
     assert np.count_nonzero(inputs == 0) <= shards.num_documents
+
+
+RECORD = {"boundaries": "lengths", "special_spellings": "tokens", "bos_ids": []}
+
+
+@pytest.mark.parametrize("record", [RECORD, None])
+def test_documents_end_where_their_lengths_say(make_shards: ShardMaker, record: dict[str, object] | None) -> None:
+    """An end token inside a text (id 0) ends no document; in shards that do not record the rule it does, as ever."""
+    documents = [[7, 0, 8], [5, 6], [0, 0]]
+    path = make_shards("d", documents, **({"tokenization": record} if record else {}))
+    (b,) = heldout_batches(str(path), seq_len=9, max_sequences=0, batch=1)
+    assert b.tokens_BS.tolist() == [[7, 0, 8, 0, 5, 6, 0, 0, 0]]
+    if record:
+        assert b.documents_BS.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2]]
+        assert b.targets_BS.tolist() == [[0, 8, 0, IGNORED, 6, 0, IGNORED, 0, 0]]
+    else:
+        assert b.documents_BS.tolist() == [[0, 0, 1, 1, 2, 2, 2, 3, 4]]
+        assert b.targets_BS.tolist() == [[0, IGNORED, 0, IGNORED, 6, 0, IGNORED, IGNORED, IGNORED]]
+    config = DataConfig(sources=(SourceConfig(path=str(path)),))
+    trained = loader(config, seq_len=3, sequences_per_step=3).next_step()
+    for tokens, targets in zip(trained.tokens_BS.tolist(), trained.targets_BS.tolist(), strict=True):
+        assert [t for i, t in enumerate(targets) if tokens[i] == 7] == [0] * (7 in tokens)
+        assert [t == IGNORED for i, t in enumerate(targets) if tokens[i] == 6] == [False] * (6 in tokens)
+
+
+def test_both_rules_give_the_same_batches_where_only_ends_are_end_tokens(make_shards: ShardMaker) -> None:
+    rng = np.random.default_rng(3)
+    documents = [rng.integers(1, 300, size=int(n)).tolist() for n in rng.integers(0, 30, size=60)]
+    paths = [make_shards("old", documents), make_shards("new", documents, tokenization=RECORD)]
+    old, new = (loader(DataConfig(sources=(SourceConfig(path=str(p)),))) for p in paths)
+    for _ in range(10):
+        assert rows([old.next_step()]) == rows([new.next_step()])
+
+
+def test_the_rule_of_a_run_and_what_is_said_of_it(make_shards: ShardMaker) -> None:
+    text = make_shards("text", [[1] * 40], tokenization={**RECORD, "special_spellings": "text", "bos_ids": [9]})
+    chat = make_shards("chat", [[1] * 40], tokenization={**RECORD, "bos_ids": [9]}, unknown_tokens=4)
+    plain, old = make_shards("plain", [[1] * 40], tokenization=RECORD), make_shards("old", [[1] * 40])
+
+    def of(*paths: Path) -> Loader:
+        return loader(DataConfig(sources=tuple(SourceConfig(path=str(p)) for p in paths)))
+
+    both = of(text, chat)
+    assert both.tokenization == Tokenization(tokenizer_sha256="0" * 64, eod=0, bos_ids=(9,), special_spellings="tokens")
+    assert ["9.76% of the tokens are unknown" in w for w in both.warnings()] == [True]
+    assert of(text).warnings() == []
+    assert "begin with a beginning token and those of others do not" in of(text, plain).warnings()[0]
+    assert not of(text, old).tokenization.recorded
+    assert "old does not record how its texts became ids" in of(text, old).warnings()[0]
 
 
 def test_sources_are_mixed_by_weight(two_sources: DataConfig) -> None:

@@ -6,17 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import tokenizers
 
 from earthshine.data import prepare as module
 from earthshine.data.documents import Task
-from earthshine.data.prepare import Encoded, prepare, split_text
+from earthshine.data.prepare import Encoded, prepare
 from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.data.tokenizer import load_tokenizer
 from earthshine.errors import ConfigError, DataError, DiskFullError, OutputExistsError
@@ -77,30 +78,103 @@ def test_small_inputs_start_no_processes(tmp_path: Path, corpus: Path, tokenizer
     assert prepare([corpus], tokenizer_dir, tmp_path / "out", workers=64)["workers"] == 1
 
 
-def test_special_tokens_in_a_document_do_not_end_it(tmp_path: Path, tokenizer_dir: Path) -> None:
-    (tmp_path / "a.txt").write_text("one <|end|> two")
-    prepare([tmp_path / "a.txt"], tokenizer_dir, tmp_path / "out")
-    assert TokenShards(tmp_path / "out").document(0).tolist().count(0) == 1
+KINDS = ["gpt2", "llama3", "llama2", "metaspace", "unigram", "unigram_unmarked", "word_level", "not_special", "merged"]
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.text(alphabet="ab1.\u5730 \n\t'", max_size=200), st.integers(2, 40))
-def test_splitting_loses_nothing(text: str, limit: int) -> None:
-    pieces = split_text(text, limit)
-    assert "".join(pieces) == text
-    assert all(0 < len(p) <= limit for p in pieces) or pieces == [""]
+def prepared(folder: Path, tokenizer: Path, *texts: str, **options: Any) -> TokenShards:
+    lines = folder / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare([lines], tokenizer, folder / "out", workers=1, **options)
+    return TokenShards(folder / "out")
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.text(alphabet="moon earth.\t12", max_size=15), min_size=8, max_size=30), st.sampled_from(["\n", "\n\n"])
-)
-def test_splitting_at_lines_keeps_the_tokens(tokenizer_dir: Path, lines: list[str], mark: str) -> None:
-    """Lines that start with a visible character: cut between them, the tokens are those of the whole text."""
-    t = load_tokenizer(tokenizer_dir)
-    text = mark.join(f"x{line}" for line in lines)
-    pieces = split_text(text, 64)
-    assert [i for p in pieces for i in t.encode(p, special=False)] == t.encode(text, special=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_token_in_a_document_does_not_end_it(
+    tmp_path: Path, tokenizer_of: Callable[[str], Path], kind: str
+) -> None:
+    shards = prepared(tmp_path, tokenizer_of(kind), "the moon </s> is lit", "</s>the moon")
+    documents = [shards.document(i).tolist() for i in range(2)]
+    assert [d.count(shards.eod) for d in documents] == [1, 1]
+    assert all(d[-1] == shards.eod for d in documents)
+    assert shards.tokenization.recorded and shards.tokenization.special_spellings == "text"
+
+
+def test_spellings_become_tokens_where_that_is_asked_for(
+    tmp_path: Path, tokenizer_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in chats that are written out with their marks: an end inside is a token, and no end of the document."""
+    t = load_tokenizer(tokenizer_of("llama3"))
+    text = "<s>the moon</s> is lit"
+    shards = prepared(tmp_path, tokenizer_of("llama3"), text, "the sun", special_tokens=True)
+    assert shards.document(0).tolist() == [*t.encode(text), t.eod]  # the beginning token is not doubled
+    assert shards.document(1).tolist() == [*t.bos_ids, *t.encode("the sun"), t.eod]
+    assert shards.lengths().tolist() == [len(t.encode(text)) + 1, len(t.encode("the sun")) + 2]
+    assert shards.tokenization.special_spellings == "tokens"
+    err = capsys.readouterr().err
+    assert "1 documents spell special tokens, which became the tokens" in err
+    assert "1 tokens inside the texts are the end token" in err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_documents_begin_as_the_tokenizer_begins_a_text(
+    tmp_path: Path, tokenizer_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(module, "_MIN_BYTES_PER_WORKER", 10)
+    tokenizer = tokenizer_of("llama3")
+    (tmp_path / "a.txt").write_text("the moon </s>")
+    prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "out", workers=workers)
+    shards, t = TokenShards(tmp_path / "out"), load_tokenizer(tokenizer)
+    assert t.bos_ids == shards.tokenization.bos_ids != ()
+    assert shards.document(0).tolist() == [*t.encode_prompt("the moon </s>", special=False), t.eod]
+    assert TokenShards(tmp_path / "out").num_bytes == len("the moon </s>")
+
+
+def test_what_a_tokenizer_cannot_spell_is_counted_and_said(
+    tmp_path: Path, tokenizer_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = prepared(tmp_path, tokenizer_of("word_level"), "the moon shines", "the unheard of moon")
+    assert shards.index["unknown_tokens"] == 3 and "33.33% of the tokens are unknown" in shards.lost()
+    assert "33.33% of the tokens (3) are the unknown token <unk> (id 0)" in capsys.readouterr().err
+
+
+def test_characters_that_vanish_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """BPE without bytes and without an unknown token leaves out what it lacks, and says nothing."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "a": 1, "b": 2}, []))
+    backend.add_special_tokens(["</s>"])
+    (tmp_path / "t").mkdir()
+    backend.save(str(tmp_path / "t" / "tokenizer.json"))
+    shards = prepared(tmp_path, tmp_path / "t" / "tokenizer.json", "abc\u0441ab", "cab", "ab", eod="</s>")
+    assert shards.index["dropped_characters"] == 3 and "3 characters were left out" in shards.lost()
+    assert "3 characters were left out" in capsys.readouterr().err
+
+
+def test_nothing_lost_is_nothing_said(
+    tmp_path: Path, tokenizer_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("gpt2", "llama2"):
+        (tmp_path / kind).mkdir()
+        shards = prepared(tmp_path / kind, tokenizer_of(kind), "the moon \u5730\u7403 <unknown>")
+        assert shards.lost() == ""
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_an_end_token_that_texts_hold_is_said(
+    tmp_path: Path, tokenizer_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = prepared(tmp_path, tokenizer_of("gpt2"), "oh! my!", eod="!")
+    assert shards.num_documents == 1 and shards.index["end_tokens_inside"] == 2
+    assert "2 tokens inside the texts are the end token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["llama2", "metaspace", "unigram", "llama3"])
+def test_pieces_of_a_long_document_have_its_tokens(
+    tmp_path: Path, tokenizer_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where a tokenizer puts a space before every text, only the document's first piece has it."""
+    monkeypatch.setattr(module, "_PIECE_CHARS", 600)
+    text = "the moon is lit\nby the earth. " * 100
+    shards, t = prepared(tmp_path, tokenizer_of(kind), text), load_tokenizer(tokenizer_of(kind))
+    assert shards.document(0).tolist() == [*t.encode_prompt(text, special=False), t.eod]
 
 
 def test_long_documents_stay_one_document(

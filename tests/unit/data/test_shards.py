@@ -112,6 +112,10 @@ def test_folder_without_index(tmp_path: Path) -> None:
         ({"eod": "0"}, "is not the index of token shards"),
         ({"shards": 3}, "is not the index of token shards"),
         ({"shards": []}, "contradicts itself"),
+        ({"tokenization": []}, "is not the index of token shards"),
+        ({"tokenization": {"boundaries": "marks"}}, "is not the index of token shards"),
+        ({"tokenization": {"bos_ids": [2000]}}, "bos_ids=.2000. are not ids"),
+        ({"unknown_tokens": "many"}, "contradicts itself"),
     ],
 )
 def test_wrong_index(counting_shards: Path, change: dict[str, object], message: str) -> None:
