@@ -30,8 +30,12 @@ DTYPES: dict[str, torch.dtype] = {
 # from one start of a run to the next. Real cases are far from it: 2 to 16 where it is native, 0.02 where emulated.
 BF16_MIN_SPEEDUP = 1.3
 
-_PROBE_SIZE = 256
+_PROBE_SIZE = 256  # where the search for a product that is large enough begins
+_CPU_PEAK_SIZE, _PEAK_SIZE = 1024, 8192
 _BUDGET_SECONDS = 0.2
+_LONGEST_SECONDS = 0.3  # of a single product on an accelerator
+_LAUNCH_SECONDS = 5e-3  # more than any launch and wait: these take 6 to 100 us, on a busy host a millisecond
+_FAST_SECONDS = 1e-3  # a device that takes less for a 1,024-square product is as fast as an accelerator
 _CPU_FLAGS = (
     "avx2",
     "fma",
@@ -75,6 +79,27 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def make_products_repeatable(device: torch.device) -> bool:
+    """Let cuBLAS give the same bits in each run: it reads an environment variable, set here, at its first product.
+
+    False where it may have read it already, because the device was in use before. Nothing to do on a CPU. Raises
+    ConfigError when the variable has a value that torch.use_deterministic_algorithms refuses in the first product.
+    """
+    if device.type != "cuda":
+        return True
+    late = _CUBLAS_WORKSPACE not in os.environ and torch.cuda.is_initialized()
+    value = os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
+    if value not in (":4096:8", ":16:8"):
+        raise ConfigError(
+            f"{_CUBLAS_WORKSPACE}={value!r} in the environment lets products differ from run to run; unset it, or set "
+            f"it to :4096:8 (or :16:8, which takes less memory)."
+        )
+    return not late
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -112,49 +137,110 @@ class Stopwatch:
         return self._seconds
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """An NVIDIA GPU's compute capability; (0, 0) for AMD's, whose numbers mean something else, and for a CPU.
+
+    A device that is not here (meta, fake tensors) stands for a current one, (9, 0).
+    """
+    if device.type == "cpu" or torch.version.hip:
+        return (0, 0)
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device is an accelerator with matrix units for bf16: NVIDIA's from Ampere on, and AMD's."""
+    return device.type != "cpu" and (torch.version.hip is not None or capability(device) >= (8, 0))
+
+
+def has_flash_attention(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether torch's flash attention takes heads of this width, forward and backward: half types only.
+
+    Beyond 192, up to 256, its backward pass needs the shared memory of a data-center GPU (capability x.0).
+    """
+    if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16) or not has_native_bf16(device):
+        return False
+    return width <= 192 or (width <= 256 and capability(device)[1] == 0)
+
+
+def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` has a kernel here: bf16 on NVIDIA's Hopper and Blackwell (9.x, 10.x).
+
+    Elsewhere it is a loop that copies the groups' sizes to the host, once for each of its calls.
+    """
+    return device.type != "cpu" and dtype == torch.bfloat16 and capability(device)[0] in (9, 10)
+
+
 def _time_product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], float]:
-    """A function that times one (size x size) product, in seconds; the first, cold, product is already done."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(size, size, generator=generator).to(device=device, dtype=dtype)
+    """A function that times one (size x size) product, in seconds; the first, cold, product is already done.
+
+    On an accelerator it is the mean of a batch of about 20 ms between two waits for the device, which would otherwise
+    be most of what is timed.
+    """
+    generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(0)
+    a = torch.randn(size, size, generator=generator, device=generator.device).to(device=device, dtype=dtype)
     b = a.T.contiguous()
 
-    def once() -> float:
+    def mean(count: int) -> float:
         _synchronize(device)
         start = time.perf_counter()
-        a @ b
+        for _ in range(count):
+            a @ b
         _synchronize(device)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / count
 
-    once()
-    return once
+    mean(1)
+    count = 1 if device.type == "cpu" else min(max(round(0.02 / mean(1)), 1), 100)
+    return functools.partial(mean, count)
 
 
-def gemm_peak(device: torch.device | str, dtype: torch.dtype, size: int = 1024) -> float:
+def _large_enough(device: torch.device, dtype: torch.dtype, limit: int) -> tuple[int, float]:
+    """The smallest size, doubled from 256, whose product takes so long that launching it does not count; its seconds.
+
+    A product of twice the size has 8 times the operations. Where it does not take at least 6 times as long, a constant
+    is being timed: the launch.
+    """
+    size, seconds = _PROBE_SIZE, _time_product(device, dtype, _PROBE_SIZE)()
+    while size < limit and seconds < _LAUNCH_SECONDS:
+        twice = _time_product(device, dtype, 2 * size)()
+        if twice >= 6 * seconds:
+            break
+        size, seconds = 2 * size, twice
+    return size, seconds
+
+
+def gemm_peak(device: torch.device | str, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a square matrix product, measured now in about 0.2 s; remembered for this process and thread count.
 
-    The product is made smaller than `size` where `dtype` is so slow that one of that size would not fit the budget.
+    size: None for 1,024 on a CPU, and 8,192 on an accelerator, or wherever 1,024 takes less than a millisecond.
+    The product is made smaller where `dtype` is so slow that one of that size would not fit the budget.
     """
     return _gemm_peak(str(device), dtype, size, torch.get_num_threads(), torch.get_float32_matmul_precision())
 
 
 @functools.cache
-def _gemm_peak(device_name: str, dtype: torch.dtype, size: int, threads: int, precision: str) -> float:
+def _gemm_peak(device_name: str, dtype: torch.dtype, size: int | None, threads: int, precision: str) -> float:
     del threads, precision  # only part of what the result depends on
     device = torch.device(device_name)
-    probe = _time_product(device, dtype, min(size, _PROBE_SIZE))()
-    while size > _PROBE_SIZE and probe * (size / _PROBE_SIZE) ** 3 > _BUDGET_SECONDS / 3:
+    probe_size, probe = _large_enough(device, dtype, min(size or _PEAK_SIZE, _PEAK_SIZE))
+    if size is None:
+        fast = device.type != "cpu" or probe * (_CPU_PEAK_SIZE / probe_size) ** 3 < _FAST_SECONDS
+        size = _PEAK_SIZE if fast else _CPU_PEAK_SIZE
+    longest = _BUDGET_SECONDS / 3 if device.type == "cpu" else _LONGEST_SECONDS
+    while size > _PROBE_SIZE and probe * (size / probe_size) ** 3 > longest:
         size //= 2
     once = _time_product(device, dtype, size)
     seconds: list[float] = []
     deadline = time.perf_counter() + _BUDGET_SECONDS
     while len(seconds) < 3 or (time.perf_counter() < deadline and len(seconds) < 200):
         seconds.append(once())
+    del once
+    _forget_peak_memory(device)
     return 2.0 * size**3 / statistics.median(seconds)
 
 
 @functools.cache
 def _bf16_speedup(device_name: str) -> float:
-    """How many times faster a small product is in bf16 than in fp32: the best of each, taken in turns for 0.2 s.
+    """How many times faster a product is in bf16 than in fp32: the best of each, taken in turns for 0.2 s.
 
     On one thread: two that wait for each other on a busy machine can make either type look 10 times slower.
     """
@@ -162,8 +248,9 @@ def _bf16_speedup(device_name: str) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        fp32 = _time_product(device, torch.float32, _PROBE_SIZE)
-        bf16 = _time_product(device, torch.bfloat16, _PROBE_SIZE)
+        size, _ = _large_enough(device, torch.float32, _PEAK_SIZE)
+        fp32 = _time_product(device, torch.float32, size)
+        bf16 = _time_product(device, torch.bfloat16, size)
         pairs = [(fp32(), bf16()) for _ in range(5)]
         deadline = time.perf_counter() + _BUDGET_SECONDS
         while time.perf_counter() < deadline and len(pairs) < 200:
@@ -174,7 +261,8 @@ def _bf16_speedup(device_name: str) -> float:
 
 
 def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeChoice:
-    """Decide the compute type: "float32" and "bfloat16" are obeyed, "auto" is bf16 only where it is measured faster.
+    """Decide the compute type: "float32" and "bfloat16" are obeyed; "auto" is bf16 on an accelerator that has it in
+    hardware, and elsewhere only where it is measured to be faster.
 
     Raises ConfigError for any other request.
     """
@@ -183,21 +271,34 @@ def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeC
         raise ConfigError(
             f"compute_dtype='{requested}' is not one of {', '.join(choices)}.{nearest(requested, choices)}"
         )
+    device = torch.device(device)
     if requested != "auto":
         dtype, reason = DTYPES[requested], "as requested"
+    elif has_native_bf16(device):
+        dtype, reason = torch.bfloat16, "this accelerator has matrix units for bf16"
     else:
         speedup = _bf16_speedup(str(device))
         faster = speedup >= BF16_MIN_SPEEDUP
         dtype = torch.bfloat16 if faster else torch.float32
         verb = "is" if faster else "is only"
-        reason = f"bf16 {verb} {speedup:.2g}x as fast as fp32 here (a {_PROBE_SIZE}-square product, one thread)"
+        threads = " on one thread" if device.type == "cpu" else ""
+        reason = f"bf16 {verb} {speedup:.2g}x as fast as fp32 here (square products{threads})"
         if not faster:
             reason += f", below the {BF16_MIN_SPEEDUP}x asked for"
     return ComputeChoice(dtype, reason, gemm_peak(device, dtype))
 
 
+def _forget_peak_memory(device: torch.device) -> None:
+    """What a measurement held is no part of a run's peak."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """The most memory held so far: of the process on a CPU (VmHWM), of the allocator on an accelerator."""
+    """The most memory held so far: of the process on a CPU (VmHWM); on an accelerator of the allocator, since the last
+    measurement of a GEMM peak.
+    """
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

@@ -252,11 +252,9 @@ def _batch(tasks: Sequence[tuple[Task, Sequence[Block]]]) -> Batch:
 
 
 def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """The type of Newton-Schulz: "auto" is bf16 on an accelerator, and on a CPU only where it is measured faster."""
+    """The type of Newton-Schulz: "auto" is bf16 where an accelerator has it, elsewhere only where measured faster."""
     if requested != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
-    if device.type == "cpu":
-        from earthshine.device import choose_compute_dtype
+    from earthshine.device import choose_compute_dtype, has_native_bf16
 
-        return choose_compute_dtype("auto", device).dtype
-    return torch.bfloat16
+    return torch.bfloat16 if has_native_bf16(device) else choose_compute_dtype("auto", device).dtype

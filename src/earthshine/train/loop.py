@@ -17,7 +17,15 @@ from earthshine.checkpoint.manifest import step_folder
 from earthshine.checkpoint.run_store import Checkpoint
 from earthshine.config import encode
 from earthshine.console import log
-from earthshine.device import DTYPES, ComputeChoice, choose_compute_dtype, environment, gemm_peak, peak_memory_bytes
+from earthshine.device import (
+    DTYPES,
+    ComputeChoice,
+    choose_compute_dtype,
+    environment,
+    gemm_peak,
+    make_products_repeatable,
+    peak_memory_bytes,
+)
 from earthshine.device import pick_device as pick_device_by_name
 from earthshine.errors import ConfigError, DataError, InterruptedRunError, TrainingDivergedError
 from earthshine.evaluate.perplexity import heldout_loss
@@ -99,16 +107,22 @@ def fit(
 def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
     """Seeded, with deterministic kernels; the caller's random state and settings come back afterwards.
 
-    On an accelerator a kernel without a deterministic form only warns: there are some that have none.
+    Strictly, not `warn_only`: torch's attention kernels are deterministic in the backward pass only then. No operation
+    of a step is one that has no deterministic form (tests/unit/train/test_step.py).
     """
     import torch.utils.deterministic as deterministic
 
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     accelerators = [] if device.type == "cpu" else [device]
+    if not make_products_repeatable(device):
+        log(
+            "warning: the accelerator was in use before training began. Should cuBLAS have read its settings by then, "
+            "a resumed run may differ in the last bits: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+        )
     with torch.random.fork_rng(devices=accelerators):
         torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+        torch.use_deterministic_algorithms(True)
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         try:
             yield
@@ -263,7 +277,10 @@ def _step(run: _Run) -> None:
     run.tracker.record(record)
     if record["mfu"] > 1 and not run.doubted_peak:
         run.doubted_peak = True
-        log("warning: an mfu above 100% means that the machine was busy while its GEMM peak was measured at the start")
+        log(
+            f"warning: mfu is above 100%: step {state.step} ran at more FLOP/s than the GEMM peak measured at the "
+            f"start, {run.peak_flops / 1e9:,.0f} GFLOP/s. mfu is the ratio of the two; the cause was not measured"
+        )
     eta = sum(run.seconds) / len(run.seconds) * (job.num_steps - state.step)
     log(step_line(record, job.num_steps, eta))
 

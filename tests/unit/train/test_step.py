@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from earthshine.data.loader import Batch
 from earthshine.errors import DataError, TrainingDivergedError
@@ -257,3 +258,36 @@ def test_a_step_without_targets_is_refused(make_job: Callable[..., TrainJob]) ->
     empty = replace(batch, targets_BS=torch.full_like(batch.targets_BS, -100), num_targets=0)
     with pytest.raises(DataError, match="no target token"):
         train_step(state, empty, lr=1e-3, micro_batch=2, clip=1.0)
+
+
+# What torch.use_deterministic_algorithms says to raise on an accelerator, of what is not about images.
+NOT_DETERMINISTIC = {"bincount", "histc", "median", "kthvalue", "put_", "nll_loss2d_forward", "cumsum", "resize_"}
+
+
+class Operations(TorchDispatchMode):
+    """The operations called; a running sum only where it is of floating-point numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name != "cumsum" or args[0].is_floating_point():
+            self.called.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["dropping", "moonlight"])
+def test_no_operation_of_a_step_lacks_a_deterministic_form(
+    kind: str, make_job: Callable[..., TrainJob], moonlight_model: ModelConfig
+) -> None:
+    """On an accelerator `fit` asks for deterministic kernels strictly, so one of these would end it."""
+    job = make_job(init=Scratch(model=moonlight_model)) if kind == "moonlight" else make_job(True)
+    if kind == "dropping":
+        job = replace(job, capacity=CapacityConfig(factor=1.0, drop="probability"))
+    state = build(job)
+    with Operations() as operations:
+        train_step(state, state.loader.next_step(), lr=1e-3, micro_batch=2, clip=1.0)
+    assert {"bmm", "scatter_add_"} < operations.called
+    assert not operations.called & NOT_DETERMINISTIC
