@@ -1,7 +1,7 @@
 """A run or a model as a Hugging Face directory that stands alone: weights, config, tokenizer, generation, card."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from earthshine.checkpoint import run_store
+from earthshine.checkpoint.companions import (
+    GENERATION,
+    check_token_ids,
+    companion_files,
+    has_tokenizer,
+    is_tokenizer_file,
+)
 from earthshine.checkpoint.hf import (
     account,
     check_tied_copies,
-    companion_files,
     is_run,
     log_unused,
     read_blocks,
@@ -47,8 +53,8 @@ def export(
     """Write a run's latest checkpoint, or a Hugging Face directory, as a Hugging Face directory.
 
     Args:
-        tokenizer_dir: folder with the tokenizer and generation config; else those of `source`, or of the model that
-            the run started from.
+        tokenizer_dir: folder with the tokenizer, and the generation config if it has one; else those of `source`, or
+            of the model that the run started from, from which licences come in any case.
         dtype: of the stored weights, "float32" or "bfloat16"; a router's bias stays float32.
         trust: read a checkpoint that was not made on this machine.
     Raises ConfigError, OutputExistsError, WeightsError, CheckpointError, DiskFullError.
@@ -58,22 +64,33 @@ def export(
         raise ConfigError(f"dtype={dtype!r} cannot be exported.{nearest(dtype, DTYPES)}")
     if out_dir.exists():
         raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
-    if tokenizer_dir is not None and not _has_tokenizer(Path(tokenizer_dir)):
+    named = None if tokenizer_dir is None else companion_files(tokenizer_dir)
+    if named is not None and not has_tokenizer(named):
         raise ConfigError(f"{tokenizer_dir} holds no tokenizer file to copy.")
     read = _from_run if is_run(source) else _from_directory
     config, blocks, origin, facts = read(source, DTYPES[dtype], trust)
-    companions = Path(tokenizer_dir) if tokenizer_dir is not None else origin
-    if companions is None or not _has_tokenizer(companions):
-        log(f"{out_dir} gets no tokenizer: there is none beside {source}; name a folder that holds one.")
+    files = _files(origin, named)
+    check_token_ids(files, config, (GENERATION in (named or {}) and tokenizer_dir) or origin or source)
+    if not has_tokenizer(files):
+        there = origin or source
+        said = f"there is none beside {there}" if there.exists() else f"{there} does not exist (any more)"
+        log(f"{out_dir} gets no tokenizer: {said}; name a folder that holds one (--tokenizer).")
+    texts = _texts(config, files, _common_facts(config, out_dir, dtype) | facts)
     with staged_directory(out_dir) as staging:
         write_model(
-            staging,
-            config,
-            {e.hf: e.dtype(DTYPES[dtype]) for e in entries(config)},
-            blocks,
-            companions,
-            _texts(config, companions, _common_facts(config, out_dir, dtype) | facts),
+            staging, config, {e.hf: e.dtype(DTYPES[dtype]) for e in entries(config)}, blocks, {**files, **texts}
         )
+
+
+def _files(origin: Path | None, named: dict[str, bytes] | None) -> dict[str, bytes]:
+    """The companions of the model at `origin`; its tokenizer is replaced by that of a folder that was named, whole.
+
+    What is not the tokenizer's, the generation config and licences, stays where that folder has none.
+    """
+    own = companion_files(origin)
+    if named is None:
+        return own
+    return {name: text for name, text in own.items() if not is_tokenizer_file(name)} | named
 
 
 def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfig, Blocks, Path, dict[str, Any]]:
@@ -102,8 +119,7 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
     for name, tensor in state.items():
         check_finite(name, tensor)
     job, run_dir = checkpoint.job, checkpoint.folder.parent.parent
-    path = job.get("init", {}).get("path")
-    origin = Path(path) if path else None
+    origin = _origin(run_dir, job)
     lineage = [f"{origin.name}" if origin else "drawn at random", f"trained for {checkpoint.step:,} steps"]
     tokens = [line["total_tokens"] for line in _step_lines(run_dir) if line["step"] == checkpoint.step]
     facts: dict[str, Any] = {
@@ -121,6 +137,24 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
         upcycling = _json(origin / "earthshine.json")
         facts |= {"base_model": origin.name} | ({"upcycling": upcycling} if upcycling else {})
     return config, state_blocks(state, config, dtype), origin, facts
+
+
+def _origin(run_dir: Path, job: dict[str, Any]) -> Path | None:
+    """The Hugging Face directory that a run's weights began in, through the runs between; None when drawn at random.
+
+    A relative path is meant from the folder in which the run was started; the run's origin.json has it whole.
+    """
+    seen: set[Path] = set()
+    while True:
+        path = job.get("init", {}).get("path")
+        if not path or run_dir in seen:
+            return None
+        seen.add(run_dir)
+        folder = Path(_json(run_dir / "origin.json").get("path", path))
+        if not is_run(folder):
+            return folder
+        run_dir = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
+        job = _json(run_dir / "config.json")
 
 
 def _step_lines(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -145,20 +179,16 @@ def _common_facts(config: ModelConfig, out_dir: Path, dtype: str) -> dict[str, A
     }
 
 
-def _texts(config: ModelConfig, companions: Path | None, facts: dict[str, Any]) -> dict[str, str]:
+def _texts(config: ModelConfig, files: Mapping[str, bytes], facts: dict[str, Any]) -> dict[str, str]:
     """The card, and a generation config where the companions bring none."""
     from earthshine.report.model_card import model_card
 
     texts = {CARD: model_card(facts)}
-    if "generation_config.json" not in companion_files(companions):
+    if GENERATION not in files:
         hf = to_hf(config)
         tokens = {k: hf[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[k] is not None}
-        texts["generation_config.json"] = json.dumps(tokens, indent=2) + "\n"
+        texts[GENERATION] = json.dumps(tokens, indent=2) + "\n"
     return texts
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    return any(name.startswith("tokenizer") for name in companion_files(directory))
 
 
 def _json(path: Path) -> dict[str, Any]:

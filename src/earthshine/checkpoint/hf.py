@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from earthshine.checkpoint.companions import companion_files
 from earthshine.checkpoint.name_tables import IGNORED, LAYER, TIED_COPY, Entry, Place, entries
 from earthshine.checkpoint.safetensors_store import (
     FileRecord,
@@ -30,19 +31,6 @@ from earthshine.model.hf_config import from_hf, read_hf_config, to_hf, without_e
 
 if TYPE_CHECKING:
     from earthshine.model.transformer import Transformer
-
-COMPANIONS = (  # what else a model's directory holds and its conversion keeps
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -245,8 +233,9 @@ def save_model(
     """
     state = model if isinstance(model, Mapping) else model.state_dict()
     blocks = state_blocks(state, config, dtype)
+    files: dict[str, str | bytes] = {**companion_files(companions), **(extra or {})}
     with staged_directory(Path(out_dir)) as staging:
-        write_model(staging, config, {e.hf: e.dtype(dtype) for e in entries(config)}, blocks, companions, extra)
+        write_model(staging, config, {e.hf: e.dtype(dtype) for e in entries(config)}, blocks, files)
 
 
 def state_blocks(
@@ -283,11 +272,10 @@ def write_model(
     config: ModelConfig,
     dtypes: Mapping[str, torch.dtype],
     blocks: Callable[[Entry], Iterable[Tensor]],
-    companions: str | Path | None = None,
-    extra: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes],
     **options: Any,
 ) -> dict[str, FileRecord]:
-    """Stream a model's tensors, its config and its companions into `directory`; returns the record of every file.
+    """Stream a model's tensors, its config and further files into `directory`; returns the record of every file.
 
     `blocks(entry)` yields a tensor's rows in order, in the dtype that `dtypes` has for its name; `options` go to
     `write_sharded`.
@@ -298,16 +286,6 @@ def write_model(
     ((main, _),) = Counter(dtypes.values()).most_common(1)
     text = json.dumps(to_hf(config, str(main).removeprefix("torch.")), indent=2)
     records["config.json"] = write_recorded(directory / "config.json", text + "\n")
-    for name, contents in companion_files(companions).items():
+    for name, contents in files.items():
         records[name] = write_recorded(directory / name, contents)
-    for name, words in (extra or {}).items():
-        records[name] = write_recorded(directory / name, words)
     return records
-
-
-def companion_files(directory: str | Path | None) -> dict[str, bytes]:
-    """Contents of the tokenizer, generation config and licence files of a directory, by name."""
-    if directory is None:
-        return {}
-    found = {p for pattern in COMPANIONS for p in Path(directory).glob(pattern) if p.is_file()}
-    return {p.name: p.read_bytes() for p in sorted(found)}

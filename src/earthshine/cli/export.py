@@ -27,7 +27,7 @@ class Options:
     """Directory to write; it must not exist."""
 
     tokenizer: Path | None = None
-    """Folder with the tokenizer to copy."""
+    """Folder with the tokenizer to copy, and with the generation config, if it has one."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the stored weights."""

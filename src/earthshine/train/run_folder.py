@@ -15,6 +15,7 @@ from earthshine.model.config import ModelConfig
 from earthshine.train.job import Derived, TrainJob, changes_on_resume
 
 CONFIG, PLAN, ENV, METRICS, EVAL = "config.json", "plan.json", "env.json", "metrics.jsonl", "eval"
+ORIGIN = "origin.json"  # where the weights began, when not at random
 _LOCK = ".lock"
 
 
@@ -87,12 +88,18 @@ def check_config(
 
 
 def describe(run_dir: Path, job: TrainJob, derived: Derived, model: ModelConfig, environment: dict[str, Any]) -> None:
-    """Write config.json, plan.json and, of the run's first start, env.json; say so when a later start is elsewhere."""
+    """Write config.json, plan.json and, of the run's first start, origin.json and env.json.
+
+    A later start elsewhere is said.
+    """
     plan = asdict(derived) | {"state_bytes": derived.state_bytes, "model": encode(model)}
     for name, content in ((CONFIG, encode(job)), (PLAN, plan)):
         path = run_dir / name
         if not path.exists() or read_json(path) != content:
             write_json(path, content)
+    origin = getattr(job.init, "path", "")
+    if origin and not (run_dir / ORIGIN).exists():  # a relative path is meant from here, which an export may not be
+        write_json(run_dir / ORIGIN, {"path": str(Path(origin).absolute())})
     path = run_dir / ENV
     if not path.exists():
         write_json(path, environment)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from earthshine.checkpoint.companions import check_token_ids, companion_files
 from earthshine.checkpoint.hf import check_tied_copies, write_model
 from earthshine.checkpoint.name_tables import Entry
 from earthshine.checkpoint.safetensors_store import row_blocks
@@ -44,6 +45,8 @@ def upcycle(
     if out_dir.exists():
         raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
     plan = plan_upcycle(dense_dir, options)
+    files = companion_files(plan.store.directory)
+    check_token_ids(files, plan.target_config, plan.store.directory)
     _check_space(plan, out_dir)
     check_tied_copies(plan.store, plan.unused)
     with (
@@ -55,13 +58,13 @@ def upcycle(
             plan.target_config,
             {t.entry.hf: t.dtype for t in plan.targets},
             Blocks(plan),
-            companions=plan.store.directory,
+            files,
             max_shard_bytes=max(1, int(plan.options.max_shard_gib * 2**30)),
             on_bytes=bar.advance,
             after_shard=after_shard,
         )
-        files = {name: asdict(record) for name, record in sorted(records.items())}
-        write_json(staging / MANIFEST, plan.to_json() | {"files": files})
+        listed = {name: asdict(record) for name, record in sorted(records.items())}
+        write_json(staging / MANIFEST, plan.to_json() | {"files": listed})
     return plan
 
 

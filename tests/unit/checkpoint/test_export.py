@@ -78,6 +78,7 @@ def test_the_tokenizer_that_was_named_wins(origin, hf_dir, dense, tmp_path, caps
     other.mkdir()
     (other / "tokenizer.json").write_text('{"model": 2}')
     (other / "generation_config.json").write_text('{"temperature": 0.5}')
+    (origin / "generation_config.json").write_text('{"temperature": 0.1}')
     export(origin, tmp_path / "a", tokenizer_dir=other)
     assert json.loads((tmp_path / "a" / "tokenizer.json").read_text()) == {"model": 2}
     assert json.loads((tmp_path / "a" / "generation_config.json").read_text()) == {"temperature": 0.5}
@@ -86,6 +87,39 @@ def test_the_tokenizer_that_was_named_wins(origin, hf_dir, dense, tmp_path, caps
     make_run(tmp_path / "run", dense, None)
     export(tmp_path / "run", tmp_path / "c")
     assert "gets no tokenizer" in capsys.readouterr().err
+
+
+def test_generation_config_and_licences_stay_under_another_tokenizer(origin, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.model").write_text("pieces")
+    (origin / "generation_config.json").write_text('{"eos_token_id": [3, 1]}')
+    (origin / "LICENSE").write_text("of the weights")
+    (origin / "chat_template.jinja").write_text("of the old tokenizer")
+    export(origin, tmp_path / "out", tokenizer_dir=other)
+    written = {p.name: p.read_text() for p in (tmp_path / "out").iterdir() if p.suffix != ".safetensors"}
+    assert json.loads(written["generation_config.json"]) == {"eos_token_id": [3, 1]}
+    assert written["LICENSE"] == "of the weights" and written["tokenizer.model"] == "pieces"
+    assert not {"tokenizer.json", "chat_template.jinja"} & set(written)
+
+
+def test_a_relative_origin_is_that_of_the_runs_start(origin, dense, tmp_path, monkeypatch, capsys):
+    """Also when a folder of that name lies where the export is made, and through a run between."""
+    make_run(tmp_path / "first", dense, Path("origin"))
+    (tmp_path / "first" / "origin.json").write_text(json.dumps({"path": str(origin)}))
+    make_run(tmp_path / "second", dense, Path("../first"))
+    (tmp_path / "second" / "origin.json").write_text(json.dumps({"path": str(tmp_path / "first")}))
+    (tmp_path / "first" / "config.json").write_text(json.dumps({"init": {"path": "origin"}}))
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "origin").mkdir(parents=True)
+    (elsewhere / "origin" / "tokenizer.json").write_text('{"model": "wrong"}')
+    monkeypatch.chdir(elsewhere)
+    for run in ("first", "second"):
+        export(tmp_path / run, tmp_path / f"{run}-out")
+        assert json.loads((tmp_path / f"{run}-out" / "tokenizer.json").read_text()) == {"model": 1}
+    origin.rename(tmp_path / "gone")
+    export(tmp_path / "first", tmp_path / "without")
+    assert f"gets no tokenizer: {origin} does not exist" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_leaves_nothing(origin, hf_dir, dense, tmp_path):
@@ -102,6 +136,10 @@ def test_what_cannot_be_exported_leaves_nothing(origin, hf_dir, dense, tmp_path)
     nan = hf_dir(dense, lambda t: t["model.norm.weight"].fill_(float("inf")), name="nan")
     with pytest.raises(WeightsError, match=r"model.norm.weight holds"):
         export(nan, tmp_path / "out")
+    beyond = hf_dir(dense, name="beyond")
+    (beyond / "generation_config.json").write_text('{"eos_token_id": 40}')
+    with pytest.raises(ConfigError, match=r"beyond/generation_config.json: eos_token_id=40 is not in the vocabulary"):
+        export(beyond, tmp_path / "out")
     wide = hf_dir(dense, lambda t: t["model.norm.weight"].fill_(3.4e38), name="wide")
     with pytest.raises(WeightsError, match=r"model.norm.weight holds values that torch.bfloat16 cannot"):
         export(wide, tmp_path / "out", dtype="bfloat16")

@@ -1,5 +1,6 @@
 """train/run_folder.py: one run and one process per folder."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from earthshine.config import encode
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import write_json
 from earthshine.train import run_folder
-from earthshine.train.job import TrainJob, derive, model_config
+from earthshine.train.job import FromHuggingFace, TrainJob, derive, model_config
 from earthshine.train.run_folder import check_config, claim, describe
 
 JobMaker = Callable[..., TrainJob]
@@ -77,6 +78,24 @@ def test_another_place_is_said_and_the_first_one_kept(
     describe(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"})
     assert "this run began with threads 2, now it is 4" in capsys.readouterr().err
     assert '"threads": 2' in (tmp_path / "env.json").read_text()
+
+
+def test_where_the_weights_began_is_kept_whole(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is meant from the folder of the first start; a later start may be from another."""
+    scratch = make_job()
+    model, warm = model_config(scratch), replace(scratch, init=FromHuggingFace(path="models/a"))
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    describe(other, scratch, derive(scratch), model, {})
+    assert not (other / "origin.json").exists()
+    describe(run, warm, derive(scratch), model, {})
+    monkeypatch.chdir(other)
+    describe(run, warm, derive(scratch), model, {})
+    assert json.loads((run / "origin.json").read_text()) == {"path": str(tmp_path / "models" / "a")}
 
 
 def test_who_is_kept_out_of_a_new_folder_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

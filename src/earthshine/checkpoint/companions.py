@@ -1,0 +1,163 @@
+"""What travels beside the weights: tokenizer, templates, generation settings and licences of a model's directory.
+
+Never weights, optimizer state or hidden files, and never what a link fetches from outside of the model's folder.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from earthshine.config import read_json
+from earthshine.errors import ConfigError
+from earthshine.model.config import ModelConfig
+
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (  # patterns of names in lower case; a folder's files are named with it
+    "tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*.txt",
+    "encoder.json",
+    "tekken*.json",
+    "tiktoken*",
+    "*.tiktoken",
+    "*.model",
+    "chat_template*",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "processor_config.json",
+    "*preprocessor_config.json",
+)
+LICENSE_FILES = (
+    "license*",
+    "licence*",
+    "notice*",
+    "copying*",
+    "copyright*",
+    "*use_policy*",
+    "licenses/*",
+    "third_party*",
+    "third-party*",
+)
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+_FOLDERS = ("additional_chat_templates", "licenses")
+_RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)(?:\.\w+)*\s+import|import\s+\.(\w+))", re.MULTILINE)
+
+
+def companion_files(directory: str | Path | None) -> dict[str, bytes]:
+    """Contents of the tokenizer, generation config and licence files of a directory, by name within it.
+
+    Raises ConfigError for a file that is a link to somewhere outside of the model's folder.
+    """
+    if directory is None:
+        return {}
+    root = Path(directory)
+    names = [name for name, path in _files(root) if _travels(name, path)]
+    names += [name for name in _code(root) if name not in names]
+    return {name: _inside(root, root / name).read_bytes() for name in sorted(names)}
+
+
+def has_tokenizer(files: Mapping[str, bytes]) -> bool:
+    """Whether there is any vocabulary among a model's companions."""
+    return any(is_tokenizer_file(name) and not _is_setting(name) for name in files)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a companion belongs to the tokenizer, and not to the weights."""
+    return name != GENERATION and not _matches(name, LICENSE_FILES)
+
+
+def check_token_ids(files: Mapping[str, bytes], config: ModelConfig, where: str | Path) -> None:
+    """Raises ConfigError when the generation config among the companions has a token without a row in the embedding."""
+    if GENERATION not in files:
+        return
+    generation = _object(files[GENERATION], Path(where) / GENERATION)
+    for key, value in generation.items():
+        for one in value if isinstance(value, list) else (value,):
+            if key.endswith("_token_id") and type(one) is int and not -1 <= one < config.vocab_size:
+                raise ConfigError(
+                    f"{Path(where) / GENERATION}: {key}={one} is not in the vocabulary: with vocab_size="
+                    f"{config.vocab_size} ids are 0 to {config.vocab_size - 1}. Correct it, or remove the field."
+                )
+
+
+def _files(root: Path) -> Iterator[tuple[str, Path]]:
+    """The files at the top of a directory and in the folders that matter, with their names in it."""
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if path.is_file():
+            yield path.name, path
+        elif path.name.lower() in _FOLDERS and path.is_dir():
+            yield from ((f"{path.name}/{inner.name}", inner) for inner in sorted(path.iterdir()) if inner.is_file())
+
+
+def _travels(name: str, path: Path) -> bool:
+    if path.name.startswith(".") or path.name.endswith("~") or path.suffix.lower() in _WEIGHTS:
+        return False
+    return name == GENERATION or _matches(name, (*TOKENIZER_FILES, *LICENSE_FILES))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name.lower(), p) and name.count("/") == p.count("/") for p in patterns)
+
+
+def _is_setting(name: str) -> bool:
+    """Whether a tokenizer file has no vocabulary: a template, code, or the settings of a processor."""
+    return name.endswith((".jinja", ".py", "processor_config.json")) or name.startswith("chat_template")
+
+
+def _code(root: Path) -> list[str]:
+    """The Python files that a tokenizer or processor needs: those its `auto_map` names, and what they import."""
+    wanted: list[str] = []
+    for name in (TOKENIZER_CONFIG, "processor_config.json", "preprocessor_config.json"):
+        try:
+            settings = read_json(root / name)
+        except (OSError, ValueError):
+            continue
+        found = settings.get("auto_map") if isinstance(settings, dict) else None
+        kinds = found.items() if isinstance(found, dict) else [("AutoTokenizer", found)]
+        for value in (value for kind, value in kinds if not kind.startswith(("AutoModel", "AutoConfig"))):
+            for reference in value if isinstance(value, list) else [value]:
+                if isinstance(reference, str) and "--" not in reference:  # that would be another repository's
+                    wanted.append(reference.split(".")[0] + ".py")
+    wanted += [name for name, path in _files(root) if path.suffix == ".py" and _travels(name, path)]
+    done: list[str] = []
+    while wanted:
+        name = wanted.pop()
+        if name in done or "/" in name or not (root / name).is_file():
+            continue
+        done.append(name)
+        text = (root / name).read_text(encoding="utf-8", errors="replace")
+        wanted += [f"{a or b}.py" for a, b in _RELATIVE_IMPORT.findall(text)]
+    return done
+
+
+def _inside(root: Path, path: Path) -> Path:
+    """`path`, unless it is a link out of the model's folder.
+
+    In the cache of the Hugging Face Hub a model's folder holds `snapshots/REVISION`, whose files are links to `blobs`.
+    """
+    home, target = root.resolve(), path.resolve()
+    if home.parent.name == "snapshots" and target.is_relative_to(home.parents[1] / "blobs"):
+        return path
+    if not target.is_relative_to(home):
+        raise ConfigError(
+            f"{path} is a link to {target}, outside of the model's folder: it would be copied into what is written. "
+            f"Put the file itself in its place (cp {target} {path} --remove-destination), or remove the link."
+        )
+    return path
+
+
+def _object(raw: bytes, where: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{where} is not readable JSON: {e}.") from e
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} must hold a JSON object, not {type(found).__name__}.")
+    return found
