@@ -131,10 +131,12 @@ class Attention(nn.Module):
         """Queries, keys and values, (B, S, width) each.
 
         As one product where the rows are many: it runs at a higher rate than three narrow ones, forward and backward,
-        and putting the weights together costs a copy of them.
+        and putting the weights together costs a copy of them. One by one also where some of them are frozen: one
+        product has one gradient.
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if x_BSD.shape[0] * x_BSD.shape[1] < x_BSD.shape[2]:
+        same = len({proj.weight.requires_grad for proj in projections}) == 1
+        if not same or x_BSD.shape[0] * x_BSD.shape[1] < x_BSD.shape[2]:
             return tuple(proj(x_BSD) for proj in projections)
         weight = torch.cat([to_compute(proj.weight, x_BSD) for proj in projections])
         bias = None

@@ -4,10 +4,11 @@ FLOPs are 2 per multiply-accumulate of the matrix products that the function nee
 lookup and what is computed a second time to save memory are not counted.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from earthshine.model.config import ModelConfig
-from earthshine.model.matrices import Weight, weights
+from earthshine.model.matrices import Weight, router_biases, weights
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def count_parameters(c: ModelConfig) -> Counts:
     count it: here too. The sum over what is trained is that over `matrices.weights`.
     """
     found = weights(c)
-    gate_biases = len(c.moe.layers) * c.moe.num_experts if c.moe.gate == "sigmoid_bias" else 0
+    gate_biases = len(router_biases(c)) * c.moe.num_experts
     return Counts(
         total=sum(w.elements for w in found) + gate_biases,
         active=sum(_active(w, c) for w in found) + gate_biases,
@@ -67,11 +68,106 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = True
     return 2.0 * (matrices + tied_head) + attention_flops_per_token(c, seq_len, causal=causal)
 
 
-def backward_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
-    """FLOPs of one token's backward pass: for every product of the forward pass the gradients of its two factors."""
-    return 2.0 * forward_flops_per_token(c, seq_len, causal=causal)
+def backward_flops_per_token(
+    c: ModelConfig, seq_len: int, *, causal: bool = True, frozen: Collection[str] = ()
+) -> float:
+    """FLOPs of one token's backward pass: for every product of the forward pass the gradients of its two factors.
+
+    frozen: names of parameters that are not trained. The product with a gradient that nobody needs is not computed:
+        that of a frozen weight, and that of an input below which nothing is trained.
+    """
+    return _Backward(c, seq_len, causal, frozen).flops
 
 
-def train_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
-    """FLOPs of one token's forward and backward pass."""
-    return forward_flops_per_token(c, seq_len, causal=causal) + backward_flops_per_token(c, seq_len, causal=causal)
+def train_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = True, frozen: Collection[str] = ()) -> float:
+    """FLOPs of one token's forward and backward pass; `frozen` as in `backward_flops_per_token`."""
+    forward = forward_flops_per_token(c, seq_len, causal=causal)
+    return forward + backward_flops_per_token(c, seq_len, causal=causal, frozen=frozen)
+
+
+def recomputed_flops_per_token(c: ModelConfig, seq_len: int, *, frozen: Collection[str] = ()) -> float:
+    """FLOPs of one token's second forward pass through the blocks that the backward pass reaches."""
+    first = _Backward(c, seq_len, True, frozen).first_block
+    return sum(
+        2.0 * _active(w, c)
+        for w in weights(c)
+        if w.role in ("matrix", "experts") and int(w.name.split(".")[1]) >= first
+    ) + attention_flops_per_token(c, seq_len) * (1 - first / c.num_hidden_layers)
+
+
+class _Backward:
+    """The products of a backward pass, found by walking the forward pass: what needs a gradient, and what does not.
+
+    flops: per token. first_block: the lowest block that the backward pass reaches; the number of blocks for none.
+    Each method returns whether what it stands for, an output, needs a gradient; `needs` says so of the input.
+    """
+
+    def __init__(self, c: ModelConfig, seq_len: int, causal: bool, frozen: Collection[str]) -> None:
+        self._c = c
+        self._forward = {w.name: 2.0 * _active(w, c) for w in weights(c)}
+        self._trained = self._forward.keys() - set(frozen)
+        positions = (seq_len + 1) / 2 if causal else seq_len
+        per_width = 2.0 * c.num_attention_heads * positions
+        self._scores, self._values = per_width * c.head_dim, per_width * c.value_dim
+        self.flops = 0.0
+        needs, reached = "embed.weight" in self._trained, []
+        for layer in range(c.num_hidden_layers):
+            needs = self._block(layer, needs)
+            reached.append(needs)
+        self.first_block = reached.index(True) if needs else c.num_hidden_layers
+        needs = self._norm("final_norm", needs)
+        tied = c.tie_word_embeddings
+        self._forward["head.weight"] = 2.0 * c.vocab_size * c.hidden_size
+        if tied and "embed.weight" in self._trained:
+            self._trained = self._trained | {"head.weight"}
+        self._product("head", needs)
+
+    def _product(self, name: str, needs: bool) -> bool:
+        """y = W x + b."""
+        trained = name if name in self._forward else f"{name}.weight"
+        own = trained in self._trained
+        self.flops += self._forward[trained] * (needs + own)
+        return needs or own or f"{name}.bias" in self._trained
+
+    def _norm(self, name: str, needs: bool) -> bool:
+        return needs or f"{name}.weight" in self._trained
+
+    def _block(self, layer: int, needs: bool) -> bool:
+        where = f"blocks.{layer}"
+        attend = self._latent_attention if self._c.mla.kv_lora_rank else self._attention
+        needs = attend(f"{where}.attn", self._norm(f"{where}.attn_norm", needs)) or needs
+        normed = self._norm(f"{where}.ffn_norm", needs)
+        if layer not in self._c.moe.layers:
+            return self._swiglu(f"{where}.ffn", normed, "gate_proj", "up_proj", "down_proj") or needs
+        moe = self._c.moe
+        found = self._product(f"{where}.moe.router", normed)
+        found |= self._swiglu(f"{where}.moe.experts", normed, "w_gate_EFD", "w_up_EFD", "w_down_EDF")
+        if moe.shared_intermediate_size:
+            found |= self._swiglu(f"{where}.moe.shared", normed, "gate_proj", "up_proj", "down_proj")
+            if moe.shared_gated:
+                found |= self._product(f"{where}.moe.shared_gate", normed)
+        return found or needs
+
+    def _swiglu(self, where: str, needs: bool, gate: str, up: str, down: str) -> bool:
+        hidden = [self._product(f"{where}.{name}", needs) for name in (gate, up)]
+        return self._product(f"{where}.{down}", any(hidden))
+
+    def _attention(self, where: str, needs: bool) -> bool:
+        q, k, v = (self._product(f"{where}.{name}_proj", needs) for name in "qkv")
+        q, k = self._norm(f"{where}.q_norm", q), self._norm(f"{where}.k_norm", k)
+        return self._attended(where, q, k, v)
+
+    def _latent_attention(self, where: str, needs: bool) -> bool:
+        if self._c.mla.q_lora_rank:
+            latent = self._norm(f"{where}.q_a_norm", self._product(f"{where}.q_a_proj", needs))
+            q = self._product(f"{where}.q_b_proj", latent)
+        else:
+            q = self._product(f"{where}.q_proj", needs)
+        latent = self._product(f"{where}.kv_a_proj_with_mqa", needs)
+        v = self._product(f"{where}.kv_b_proj", self._norm(f"{where}.kv_a_norm", latent))
+        return self._attended(where, q, latent or v, v)
+
+    def _attended(self, where: str, q: bool, k: bool, v: bool) -> bool:
+        """Of the scores, q and k; of their softmax and v, that of the probabilities comes before q's and k's."""
+        self.flops += self._scores * (q + k) + self._values * (v + (q or k))
+        return self._product(f"{where}.o_proj", q or k or v)

@@ -52,6 +52,11 @@ def weights(c: ModelConfig) -> list[Weight]:
     return found
 
 
+def router_biases(c: ModelConfig) -> dict[int, str]:
+    """The name of each layer's bias of a "sigmoid_bias" gate: a buffer, which training moves by the experts' loads."""
+    return {layer: f"blocks.{layer}.moe.router.bias_E" for layer in c.moe.layers if c.moe.gate == "sigmoid_bias"}
+
+
 def _vector(name: str, size: int) -> Weight:
     return Weight(name, 1, size, role="vector")
 

@@ -41,10 +41,11 @@ class Router(Linear):
 
     `bias_E` (gate "sigmoid_bias" only, else None) is a float32 buffer, saved with the model and moved by
     `ops.routing.bias_update`. It follows the module to a device but never to another dtype: bfloat16 would round away
-    updates of 1e-3.
+    updates of 1e-3. It is a part of the router: where the weight is frozen, or `freeze_buffer` was called, it stays.
     """
 
     bias_E: Tensor | None
+    bias_frozen: bool = False
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__(hidden_size, moe.num_experts)
@@ -64,6 +65,14 @@ class Router(Linear):
         if name in state_dict:  # with assign=True the tensor itself would become the buffer, of whatever dtype
             state_dict = {**state_dict, name: state_dict[name].float()}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def trained_buffers(self) -> dict[str, bool]:
+        """For the optimizer's groups: what training moves beside the parameters, and whether it does here."""
+        return {} if self.bias_E is None else {"bias_E": self.weight.requires_grad and not self.bias_frozen}
+
+    def freeze_buffer(self, name: str) -> None:
+        """Leave that buffer of `trained_buffers` as it is from now on."""
+        self.bias_frozen |= name == "bias_E"
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """logits_TE and weights_TK, both float32 or wider, and expert_TK (int64)."""

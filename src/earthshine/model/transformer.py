@@ -241,11 +241,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self) -> None:
-        """Move the choice biases by the counts since the last reset, once per step (`ops.routing.bias_update`)."""
+        """Move the choice biases by the counts since the last reset, once per step (`ops.routing.bias_update`).
+
+        Those of frozen routers stay.
+        """
         for moe in self._moe_layers().values():
-            if self.balance.bias != "none" and moe.router.bias_E is not None:
-                updated = bias_update(moe.router.bias_E, moe.counts_E, self.balance.bias_rate, self.balance.bias)
-                moe.router.bias_E.copy_(updated)
+            bias_E, moves = moe.router.bias_E, moe.router.trained_buffers().get("bias_E", False)
+            if self.balance.bias != "none" and bias_E is not None and moves:
+                updated = bias_update(bias_E, moe.counts_E, self.balance.bias_rate, self.balance.bias)
+                bias_E.copy_(updated)
 
     def compile_blocks(self) -> None:
         """Compile each block by itself: alike layers share their code, and routing of any load is one graph each."""

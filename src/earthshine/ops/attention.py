@@ -161,29 +161,37 @@ class _RowBlocks(torch.autograd.Function):
         q_NLSC, k_NSC, v_NSV, *kept = ctx.saved_tensors
         (N, L, S, _), (B, H) = q_NLSC.shape, grad_BHSV.shape[:2]
         wide = torch.promote_types(q_NLSC.dtype, torch.float32)
+        needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]  # not all, where projections are frozen
         grad_q_NLSC, grad_k_NSC, grad_v_NSV = torch.empty_like(q_NLSC), None, None
         # The last block meets all keys: its products begin the sums over blocks.
         for start, weights in reversed(list(zip(range(0, S, ctx.block_rows), kept, strict=True))):
             end = min(start + ctx.block_rows, S)
             grad_rows = grad_BHSV[:, :, start:end].reshape(N, L * (end - start), -1)
             q_rows = q_NLSC[:, :, start:end].flatten(1, 2)
-            part_v = torch.bmm(weights.transpose(1, 2), grad_rows).to(wide)
+            if needs_v:
+                part_v = torch.bmm(weights.transpose(1, 2), grad_rows).to(wide)
+                grad_v_NSV = part_v if grad_v_NSV is None else _add_rows(grad_v_NSV, part_v)
+            if not (needs_q or needs_k):
+                continue
             grad_weights = torch.bmm(grad_rows, v_NSV[:, :end].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights.to(wide), weights.to(wide), -1, wide)
             grad_scores = grad_scores.to(q_NLSC.dtype)
-            rows_q = torch.bmm(grad_scores, k_NSC[:, :end])
-            grad_q_NLSC[:, :, start:end] = rows_q.mul_(ctx.scale).unflatten(1, (L, -1))
-            part_k = torch.bmm(grad_scores.transpose(1, 2), q_rows).to(wide)
-            if grad_k_NSC is None or grad_v_NSV is None:
-                grad_k_NSC, grad_v_NSV = part_k, part_v
-            else:
-                grad_k_NSC[:, :end] += part_k
-                grad_v_NSV[:, :end] += part_v
-        assert grad_k_NSC is not None and grad_v_NSV is not None
+            if needs_q:
+                rows_q = torch.bmm(grad_scores, k_NSC[:, :end])
+                grad_q_NLSC[:, :, start:end] = rows_q.mul_(ctx.scale).unflatten(1, (L, -1))
+            if needs_k:
+                part_k = torch.bmm(grad_scores.transpose(1, 2), q_rows).to(wide)
+                grad_k_NSC = part_k if grad_k_NSC is None else _add_rows(grad_k_NSC, part_k)
         return (
-            grad_q_NLSC.view(B, H, S, -1),
-            grad_k_NSC.to(q_NLSC.dtype).view(B, H // L, S, -1),
-            grad_v_NSV.to(q_NLSC.dtype).view(B, H // L, S, -1),
+            grad_q_NLSC.view(B, H, S, -1) if needs_q else None,
+            None if grad_k_NSC is None else grad_k_NSC.to(q_NLSC.dtype).view(B, H // L, S, -1),
+            None if grad_v_NSV is None else grad_v_NSV.to(q_NLSC.dtype).view(B, H // L, S, -1),
             None,
             None,
         )
+
+
+def _add_rows(total: Tensor, part: Tensor) -> Tensor:
+    """Add `part` to the first rows (of each batch) of `total`, in place."""
+    total[:, : part.shape[1]] += part
+    return total

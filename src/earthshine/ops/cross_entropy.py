@@ -43,7 +43,7 @@ def cross_entropy_sum(
     assert targets_T.shape == h_TD.shape[:1], f"{list(targets_T.shape)} targets for {h_TD.shape[0]} tokens"
     if chunk_tokens is None:
         chunk_tokens = 256 if h_TD.device.type == "cpu" else 1024
-    needs_grad = torch.is_grad_enabled() and (h_TD.requires_grad or w_VD.requires_grad)
+    needs_grad = tuple(torch.is_grad_enabled() and t.requires_grad for t in (h_TD, w_VD))
     loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         h_TD, w_VD, targets_T, chunk_tokens, vocab_start, reduce_max, reduce_sum, needs_grad
     )
@@ -61,12 +61,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocab_start: int,
         reduce_max: Reduce,
         reduce_sum: Reduce,
-        needs_grad: bool,
+        needs_grad: tuple[bool, bool],
     ) -> Tensor:
         wide = torch.promote_types(h_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=h_TD.device)
-        grad_h_TD = torch.empty_like(h_TD) if needs_grad else None
-        grad_w_VD = torch.zeros_like(w_VD, dtype=wide) if needs_grad else None
+        grad_h_TD = torch.empty_like(h_TD) if needs_grad[0] else None
+        grad_w_VD = torch.zeros_like(w_VD, dtype=wide) if needs_grad[1] else None
         # Rows a power of two apart would fall on the same few lines of the cache.
         buffer_CV = h_TD.new_empty(min(chunk_tokens, h_TD.shape[0]), w_VD.shape[0] + 16)[:, :-16]
         for start in range(0, h_TD.shape[0], chunk_tokens):
@@ -83,18 +83,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             sums_C = reduce_sum(logits_CV.exp_().sum(1))
             loss_C = (sums_C.log() - target_logit_C).where(found_C > 0, torch.nan)
             total += loss_C.where(valid_C, 0.0).sum(dtype=torch.float64)
-            if grad_h_TD is not None and grad_w_VD is not None:
+            if any(needs_grad):
                 grad_CV = logits_CV.mul_((valid_C / sums_C).unsqueeze(1))
                 grad_CV.scatter_add_(1, column_C1, -here_C.to(wide).unsqueeze(1))
                 grad_CV = grad_CV.to(h_TD.dtype)
-                grad_h_TD[rows] = reduce_sum(grad_CV @ w_VD)
-                if grad_CV.dtype == wide:
+                if grad_h_TD is not None:
+                    grad_h_TD[rows] = reduce_sum(grad_CV @ w_VD)
+                if grad_w_VD is not None and grad_CV.dtype == wide:
                     torch.addmm(grad_w_VD, grad_CV.T, h_CD, out=grad_w_VD)
-                else:
+                elif grad_w_VD is not None:
                     grad_w_VD += grad_CV.T @ h_CD
-        if grad_h_TD is not None and grad_w_VD is not None:
-            ctx.save_for_backward(grad_h_TD, grad_w_VD)
-            ctx.head_dtype = w_VD.dtype
+        ctx.save_for_backward(grad_h_TD, grad_w_VD)
+        ctx.head_dtype = w_VD.dtype
         return total.to(wide)
 
     @staticmethod
@@ -104,8 +104,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Not in place: a retained graph may be walked again. Wide, because a step's 1/N rounded to bf16 would be one
         # error common to all gradients.
         return (
-            (grad_h_TD.to(grad.dtype) * grad).to(grad_h_TD.dtype),
-            (grad_w_VD * grad).to(ctx.head_dtype),
+            None if grad_h_TD is None else (grad_h_TD.to(grad.dtype) * grad).to(grad_h_TD.dtype),
+            None if grad_w_VD is None else (grad_w_VD * grad).to(ctx.head_dtype),
             None,
             None,
             None,

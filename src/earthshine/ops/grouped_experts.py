@@ -215,9 +215,11 @@ class _Segments(torch.autograd.Function):
             x, grad_y = x_RD[rows], grad_y_RD[rows]
             keep = not first  # what the expert's earlier rows gave
             silu = F.silu(gate)
-            grad_hidden = grad_y @ down_EDF[expert]
             if needs_down:
                 _add_product(grad_down_EDF[expert], grad_y.T, silu * up, keep)
+            if not (needs_x or needs_gate or needs_up):
+                continue
+            grad_hidden = grad_y @ down_EDF[expert]
             grad_up = silu.mul_(grad_hidden)
             grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
             if needs_x:

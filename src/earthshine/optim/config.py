@@ -39,7 +39,8 @@ class OptimizerConfig:
     ns_compile: run Newton-Schulz through torch.compile.
     payload_dtype: type in which matrices that are spread over processes travel; "auto" is bf16 where Newton-Schulz
         runs below fp32, else fp32.
-    freeze: name patterns (fnmatch) of parameters that are not trained.
+    freeze: name patterns (fnmatch) of parameters that are not trained. The choice bias of a router whose weight is
+        frozen stays as well; by its own name, "*.router.bias_E", it stays although the weight is trained.
     Raises ConfigError for a value outside its range.
     """
 

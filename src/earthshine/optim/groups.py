@@ -79,7 +79,8 @@ def param_groups(
 
     algorithm: "adamw" gives every trained parameter to AdamW, without any question.
     freeze: name patterns (fnmatch); matching parameters get requires_grad=False and are left out, as are those
-        that are frozen already.
+        that are frozen already. Buffers that training moves are frozen by name, too, where a module lists them by
+        `trained_buffers() -> {name: whether it moves}` and has `freeze_buffer(name)`, as our routers do.
     adamw: name patterns of parameters that go to AdamW whatever they are.
     matrices: name pattern -> specification, for parameters whose module does not say what they hold.
     rest: who gets what is not a hidden matrix: "adamw", or "scion", whose group has an "lmo" per parameter.
@@ -137,7 +138,10 @@ def assign(
     """What `param_groups` decides, parameter by parameter in the model's order; freezes what `freeze` matches."""
     places = list(_places(model))
     freeze, adamw = tuple(freeze), tuple(adamw)
-    _check_patterns([name for name, *_ in places], freeze=freeze, adamw=adamw, matrices=matrices)
+    buffers = list(_trained_buffers(model))
+    names = [name for name, *_ in places]
+    _check_patterns(names, adamw=adamw, matrices=matrices)
+    _check_patterns([*names, *(name for name, *_ in buffers)], freeze=freeze)
     head_ids = _heads(model)
     suspect = _suspected_head(model, head_ids)
     routers = _routers(model) if router == "adamw" else set()
@@ -145,6 +149,9 @@ def assign(
     for name, _, _, p in places:
         if _matches(name, freeze):
             p.requires_grad_(False)
+    for name, module, local, _ in buffers:
+        if _matches(name, freeze):
+            module.freeze_buffer(local)
     found: dict[int, Assignment] = {}
     for name, module, local, p in places:
         if not p.requires_grad:
@@ -196,6 +203,10 @@ def describe(groups: Sequence[Mapping[str, Any]], model: nn.Module | None = None
     for name, p in model.named_parameters() if model is not None else ():
         if id(p) not in seen:
             add(name, p, "frozen", _matrices_text(tuple(p.shape), ()), "not trained")
+    for name, module, local, moves in _trained_buffers(model) if model is not None else ():
+        if not moves:
+            buffer = getattr(module, local)
+            add(name, buffer, "frozen", _matrices_text(tuple(buffer.shape), ()), "buffer, not moved")
     rows = [("algorithm", "parameter", "tensors", "elements", "each holds", "why")]
     rows += [(k[0], k[1], str(n[0]), f"{n[1]:,}", k[2], k[3]) for k, n in lines.items()]
     for kind in ("muon", "scion", "adamw", "frozen"):
@@ -340,6 +351,15 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
         for local, p in module.named_parameters(recurse=False):
             name = f"{prefix}.{local}" if prefix else local
             yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module, local, p
+
+
+def _trained_buffers(model: nn.Module) -> Iterator[tuple[str, Any, str, bool]]:
+    """(full name, owning module, local name, whether it moves) of the buffers that modules say training moves."""
+    for prefix, module in model.named_modules():
+        listed = getattr(module, "trained_buffers", None)
+        for local, moves in (listed() if callable(listed) else {}).items():
+            name = f"{prefix}.{local}" if prefix else local
+            yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module, local, moves
 
 
 def _heads(model: nn.Module) -> set[int]:

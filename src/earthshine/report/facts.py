@@ -85,7 +85,11 @@ def balance_words(run: Run) -> str:
     if balance.get("z_coefficient"):
         words.append(f"z-loss, {balance['z_coefficient']}")
     if moe.get("gate") == "sigmoid_bias" and balance.get("bias") != "none":
-        words.append(f"bias ({balance.get('bias')}), {balance.get('bias_rate')}")
+        still = dig(run.plan, "frozen_router_biases") or ()
+        if len(still) < len(moe.get("layers") or ()):
+            words.append(f"bias ({balance.get('bias')}), {balance.get('bias_rate')}")
+        if still:
+            words.append(f"bias frozen in layers {', '.join(map(str, still))}")
     factor = dig(run.config, "capacity", "factor")
     if factor:
         words.append(f"capacity factor {factor} {str(dig(run.config, 'capacity', 'meaning')).replace('_', ' ')}")
@@ -143,6 +147,7 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Parameters active for a token", [_show(plan_number(r, "active_parameters")) for r in runs]),
         ("Parameters trained by Muon", [_show(plan_number(r, "muon_parameters")) for r in runs]),
         ("Parameters trained by AdamW", [_show(plan_number(r, "adamw_parameters")) for r in runs]),
+        ("Parameters frozen", [_show(plan_number(r, "frozen_parameters") or None) for r in runs]),
         ("Steps", [steps_words(r) for r in runs]),
         ("Sequences a step \N{MULTIPLICATION SIGN} tokens", [_batch(r) for r in runs]),
         ("Tokens trained on", [_show(tokens_done(r)) for r in runs]),

@@ -15,9 +15,9 @@ from earthshine.console import human_bytes, human_count, human_seconds, table
 from earthshine.data.config import DataConfig
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
-from earthshine.model.counts import count_parameters, forward_flops_per_token, train_flops_per_token
+from earthshine.model.counts import count_parameters, recomputed_flops_per_token, train_flops_per_token
 from earthshine.model.hf_config import from_hf, read_hf_config
-from earthshine.model.matrices import weights
+from earthshine.model.matrices import router_biases, weights
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.optim.schedule import learning_rate
 
@@ -256,8 +256,9 @@ class Derived:
     """What follows from a job before anything runs. FLOPs count 2 per multiply-accumulate of matrix products.
 
     Bytes are of one process that holds everything, without activations, which depend on the micro-batch.
-    `repeated_forward_flops_per_step` are those of recomputation and of the routing pass of balance.scope="step".
-    `warnings` name what is allowed and probably not meant.
+    Frozen parameters are neither in gradients and optimizer nor in the FLOPs of their gradients; in the layers of
+    `frozen_router_biases` the choice bias stays, too. `repeated_forward_flops_per_step` are those of recomputation and
+    of the routing pass of balance.scope="step". `warnings` name what is allowed and probably not meant.
     """
 
     world: int
@@ -271,6 +272,8 @@ class Derived:
     trainable_parameters: int
     muon_parameters: int
     adamw_parameters: int
+    frozen_parameters: int
+    frozen_router_biases: tuple[int, ...]
     forward_backward_flops_per_step: float
     repeated_forward_flops_per_step: float
     newton_schulz_flops_per_step: float
@@ -291,12 +294,14 @@ class Derived:
         def beside(flops: float) -> str:
             return f"{flops:.3g} ({flops / once:.1%} of forward and backward)"
 
-        repeated = self.repeated_forward_flops_per_step
+        repeated, biases = self.repeated_forward_flops_per_step, self.frozen_router_biases
         rows: list[tuple[str, str]] = [
             ("parameters", f"{self.parameters:,}"),
             ("active per token", f"{self.active_parameters:,}"),
             ("trained by Muon", f"{self.muon_parameters:,}"),
             ("trained by AdamW", f"{self.adamw_parameters:,}"),
+            *([("frozen", f"{self.frozen_parameters:,}")] if self.frozen_parameters else []),
+            *([("router bias frozen in layers", ", ".join(map(str, biases)))] if biases else []),
             ("steps", f"{self.num_steps:,}"),
             ("tokens per step", f"{self.tokens_per_step:,} in {self.micro_batches} micro-batches"),
             ("tokens in all", human_count(self.total_tokens)),
@@ -331,18 +336,23 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
     model, optimizer = model or model_config(job), job.optimizer
     check_model(job, model)
     counts, found = count_parameters(model), weights(model)
+    names = [w.name for w in found] + list(router_biases(model).values())
     for pattern in optimizer.freeze:
-        if not any(fnmatchcase(w.name, pattern) for w in found):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"optimizer.freeze pattern {pattern!r} matches none of the {len(found)} parameters.")
-    trained = [w for w in found if not _frozen(optimizer, w.name)]
+    frozen = {w.name for w in found if _frozen(optimizer, w.name)}
+    trained = [w for w in found if w.name not in frozen]
     if not trained:
         raise ConfigError(f"optimizer.freeze={list(optimizer.freeze)} leaves no parameter to train.")
     muon = [w for w in trained if w.for_muon and optimizer.algorithm == "muon"]
     trainable, by_muon = sum(w.elements for w in trained), sum(w.elements for w in muon)
     newton_schulz = sum(w.count * _newton_schulz_flops(optimizer, w.rows, w.columns) for w in muon)
-    forward_backward = train_flops_per_token(model, job.seq_len) * job.tokens_per_step
-    passes = (job.balance.scope == "step") + (job.recompute == "block")
-    repeated = passes * _layers_forward_flops(job, model)
+    forward_backward = train_flops_per_token(model, job.seq_len, frozen=frozen) * job.tokens_per_step
+    repeated = 0.0
+    if job.balance.scope == "step":  # a routing pass through all blocks
+        repeated += recomputed_flops_per_token(model, job.seq_len) * job.tokens_per_step
+    if job.recompute == "block":
+        repeated += recomputed_flops_per_token(model, job.seq_len, frozen=frozen) * job.tokens_per_step
     return Derived(
         world=world,
         num_steps=job.num_steps,
@@ -355,6 +365,8 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         trainable_parameters=trainable,
         muon_parameters=by_muon,
         adamw_parameters=trainable - by_muon,
+        frozen_parameters=sum(w.elements for w in found if w.name in frozen),
+        frozen_router_biases=_frozen_biases(optimizer, model),
         forward_backward_flops_per_step=forward_backward,
         repeated_forward_flops_per_step=repeated,
         newton_schulz_flops_per_step=newton_schulz,
@@ -366,10 +378,13 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
     )
 
 
-def _layers_forward_flops(job: TrainJob, model: ModelConfig) -> float:
-    """FLOPs of a step's forward pass without the head, which neither recomputation nor the routing pass needs."""
-    head = 2.0 * model.vocab_size * model.hidden_size
-    return (forward_flops_per_token(model, job.seq_len) - head) * job.tokens_per_step
+def _frozen_biases(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[int, ...]:
+    """Layers whose router's choice bias stays: its weight is frozen, or itself (`model.moe.Router`)."""
+    return tuple(
+        layer
+        for layer, name in router_biases(model).items()
+        if _frozen(optimizer, name) or _frozen(optimizer, f"blocks.{layer}.moe.router.weight")
+    )
 
 
 def _warnings(job: TrainJob, model: ModelConfig) -> tuple[str, ...]:

@@ -30,7 +30,6 @@ from earthshine.device import pick_device as pick_device_by_name
 from earthshine.errors import ConfigError, DataError, InterruptedRunError, TrainingDivergedError
 from earthshine.evaluate.perplexity import heldout_loss
 from earthshine.files import write_json
-from earthshine.model.counts import train_flops_per_token
 from earthshine.optim.groups import describe
 from earthshine.optim.muon import configured_groups
 from earthshine.optim.schedule import learning_rate
@@ -141,6 +140,7 @@ class _Run:
     metrics: MetricsFile
     tracker: Tracker
     peak_flops: float
+    flops_per_step: float  # of forward and backward, without what recomputation repeats
     saved: Path | None
     doubted_peak: bool = False
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))
@@ -180,7 +180,8 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     if checkpoint:
         log(f"going on from {checkpoint.folder}" if done < job.num_steps else f"all {done} steps are done in {folder}")
     tracker = make_tracker(job.tracker, folder, done + 1)
-    return _Run(job, folder, state, metrics, tracker, compute.peak_flops, checkpoint.folder if checkpoint else None)
+    flops, saved_in = derived.forward_backward_flops_per_step, checkpoint.folder if checkpoint else None
+    return _Run(job, folder, state, metrics, tracker, compute.peak_flops, flops, saved_in)
 
 
 def _check_heldout(job: TrainJob, folder: Path, state: TrainState, *, allow_change: bool) -> None:
@@ -256,7 +257,6 @@ def _step(run: _Run) -> None:
         raise _diverged(run, str(e)) from e
     seconds = time.perf_counter() - start
     run.seconds.append(seconds)
-    flops = train_flops_per_token(state.model.config, job.seq_len) * job.tokens_per_step
     record: dict[str, Any] = {
         "kind": "step",
         "step": state.step,
@@ -267,7 +267,7 @@ def _step(run: _Run) -> None:
         "total_tokens": state.total_tokens,
         "seconds": seconds,
         "tokens_per_second": result.num_targets / seconds,
-        "mfu": flops / result.forward_backward_seconds / run.peak_flops,
+        "mfu": run.flops_per_step / result.forward_backward_seconds / run.peak_flops,
         "memory_gib": peak_memory_bytes(state.device) / 2**30,
         "update_rms": dict(state.optimizer.last_stats["update_rms"]),
         "samples": samples_digest(batch.sample_ids),

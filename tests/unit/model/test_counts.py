@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from earthshine.model.counts import (
     backward_flops_per_token,
     count_parameters,
     forward_flops_per_token,
+    recomputed_flops_per_token,
     train_flops_per_token,
 )
+from earthshine.model.matrices import weights
 from earthshine.model.presets import PRESETS, llama3_8b, preset
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops import attention
@@ -198,3 +201,84 @@ def test_training_is_forward_and_backward() -> None:
     config = preset("llama3_tiny_e8t2")
     both = forward_flops_per_token(config, SEQ) + backward_flops_per_token(config, SEQ)
     assert train_flops_per_token(config, SEQ) == both == 3 * forward_flops_per_token(config, SEQ)
+
+
+FROZEN = {
+    "nothing": (),
+    "embedding": ("embed.weight",),
+    "head": ("head.weight",),
+    "all but the last block": ("embed.weight", "blocks.0.*", "blocks.1.*"),
+    "lower blocks": ("embed.weight", "blocks.0.*"),
+    "upper blocks and head": ("blocks.1.*", "blocks.2.*", "final_norm.weight", "head.weight"),
+    "all but the head": ("embed.weight", "blocks.*", "final_norm.weight"),
+    "all but norms": ("embed.weight", "head.weight", "*_proj*", "*.w_*", "*.router.*", "*shared_gate*"),
+    "all but the final norm": ("embed.weight", "blocks.*", "head.weight"),
+    "all but routers": ("embed.weight", "*norm*", "*_proj*", "*.w_*", "*shared*", "head.weight"),
+    "routers": ("*.router.weight",),
+    "experts": ("*.w_gate_EFD", "*.w_up_EFD", "*.w_down_EDF"),
+    "all but down": ("embed.weight", "*norm*", "*.attn.*", "*gate*", "*up*", "*router*", "head.weight"),
+    "all but values": ("embed.weight", "*norm*", "*.q_*", "*.k_*", "*.kv_a*", "*.o_*", "*.ffn.*", "*.moe.*", "head.*"),
+    "queries": ("embed.weight", "*.q_*", "*norm*"),
+}
+
+
+def frozen_names(config: ModelConfig, patterns: tuple[str, ...]) -> set[str]:
+    return {w.name for w in weights(config) if any(fnmatchcase(w.name, pattern) for pattern in patterns)}
+
+
+def counted_training(config: ModelConfig, frozen: set[str], **options: Any) -> float:
+    """FLOPs per token of a training pass, loss included, with those parameters frozen."""
+    model = Transformer(config, experts_backend="loop", **options)
+    initialize(model, seed=0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    tokens_BS = torch.randint(0, config.vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    with counting() as counter:
+        sum(model.train().losses(tokens_BS, tokens_BS.roll(-1, 1))).backward()  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():  # the walk knows exactly who gets a gradient
+        assert (parameter.grad is not None) == (name not in frozen), name
+    return counter.get_total_flops() / tokens_BS.numel()
+
+
+def assert_frozen_counts_hold(config: ModelConfig, pattern: str, *, causal: bool) -> None:
+    """Within 1 %, as above."""
+    frozen = frozen_names(config, FROZEN[pattern])
+    if len(frozen) < len(weights(config)):  # a dense model has no router to train
+        said = train_flops_per_token(config, SEQ, causal=causal, frozen=frozen)
+        assert counted_training(config, frozen) == pytest.approx(said, rel=0.01)
+
+
+@pytest.mark.parametrize("architecture", ["llama, tied", "qwen3", "qwen2_moe", "deepseek_v3, q LoRA"], indirect=True)
+@pytest.mark.parametrize("pattern", FROZEN)
+def test_frozen_parameters_are_counted_as_they_are_computed(
+    architecture: ModelConfig, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For what lies below, above and between what is trained."""
+    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: False)
+    assert_frozen_counts_hold(architecture, pattern, causal=False)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("pattern", ["lower blocks", "all but values", "queries"])
+def test_row_blocks_compute_no_gradient_that_is_not_needed(
+    architecture: ModelConfig, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: True)
+    monkeypatch.setattr(attention, "_block_rows", lambda _: 1)
+    assert_frozen_counts_hold(architecture, pattern, causal=True)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "llama, tied"], indirect=True)
+def test_what_is_computed_again_are_the_blocks_that_the_backward_pass_reaches(
+    architecture: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: True)
+    monkeypatch.setattr(attention, "_block_rows", lambda _: 1)
+    head = 2.0 * architecture.vocab_size * architecture.hidden_size
+    everything = forward_flops_per_token(architecture, SEQ) - head
+    assert recomputed_flops_per_token(architecture, SEQ) == pytest.approx(everything)
+    assert recomputed_flops_per_token(architecture, SEQ, frozen=frozen_names(architecture, ("embed*", "blocks*"))) == 0
+    for pattern in ("nothing", "lower blocks"):
+        frozen = frozen_names(architecture, FROZEN[pattern])
+        again = counted_training(architecture, frozen, recompute=True) - counted_training(architecture, frozen)
+        assert again == pytest.approx(recomputed_flops_per_token(architecture, SEQ, frozen=frozen), rel=0.01)
