@@ -1,14 +1,16 @@
 """What people read while something runs: log lines, progress and tables.
 
 Everything here but `table` and the `human_*` functions writes to stderr; results go to stdout and are the callers'.
-On a terminal rich draws (and honours NO_COLOR); elsewhere the output is plain lines.
+On a terminal rich draws (and honours NO_COLOR); elsewhere the output is plain lines. Work never ends because nobody
+reads of it any more: a log that cannot be written stops, silently.
 """
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -19,11 +21,33 @@ BAR_SECONDS = 0.1
 
 
 def log(message: str) -> None:
-    """One line to stderr."""
-    if sys.stderr.isatty():
-        _terminal().print(message, markup=False, highlight=False, soft_wrap=True)
-    else:
-        print(message, file=sys.stderr, flush=True)
+    """One line to stderr, if there is one."""
+    with surviving_stderr():
+        if _is_terminal():
+            _terminal().print(message, markup=False, highlight=False, soft_wrap=True)
+        elif sys.stderr is not None:
+            print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def surviving_stderr() -> Iterator[None]:
+    """Writing in the block may fail: on a closed pipe, a lost terminal, a full disk. From then on it goes nowhere."""
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: a file object that was closed
+        silence(sys.stderr)
+
+
+def silence(stream: Any) -> None:
+    """Send a standard stream to the null device, so that flushing what it still holds does not fail at the exit."""
+    with suppress(OSError, ValueError, AttributeError):  # no stream, or one without a file
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 @functools.cache
@@ -48,7 +72,7 @@ def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
     A bar on a terminal; elsewhere one plain line about every 10 s and one at the end. `total` and the amounts are in
     `unit`s; the unit "B" is shown as KiB, MiB, ...
     """
-    if not sys.stderr.isatty():
+    if not _is_terminal():
         lines = _PlainProgress(title, total, unit)
         try:
             yield lines
@@ -67,8 +91,14 @@ def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     # Refreshed by `advance`, not by rich's thread: a thread would outlive the bar for a moment, and not survive a fork.
-    with RichProgress(*columns, console=_terminal(), auto_refresh=False) as bar:
+    bar = RichProgress(*columns, console=_terminal(), auto_refresh=False)
+    with surviving_stderr():
+        bar.start()
+    try:
         yield _BarProgress(bar, title, total, unit)
+    finally:
+        with surviving_stderr():
+            bar.stop()
 
 
 class _BarProgress:
@@ -77,7 +107,9 @@ class _BarProgress:
     def __init__(self, bar: Any, title: str, total: float, unit: str) -> None:
         self._bar, self._total, self._unit, self._note = bar, total, unit, ""
         self._done = self._last = 0.0
-        self._task = bar.add_task(title, total=total or None, amount=_amount(0, total, unit), note="")
+        with surviving_stderr():
+            bar.add_task(title, total=total or None, amount=_amount(0, total, unit), note="")
+        self._task = bar.task_ids[-1]  # there also when drawing it failed
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self._done += amount
@@ -86,7 +118,8 @@ class _BarProgress:
         now = time.monotonic()
         due = now - self._last >= BAR_SECONDS
         self._last = now if due else self._last
-        self._bar.update(self._task, completed=self._done, amount=shown, note=self._note, refresh=due)
+        with surviving_stderr():
+            self._bar.update(self._task, completed=self._done, amount=shown, note=self._note, refresh=due)
 
 
 class _PlainProgress:

@@ -56,6 +56,6 @@ class CheckFailedError(EarthshineError):
 
 
 class InterruptedRunError(EarthshineError):
-    """SIGTERM or SIGINT arrived and the run was saved: run the same command to go on; exit code 75."""
+    """SIGTERM, SIGINT or SIGHUP arrived and the run was saved: the same command resumes it; exit code 75."""
 
     exit_code = 75

@@ -43,6 +43,11 @@ def _free(path: Path) -> str:
     return human_bytes(free_bytes(folder))
 
 
+def expand_home(path: str) -> str:
+    """The path with a leading `~` or `~user` as that home folder, where there is one."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path.expanduser raises for an unknown user, and respells the rest
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder (a rename just done) survive a loss of power, where its file system can do that."""
     fd = os.open(folder, os.O_RDONLY)
@@ -74,10 +79,11 @@ def try_lock(fd: int) -> bool:
 def atomic_write(path: Path, data: str | bytes) -> None:
     """Write a whole file, or leave what was there: temporary in the same folder, fsync, rename, fsync of the folder.
 
-    Text is written as UTF-8. The folder is made when it is missing. Raises DiskFullError, naming `path`.
+    Text is written as UTF-8; what cannot be (surrogates, of names in other encodings) as escapes, which JSON reads
+    back. The folder is made when it is missing. Raises DiskFullError, naming `path`.
     """
     path = Path(path)
-    raw = data.encode() if isinstance(data, str) else data
+    raw = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     with naming_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -101,12 +107,12 @@ def _umask() -> int:
     return mask
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None, *, ascii_only: bool = False) -> str:
     """`value` as JSON that any parser takes: it has no NaN and no infinity, so that such a number becomes null.
 
     Keys stay in their own order. Who writes a number that may be one says beside it why it is null.
     """
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -130,7 +136,7 @@ def append_line(path: Path, text: str) -> None:
 
     Not fsynced: a step's metrics are not worth a disk's latency. Raises DiskFullError, naming `path`.
     """
-    raw = (text.rstrip("\n") + "\n").encode()
+    raw = (text.rstrip("\n") + "\n").encode(errors="backslashreplace")
     path = Path(path)
     with naming_full_disk(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

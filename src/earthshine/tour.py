@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -93,7 +94,8 @@ def quickstart(
         _sample(run / "eval" / "samples-after.json", f"{run.name} after", after, tokenizer=dense)
     report = _report([dense_run, moe_run], root / "report.html")
     log(f"The tour took {human_seconds(time.monotonic() - start)}. Open {report} in a browser.")
-    log(f"Next: earthshine generate {exported} --prompt 'def main():'   or   earthshine train tiny_moe --help")
+    quoted = shlex.quote(str(exported))
+    log(f"Next: earthshine generate {quoted} --prompt 'def main():'   or   earthshine train tiny_moe --help")
     return report
 
 
@@ -191,7 +193,7 @@ def _verified(path: Path, model: Path, check: Callable[[], dict[str, Any]]) -> d
     Raises CheckFailedError when it does not hold.
     """
     known = path.exists() and path.stat().st_mtime > model.stat().st_mtime
-    found: dict[str, Any] = json.loads(path.read_text()) if known else {}
+    found: dict[str, Any] = json.loads(path.read_bytes()) if known else {}
     if not found.get("ok"):
         found = check()
     for r in found["rows"]:

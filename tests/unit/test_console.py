@@ -1,6 +1,7 @@
 """Console: tables, units, and progress that is plain text where nobody watches."""
 
 import io
+import os
 import sys
 import threading
 
@@ -90,3 +91,42 @@ def test_on_a_terminal_a_bar_is_drawn_and_its_thread_ends(monkeypatch):
     assert "[last]" in screen.getvalue()
     assert "a line [above] the bar" in screen.getvalue()
     assert "\x1b[3" not in screen.getvalue(), "NO_COLOR must be honoured"
+
+
+def test_a_log_that_nobody_reads_any_more_ends_nothing(monkeypatch):
+    """stderr is a pipe whose reader has gone, as after `2>&1 | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        for _ in range(3):
+            console.log("unread")
+        with console.progress("work", 2) as bar:
+            bar.advance(2)
+        monkeypatch.undo()
+        stream.write("nothing is left to fail at the exit")
+
+
+def test_a_lost_terminal_ends_nothing(monkeypatch):
+    class Lost(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Lost())
+    console.log("unread")
+    with console.progress("work", 2) as bar:
+        bar.advance(2)
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_a_process_without_stderr_logs_nothing(monkeypatch, stream):
+    if stream:
+        stream = io.StringIO()
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.log("unread")
+    with console.progress("work", 2) as bar:
+        bar.advance(2)

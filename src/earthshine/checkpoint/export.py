@@ -160,7 +160,7 @@ def _origin(run_dir: Path, job: dict[str, Any]) -> Path | None:
 def _step_lines(run_dir: Path) -> Iterator[dict[str, Any]]:
     """The step lines of a run's metrics that are whole."""
     path = run_dir / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:
@@ -193,4 +193,4 @@ def _texts(config: ModelConfig, files: Mapping[str, bytes], facts: dict[str, Any
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing where there is none."""
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return dict(json.loads(path.read_bytes())) if path.is_file() else {}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from earthshine.cli.options import print_json
+from earthshine.cli.options import json_text, print_outcome
 
 DESCRIPTION = (
     "Write a run or a model as a Hugging Face directory: weights, config, tokenizer, generation config, model card."
@@ -43,7 +43,5 @@ def run(options: Options) -> None:
     from earthshine.checkpoint.export import export
 
     export(options.source, options.out, tokenizer_dir=options.tokenizer, dtype=options.dtype, trust=options.trust)
-    if options.json:
-        print_json({"out": str(options.out), "dtype": options.dtype})
-    else:
-        print(options.out)
+    out = str(options.out)
+    print_outcome(json_text({"out": out, "dtype": options.dtype}) if options.json else out)

@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 a check did not hold, 7
 """
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import earthshine
 from earthshine.config import nearest
+from earthshine.console import log, silence, surviving_stderr
 from earthshine.errors import EarthshineError
 
 COMMANDS = {
@@ -52,6 +54,7 @@ hold, 75 interrupted after saving (the same command goes on)."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit code."""
+    _open_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in args
     args = [a for a in args if a != "--traceback"]
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EarthshineError as e:
         return _fail(str(e), e.exit_code, show_traceback)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again while exiting
+        silence(sys.stdout)
         return 1
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was saved by this command.", 1, show_traceback)
@@ -73,10 +76,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{type(e).__name__}: {e}.{hint}", 1, show_traceback)
 
 
+def _open_streams() -> None:
+    """Make the standard streams ones that can always be written to.
+
+    A closed one (`2>&-`) becomes the null device: otherwise the next file to be opened would get its number, and what
+    libraries print. A character that a stream's encoding does not have is written as its escape.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number: this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process lives
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _fail(message: str, code: int, show_traceback: bool) -> int:
-    if show_traceback:
-        traceback.print_exc()
-    print(f"earthshine: {message}", file=sys.stderr)
+    with surviving_stderr():
+        if show_traceback:
+            traceback.print_exc()
+    log(f"earthshine: {message}")
+    try:
+        sys.stdout.flush()
+    except OSError:  # it may be what has failed, and would fail again at the exit
+        silence(sys.stdout)
     return code
 
 

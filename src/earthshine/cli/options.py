@@ -1,5 +1,8 @@
 """Parsing of one command's options by tyro, and what commands share."""
 
+import dataclasses
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -8,11 +11,14 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from earthshine.files import to_json
+from earthshine.console import log, silence
+from earthshine.errors import ConfigError
+from earthshine.files import expand_home, to_json
 
 ModelPath = Annotated[Positional[Path], arg(metavar="MODEL")]
 Precision = Literal["auto", "float32", "bfloat16"]
 
+_PATHS_AS_TEXT = {"run", "job"}  # of `train`, where they may be empty or a recipe's name
 _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 
 
@@ -22,7 +28,10 @@ def parse(command: ModuleType, name: str, args: Sequence[str]) -> Any:
     if hasattr(command, "order_arguments"):
         args = command.order_arguments(args)
     try:
-        return tyro.cli(command.Options, prog=prog, description=command.DESCRIPTION, args=list(args), config=_CONFIG)
+        options = tyro.cli(command.Options, prog=prog, description=command.DESCRIPTION, args=list(args), config=_CONFIG)
+        return dataclasses.replace(
+            options, **{f.name: _usable(f.name, getattr(options, f.name)) for f in dataclasses.fields(options)}
+        )
     except SystemExit as e:
         if not e.code and {"-h", "--help"} & set(args):
             print("\nexamples:")
@@ -31,9 +40,47 @@ def parse(command: ModuleType, name: str, args: Sequence[str]) -> Any:
         raise
 
 
+def _usable(name: str, value: Any) -> Any:
+    """An option's value: a path without `~`, for which shells often do not look; a text in UTF-8, or ConfigError."""
+    if isinstance(value, tuple):
+        return tuple(_usable(name, v) for v in value)
+    if isinstance(value, Path):
+        return Path(expand_home(str(value)))
+    if name in _PATHS_AS_TEXT:
+        return expand_home(value)
+    if isinstance(value, str) and not value.isprintable():
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:
+            option = name.replace("_", "-")
+            raise ConfigError(f"{option}={value!r} has bytes that are not UTF-8: give it in that encoding.") from e
+    return value
+
+
+def shell_quoted(path: str | Path) -> str:
+    """A path as a word to paste into a shell, and no option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def json_text(value: Any) -> str:
+    """A result for machines; as ASCII where stdout is not UTF-8."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "").replace("_", "") == "utf8"
+    return to_json(value, indent=1, ascii_only=not utf8)
+
+
 def print_json(value: Any) -> None:
     """A result for machines, on stdout."""
-    print(to_json(value, indent=1))
+    print(json_text(value))
+
+
+def print_outcome(text: str) -> None:
+    """What is left to say of work that lies finished on the disk: that it cannot be said is no failure of the work."""
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        silence(sys.stdout)
+        log(f"warning: the outcome could not be written to stdout ({e.strerror}); the work itself is done.")
 
 
 def compute_dtype(precision: Precision) -> Any:

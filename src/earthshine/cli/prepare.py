@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from earthshine.cli.options import print_json
+from earthshine.cli.options import json_text, print_outcome
 from earthshine.console import human_bytes, human_count
 
 DESCRIPTION = """Turn text, JSON or parquet into token shards that `train` reads memory-mapped.
@@ -77,9 +77,9 @@ def run(options: Options) -> None:
         skip_unreadable=options.skip_unreadable,
     )
     if options.json:
-        print_json(summary)
+        print_outcome(json_text(summary))
         return
-    print(
+    print_outcome(
         f"{options.out}: {human_count(summary['tokens'])} tokens, {human_count(summary['documents'])} documents, "
         f"{human_bytes(summary['bytes'])} of text"
     )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from earthshine.cli.options import print_outcome
+
 DESCRIPTION = """The whole tour on real input, with nothing but pip packages, in minutes on a laptop.
 
 SmolLM2-135M becomes a Mixture-of-Experts model, is verified, trained on beside the dense one, evaluated, exported,
@@ -33,4 +35,5 @@ def run(options: Options) -> None:
     from earthshine.tour import quickstart
 
     weights = str(options.weights) if options.weights else None
-    print(quickstart(options.run, weights=weights, steps=options.steps, tokens_per_step=options.tokens_per_step))
+    report = quickstart(options.run, weights=weights, steps=options.steps, tokens_per_step=options.tokens_per_step)
+    print_outcome(str(report))

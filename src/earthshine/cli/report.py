@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from earthshine.cli.options import print_json
+from earthshine.cli.options import json_text, print_outcome
 from earthshine.errors import ConfigError
 
 DESCRIPTION = """One self-contained HTML page, with Markdown and JSON beside it, from run folders.
@@ -43,7 +43,4 @@ def run(options: Options) -> None:
     if not options.runs:
         raise ConfigError("RUN: report needs at least one run folder.")
     page = write_report(options.runs, options.out, options.title)
-    if options.json:
-        print_json(json.loads(page.with_suffix(".json").read_text(encoding="utf-8")))
-    else:
-        print(page)
+    print_outcome(json_text(json.loads(page.with_suffix(".json").read_bytes())) if options.json else str(page))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from earthshine.cli.options import print_json
+from earthshine.cli.options import json_text, print_json, print_outcome, shell_quoted
 from earthshine.config import encode, load_json, nearest, override
 from earthshine.console import log
 from earthshine.errors import ConfigError
@@ -17,7 +17,7 @@ from earthshine.errors import ConfigError
 DESCRIPTION = """Run a job, or resume it: the same command does both.
 
 A job is a recipe's name (`earthshine ls recipes`) or a JSON file; key=value changes a field of it. The run folder gets
-config.json, plan.json, env.json, metrics.jsonl and checkpoints. SIGTERM and SIGINT save, and exit with 75."""
+config.json, plan.json, env.json, metrics.jsonl and checkpoints. SIGTERM, SIGINT and SIGHUP save, and exit with 75."""
 EXAMPLES = (
     (
         "steps, tokens, parameters, FLOPs, memory: before anything runs",
@@ -86,9 +86,9 @@ def run(options: Options) -> None:
         stop_after=options.stop_after or None,
     )
     if options.json:
-        print_json({k: str(v) if isinstance(v, Path) else v for k, v in asdict(summary).items()})
+        print_outcome(json_text({k: str(v) if isinstance(v, Path) else v for k, v in asdict(summary).items()}))
     else:
-        print(f"{run_dir}\nnext: earthshine report {run_dir}")
+        print_outcome(f"{run_dir}\nnext: earthshine report {shell_quoted(run_dir)}")
 
 
 def _describe(job: Any, options: Options) -> None:

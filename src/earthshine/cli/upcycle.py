@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from earthshine.cli.options import print_json
+from earthshine.cli.options import json_text, print_outcome
 from earthshine.upcycle.config import UpcycleConfig
 
 DESCRIPTION = """Turn a dense Hugging Face checkpoint into a Mixture-of-Experts one that computes the same function.
@@ -70,7 +70,4 @@ def run(options: Options) -> None:
         max_shard_gib=options.max_shard_gib,
     )
     plan = plan_upcycle(options.dense, config) if options.dry_run else upcycle(options.dense, options.out, config)
-    if options.json:
-        print_json(plan.to_json())
-    else:
-        print(plan.table())
+    print_outcome(json_text(plan.to_json()) if options.json else plan.table())

@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 
 from earthshine.errors import ConfigError
+from earthshine.files import expand_home
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One folder of token shards, as `earthshine prepare` writes them.
+    """One folder of token shards, as `earthshine prepare` writes them; a `~` in its path is the home folder.
 
     weight: this source's share of the samples (and so of the tokens), relative to the other sources' weights.
     """
@@ -24,6 +25,7 @@ class SourceConfig:
                 f"data.sources.weight={self.weight} of {self.path} must be finite and greater than 0; "
                 f"leave a source out instead of giving it no weight."
             )
+        object.__setattr__(self, "path", expand_home(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)

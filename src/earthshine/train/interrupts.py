@@ -1,17 +1,22 @@
-"""SIGTERM and SIGINT as a request to stop after the step."""
+"""SIGTERM, SIGINT and SIGHUP as a request to stop after the step."""
 
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_HANGUP = signal.SIGHUP
 
 
 class Interrupts:
     """While entered, the first SIGTERM or SIGINT only sets `name`; a second one ends the process at once.
+
+    So does SIGHUP, but any number of them: a terminal that is closed sends it twice, and a system that shuts down sends
+    it beside SIGTERM. Where it is ignored (`nohup`) it stays so.
 
     Signals can only be handled from the main thread; in another one nothing is changed.
     """
@@ -22,18 +27,22 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            heeded = _SIGNALS if signal.getsignal(_HANGUP) == signal.SIG_IGN else (*_SIGNALS, _HANGUP)
+            self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        for each in _SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        again = bool(self.name)
+        self.name = self.name or signal.Signals(number).name
+        if number != _HANGUP:
+            for each in _SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+        if again or sys.__stderr__ is None:
+            return
         # os.write: what is interrupted may be in the middle of writing to the buffered stderr.
-        os.write(
-            sys.__stderr__.fileno() if sys.__stderr__ else 2,
-            f"{self.name}: saving and stopping as soon as this step is done\n".encode(),
-        )
+        with suppress(OSError, ValueError):  # a closed pipe, or a terminal that is gone
+            text = f"{self.name}: saving and stopping as soon as this step is done\n"
+            os.write(sys.__stderr__.fileno(), text.encode())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -14,6 +14,7 @@ from earthshine.config import diff, encode
 from earthshine.console import human_bytes, human_count, human_seconds, table
 from earthshine.data.config import DataConfig
 from earthshine.errors import CheckpointError, ConfigError
+from earthshine.files import expand_home
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.counts import count_parameters, recomputed_flops_per_token, train_flops_per_token
 from earthshine.model.hf_config import from_hf, read_hf_config
@@ -37,6 +38,9 @@ class FromHuggingFace:
     kind: Literal["huggingface"] = "huggingface"
     path: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", expand_home(self.path))
+
 
 @dataclass(frozen=True, kw_only=True)
 class FromCheckpoint:
@@ -44,6 +48,9 @@ class FromCheckpoint:
 
     kind: Literal["checkpoint"] = "checkpoint"
     path: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", expand_home(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +63,9 @@ class HeldoutConfig:
     path: str = ""
     every_steps: int = 0
     max_sequences: int = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", expand_home(self.path))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from earthshine.device import (
 from earthshine.device import pick_device as pick_device_by_name
 from earthshine.errors import ConfigError, DataError, InterruptedRunError, TrainingDivergedError
 from earthshine.evaluate.perplexity import heldout_loss
-from earthshine.files import write_json
+from earthshine.files import expand_home, write_json
 from earthshine.optim.groups import describe
 from earthshine.optim.muon import configured_groups
 from earthshine.optim.schedule import learning_rate
@@ -82,7 +82,7 @@ def fit(
 
     Raises ConfigError for a job that cannot run, or a folder of another config; DataError, WeightsError,
     CheckpointError and DiskFullError for files; TrainingDivergedError, which names the last good checkpoint, for a loss
-    or gradient that is not finite; InterruptedRunError after SIGTERM or SIGINT, when the run is saved.
+    or gradient that is not finite; InterruptedRunError after SIGTERM, SIGINT or SIGHUP, when the run is saved.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -91,7 +91,7 @@ def fit(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"stop_after={stop_after} must be at least 1.")
     require_tracker(job.tracker)
-    folder = Path("runs") / job.name if run_dir is None else Path(run_dir)
+    folder = Path("runs") / job.name if run_dir is None else Path(expand_home(str(run_dir)))
     where = pick_device_by_name(device)
     # Signals are heeded from here on: hashing data and reading a checkpoint can take minutes, too.
     with run_folder.claim(folder), _reproducible(where, job.seed), Interrupts() as interrupts:
@@ -235,7 +235,7 @@ def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
     return found
 
 

@@ -58,7 +58,7 @@ def _rows(folder: Path, trust: bool) -> list[dict[str, Any]]:
 
 def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str, Any]]:
     """Resume from `before` in a copy of the run and compare with what the run itself did."""
-    job = decode(TrainJob, json.loads((run / "config.json").read_text()))
+    job = decode(TrainJob, json.loads((run / "config.json").read_bytes()))
     last = manifests.read(newest).step
     log(f"replaying from {before.name} to {newest.name}")
     with tempfile.TemporaryDirectory(dir=run.parent) as scratch:
@@ -83,5 +83,5 @@ def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str
 
 
 def _step_lines(path: Path, last: int) -> dict[int, dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     return {line["step"]: line for line in lines if line["kind"] == "step" and line["step"] <= last}
