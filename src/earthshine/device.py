@@ -4,6 +4,7 @@ The only place (with `parallel/`) that names a kind of accelerator. Imports torc
 """
 
 import functools
+import itertools
 import os
 import platform
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from earthshine.config import nearest
 from earthshine.errors import ConfigError
@@ -110,11 +112,12 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._on_host = device.type in ("cpu", "meta")
         self._seconds = 0.0
         self._events: list[tuple[torch.Event, torch.Event]] = []
 
     def __enter__(self) -> None:
-        if self._device.type == "cpu":
+        if self._on_host:
             self._start = time.perf_counter()
         else:
             event = torch.Event(self._device, enable_timing=True)
@@ -122,7 +125,7 @@ class Stopwatch:
             self._events.append((event, torch.Event(self._device, enable_timing=True)))
 
     def __exit__(self, *exception: object) -> None:
-        if self._device.type == "cpu":
+        if self._on_host:
             self._seconds += time.perf_counter() - self._start
         else:
             self._events[-1][1].record()
@@ -135,6 +138,38 @@ class Stopwatch:
             self._seconds += start.elapsed_time(stop) / 1e3
         self._events.clear()
         return self._seconds
+
+
+class Readings:
+    """Numbers that a device computes, as floats when they are asked for, which waits for it.
+
+    values: the elements of each tensor, flat, in float64.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._values: list[list[float]] | None = None
+
+    @property
+    def values(self) -> list[list[float]]:
+        if self._values is None:
+            read(self)
+        assert self._values is not None
+        return self._values
+
+
+@torch.no_grad()
+def read(*readings: Readings) -> None:
+    """Have the values of all of these in one transfer, and so one wait, per device."""
+    waiting = list(dict.fromkeys(r for r in readings if r._values is None))
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for r in waiting:
+        for tensor in r._tensors:
+            by_device.setdefault(tensor.device, []).append(tensor.reshape(-1).to(torch.float64))
+    moved = {device: iter(torch.cat(parts).to("cpu").tolist()) for device, parts in by_device.items()}
+    for r in waiting:
+        r._values = [list(itertools.islice(moved[t.device], t.numel())) for t in r._tensors]
+        r._tensors = ()
 
 
 def capability(device: torch.device) -> tuple[int, int]:

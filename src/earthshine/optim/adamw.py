@@ -1,6 +1,6 @@
 """torch's AdamW on the shares of a group, and the size of its last update."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,19 +8,22 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from earthshine.optim import rules
+from earthshine.optim.measure import Measure
 from earthshine.optim.shares import Shares
 
 # The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
 # element's bits would depend on where a shard ends. No vector is longer (16 fp32 of AVX-512, two at a time for bf16).
 _VECTOR = 32
-# Elements of the moments looked at together when the update is measured: they stay in the cache.
+# Elements of the moments looked at together when the update is measured: on a CPU they stay in the cache; on an
+# accelerator this bounds memory, and a kernel for every few of them would take longer than the step.
 _STATS_ELEMENTS = 1 << 18
+_ACCELERATOR_STATS_ELEMENTS = 1 << 26
 
 
 def step_adamw(
     shares: Shares, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
-) -> tuple[int, Callable[[], float]]:
-    """One step of the shares that have a gradient: their elements, and the sum of squares of the update when asked.
+) -> Callable[[], Measure]:
+    """One step of the shares that have a gradient. Returns what measures the update, before the next step.
 
     Equation and order of operations are torch.optim.AdamW's (arXiv:1711.05101, algorithm 2).
     """
@@ -59,13 +62,22 @@ def step_adamw(
         w.add_(decayed.sub_(old))
     betas, eps = group["betas"], group["eps"]
 
-    def squares() -> float:
-        return sum(
-            _update_square(m, v, float(states[i]["step"]), betas, eps)
-            for i, m, v in zip(members, moments[0], moments[1], strict=True)
-        )
+    def measure() -> Measure:
+        steps_done = [float(states[i]["step"]) for i in members]  # kept on the CPU: nothing waits
+        norms = [
+            _piece_norms(m, v, step, betas, eps) for m, v, step in zip(moments[0], moments[1], steps_done, strict=True)
+        ]
 
-    return sum(w.numel() for w in weights), squares
+        def total(values: Sequence[Sequence[float]]) -> tuple[float, int]:
+            squares = (
+                sum(norm**2 for norm in of_pieces) / (1 - betas[0] ** step) ** 2
+                for of_pieces, step in zip(values, steps_done, strict=True)
+            )
+            return sum(squares), sum(w.numel() for w in weights)
+
+        return Measure(norms, total)
+
+    return measure
 
 
 def _whole_vectors(
@@ -98,14 +110,17 @@ def _whole_vectors(
     return pieces, piece_steps, copies
 
 
-def _update_square(m: Tensor, v: Tensor, step: float, betas: tuple[float, float], eps: float) -> float:
-    """Sum of squares of m_hat / (sqrt(v_hat) + eps), from the moments after a step."""
-    correction1, correction2 = 1 - betas[0] ** step, 1 - betas[1] ** step
-    total = 0.0
-    for part_m, part_v in zip(m.reshape(-1).split(_STATS_ELEMENTS), v.reshape(-1).split(_STATS_ELEMENTS), strict=True):
-        update = part_m / (part_v.sqrt().div_(correction2**0.5).add_(eps))
-        total += float(torch.linalg.vector_norm(update, dtype=_wide(update))) ** 2
-    return float(total / correction1**2)
+def _piece_norms(m: Tensor, v: Tensor, step: float, betas: tuple[float, float], eps: float) -> Tensor:
+    """Norms of pieces of m / (sqrt(v_hat) + eps), from the moments after a step: the update, without the correction of
+    the first moment.
+    """
+    root = (1 - betas[1] ** step) ** 0.5
+    size = _STATS_ELEMENTS if m.is_cpu else _ACCELERATOR_STATS_ELEMENTS
+    norms = []
+    for part_m, part_v in zip(m.reshape(-1).split(size), v.reshape(-1).split(size), strict=True):
+        update = part_m / (part_v.sqrt().div_(root).add_(eps))
+        norms.append(torch.linalg.vector_norm(update, dtype=_wide(update)))
+    return torch.stack(norms)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
 """What is derived from one parameter group: the shares of its parameters, and its algorithm's static plan and step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from earthshine.errors import ConfigError
 from earthshine.optim.adamw import step_adamw
 from earthshine.optim.matrix_plan import MatrixPlan
 from earthshine.optim.matrix_step import step_matrices
+from earthshine.optim.measure import Measure
 from earthshine.optim.options import name_of
 from earthshine.optim.scion import ScionPlan, step_scion
 from earthshine.optim.shares import Shares
@@ -35,12 +36,12 @@ _STATIC = (
 class GroupStep:
     """What one step of a group did on this rank.
 
-    update, seconds: computed when called, which waits for the device: the sum of squares of the update's elements,
-    before the learning rate, and their number; the time of Newton-Schulz. sent: bytes by purpose.
+    measure: computed when called, before the next step. seconds: the time of Newton-Schulz; calling it waits for the
+    device. sent: bytes by purpose.
     """
 
     algorithm: str
-    update: Callable[[], tuple[float, int]]
+    measure: Callable[[], Measure]
     sent: dict[str, int] = field(default_factory=dict)
     flops: int = 0
     seconds: Callable[[], float] = float
@@ -69,19 +70,16 @@ class GroupPlan:
             done = step_matrices(self._matrices, group, states, grads)
             return GroupStep(
                 self.algorithm,
-                done.update,
+                done.measure,
                 {"orthogonalize": done.bytes_sent},
                 done.flops,
                 lambda: done.stopwatch.seconds,
                 self._matrices.imbalance,
             )
         if self._scion is not None:
-            norms, elements, sent = step_scion(self._scion, group, states, grads)
-            return GroupStep(
-                self.algorithm, lambda: (sum(float(norm) ** 2 for norm in norms), elements), {"norms": sent}
-            )
-        elements, squares = step_adamw(self.shares, group, states, grads)
-        return GroupStep(self.algorithm, lambda: (squares(), elements))
+            measured, sent = step_scion(self._scion, group, states, grads)
+            return GroupStep(self.algorithm, lambda: measured, {"norms": sent})
+        return GroupStep(self.algorithm, step_adamw(self.shares, group, states, grads))
 
     def holds(self, group: Mapping[str, Any]) -> bool:
         """Whether these are the parameters that the plan was made for, where they were and of the type they had."""
@@ -126,7 +124,3 @@ class GroupPlan:
         if self._scion is not None:
             found["norms"] = self._scion.predicted_bytes()
         return found
-
-
-def _squares(norms: Sequence[Tensor], elements: int) -> tuple[float, int]:
-    return sum(float(norm) ** 2 for norm in norms), elements

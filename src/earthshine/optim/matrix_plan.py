@@ -9,6 +9,7 @@ Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall ma
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,14 @@ class Batch:
     def size(self) -> tuple[int, int, int]:
         rows, cols = self.shapes[0]
         return len(self.shapes), min(rows, cols), max(rows, cols)
+
+    def runs(self) -> Iterator[tuple[slice, tuple[int, int]]]:
+        """The slots of each run of matrices of one (rows, cols): all of them tall, or all wide."""
+        first = 0
+        for shape, members in itertools.groupby(self.shapes):
+            last = first + len(list(members))
+            yield slice(first, last), shape
+            first = last
 
     def part(self, X_BSL: Tensor, place: Place, count: int, rows: int, cols: int) -> Tensor:
         """The rectangles at a place as [count, rows, cols], the same memory."""

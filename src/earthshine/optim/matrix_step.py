@@ -19,7 +19,8 @@ from earthshine.ops import lmo
 from earthshine.ops.orthogonalize import newton_schulz
 from earthshine.optim import rules
 from earthshine.optim.exchange import Message
-from earthshine.optim.matrix_plan import Batch, MatrixPlan, Rect, Segment, Transfer
+from earthshine.optim.matrix_plan import Batch, MatrixPlan, Place, Rect, Segment, Transfer
+from earthshine.optim.measure import Measure
 
 
 @dataclass
@@ -34,17 +35,18 @@ class StepNumbers:
     bytes_sent: int = 0
     flops: int = 0
 
-    def update(self) -> tuple[float, int]:
-        """Sum of squares of the update's elements, before the learning rate, and their number. Waits for the device.
+    def measure(self) -> Measure:
+        """A matrix whose update is zero, as that of one without a gradient, is not counted."""
 
-        A matrix whose update is zero, as that of one without a gradient, is not counted.
-        """
-        total, elements = 0.0, 0
-        for norms, of_each in self.norms:
-            for norm, (factor, size) in zip(norms.tolist(), of_each, strict=True):
-                if norm != 0:
-                    total, elements = total + (norm * factor) ** 2, elements + size
-        return total, elements
+        def total(values: Sequence[Sequence[float]]) -> tuple[float, int]:
+            squares, elements = 0.0, 0
+            for norms, (_, of_each) in zip(values, self.norms, strict=True):
+                for norm, (factor, size) in zip(norms, of_each, strict=True):
+                    if norm != 0:
+                        squares, elements = squares + (norm * factor) ** 2, elements + size
+            return squares, elements
+
+        return Measure([norms for norms, _ in self.norms], total)
 
 
 def step_matrices(
@@ -148,16 +150,15 @@ class _Run:
         if busy_B is not None:
             for (rect, place), g in zip(here, grads, strict=True):
                 busy_B[place.slot : place.slot + rect.count] |= (g != 0).flatten(1).any(dim=1)
-        moments = self._moments(batch)
-        for rect, place in here if moments else ():
-            for n, row in enumerate(rect.rows_of(self.moments)):
-                moments[place.slot + n][place.row : place.row + rect.rows] = row
-        O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moments)
+        moment_BL = self._moments(batch)
+        rows = [] if moment_BL is None else [_rows(moment_BL, place, rect.count, rect.rows) for rect, place in here]
+        for (rect, _), rows_CM in zip(here, rows, strict=False):
+            rows_CM.copy_(rect.rows_of(self.moments))
+        O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moment_BL)
         updates = [batch.part(O_BSL, place, rect.count, rect.rows, rect.cols) for rect, place in here]
         self._apply(rects, updates, [batch.shapes[place.slot] for _, place in here])
-        for rect, place in here if moments else ():
-            for n, row in enumerate(rect.rows_of(self.moments)):
-                row.copy_(moments[place.slot + n][place.row : place.row + rect.rows])
+        for (rect, _), rows_CM in zip(here, rows, strict=False):
+            rect.rows_of(self.moments).copy_(rows_CM)
 
     # ----------------------------------------------------------------------------------------------- spread matrices
 
@@ -203,18 +204,18 @@ class _Run:
 
     def _owned_batch(self, batch: Batch, arrived: Tensor, extra: Tensor | None, back: Tensor) -> None:
         """Matrices that arrived in pieces; `extra` then holds their new riders, `back` their updates."""
-        X_BSL, busy_B, moments = self._new_batch(batch, complete=True), self._flags(batch), self._moments(batch)
+        X_BSL, busy_B, moment_BL = self._new_batch(batch, complete=True), self._flags(batch), self._moments(batch)
         for segment, place in batch.sources:
             batch.part(X_BSL, place, 1, segment.rows, segment.cols).copy_(segment.of(arrived))
             if busy_B is not None and extra is not None:
                 busy_B[place.slot] |= extra[segment.rider] > 0
-            if moments and extra is not None:
-                moments[place.slot][place.row : place.row + segment.rows] = self._rider_rows(extra, segment)
-        O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moments)
+            if moment_BL is not None and extra is not None:
+                _rows(moment_BL, place, 1, segment.rows)[0] = self._rider_rows(extra, segment)
+        O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moment_BL)
         for segment, place in batch.sources:
             segment.of(back).copy_(batch.part(O_BSL, place, 1, segment.rows, segment.cols))
-            if moments and extra is not None:
-                self._rider_rows(extra, segment).copy_(moments[place.slot][place.row : place.row + segment.rows])
+            if moment_BL is not None and extra is not None:
+                self._rider_rows(extra, segment).copy_(_rows(moment_BL, place, 1, segment.rows)[0])
 
     def _rider_rows(self, extra: Tensor, segment: Segment) -> Tensor:
         start = segment.rider + int(self.plan.flags)
@@ -236,17 +237,17 @@ class _Run:
         """Per matrix whether any holder's gradient is anything but zero; None where nobody asks."""
         return torch.zeros(len(batch.shapes), dtype=torch.bool, device=self.plan.device) if self.plan.flags else None
 
-    def _moments(self, batch: Batch) -> list[Tensor]:
-        """NorMuon's second moment per row of each matrix; empty without NorMuon."""
+    def _moments(self, batch: Batch) -> Tensor | None:
+        """NorMuon's second moment per row, from the left, of each matrix; None without NorMuon."""
         if not self.plan.moments:
-            return []
-        return [torch.zeros(M, dtype=torch.float32, device=self.plan.device) for M, _ in batch.shapes]
+            return None
+        return torch.zeros(batch.size[0], batch.size[2], dtype=torch.float32, device=self.plan.device)
 
-    def _orthogonalize(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, moments: list[Tensor]) -> Tensor:
-        """The updates before their factors; new values into `moments`. May overwrite X."""
+    def _orthogonalize(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, moment_BL: Tensor | None) -> Tensor:
+        """The updates before their factors; new values into `moment`. May overwrite X."""
         group = self.group
         # NorMuon's moment rests where nobody has a gradient, and where the update is left out.
-        moving_B = X_BSL.flatten(1).any(dim=1) if moments else None
+        moving_B = X_BSL.flatten(1).any(dim=1) if moment_BL is not None else None
         if moving_B is not None and busy_B is not None:
             moving_B &= busy_B
         with self.numbers.stopwatch:
@@ -265,14 +266,13 @@ class _Run:
                 )
         if busy_B is not None:
             O_BSL *= busy_B[:, None, None]
-        moving = moving_B.tolist() if moving_B is not None else []
-        for slot, v_M in enumerate(moments):
-            if moving[slot]:
-                M, N = batch.shapes[slot]
-                O_MN = O_BSL[slot].mT if M > N else O_BSL[slot]
-                hat_1MN, new_1M = rules.normuon(O_MN[None], v_M[None], group["normuon_beta2"])
-                O_MN.copy_(hat_1MN[0])
-                v_M.copy_(new_1M[0])
+        if moment_BL is not None and moving_B is not None:
+            for slots, (M, N) in batch.runs():
+                O_BMN = O_BSL[slots].mT if M > N else O_BSL[slots]
+                v_BM, moving_B1 = moment_BL[slots, :M], moving_B[slots, None]
+                hat_BMN, new_BM = rules.normuon(O_BMN, v_BM, group["normuon_beta2"])
+                O_BMN.copy_(torch.where(moving_B1[..., None], hat_BMN, O_BMN))
+                v_BM.copy_(torch.where(moving_B1, new_BM, v_BM))
         if group["exact_rms"]:
             O_BSL = rules.exact_rms(O_BSL)
         norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.wide)
@@ -296,3 +296,8 @@ class _Run:
         for factor, (weights, changes) in by_factor.items():
             decay, cautious = lr * self.group["weight_decay"], self.group["cautious_weight_decay"]
             rules.step_(weights, changes, lr * factor, decay, cautious)
+
+
+def _rows(moment_BL: Tensor, place: Place, count: int, rows: int) -> Tensor:
+    """One value per row of the rectangles at a place, [count, rows], the same memory."""
+    return moment_BL.narrow(0, place.slot, count).narrow(1, place.row, rows)

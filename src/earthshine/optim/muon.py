@@ -30,11 +30,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from earthshine.device import Readings
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.ops.orthogonalize import Form
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.group_plan import GroupPlan, GroupStep
 from earthshine.optim.groups import param_groups
+from earthshine.optim.measure import Measure
 from earthshine.optim.options import (
     check_group,
     check_keys,
@@ -125,6 +127,8 @@ class Muon(torch.optim.Optimizer):
         """Forget what is derived from the groups: their plans, and the last step's numbers."""
         self._known: dict[int, GroupPlan] = {}
         self._last: list[GroupStep] = []
+        self._measures: list[Measure] = []
+        self._readings: Readings | None = None
 
     def _plan(self, index: int) -> GroupPlan:
         """The static plan of group `index`; made at construction, and again after unpickling.
@@ -174,12 +178,13 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._last = []
+        self._last, self._readings = [], None
         for index, group in enumerate(self.param_groups):
             plan = self._plan(index)
             grads, sent = plan.shares.gradients(self._reduce)
+            options = {**group, "lr": float(group["lr"])}  # a tensor of a device: waited for once
             with _without_autocast(plan.shares.params):
-                numbers = plan.step(group, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
+                numbers = plan.step(options, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
             numbers.sent |= {"reduce_gradients": sent, "gather_parameters": plan.shares.gather()}
             self._last.append(numbers)
         self._stepped = True
@@ -197,9 +202,19 @@ class Muon(torch.optim.Optimizer):
                 total[key] = total.get(key, 0) + n
         return {key: n for key, n in total.items() if n}
 
+    def measure(self) -> Readings:
+        """What `last_stats` has to wait for, still on the device: to be read together with other numbers.
+
+        Ask before the next step, and before loading another state.
+        """
+        if self._readings is None:
+            self._measures = [step.measure() for step in self._last]
+            self._readings = Readings(*(norm for m in self._measures for norm in m.norms))
+        return self._readings
+
     @property
     def last_stats(self) -> dict[str, Any]:
-        """Numbers of the last step on this rank; asking waits for the device. Ask before loading another state.
+        """Numbers of the last step on this rank; asking waits for the device, once. Ask when you may `measure`.
 
         update_rms: algorithm -> RMS per element of the update before lr and decay, of what this rank orthogonalized
             (AdamW and Scion: of its shares); only algorithms that updated something. update_rms_by_group: the same
@@ -208,11 +223,12 @@ class Muon(torch.optim.Optimizer):
         ns_flops, ns_seconds: of Newton-Schulz on this rank. imbalance: the most loaded rank's share of Newton-Schulz
             over the mean, of the worst shard group; 1 is even.
         """
+        values = iter(self.measure().values)
         total: dict[str, list[float]] = {}
         by_group: list[float | None] = []
         sent: dict[str, int] = {}
-        for step in self._last:
-            squares, elements = step.update()
+        for step, measured in zip(self._last, self._measures, strict=True):
+            squares, elements = measured.total([next(values) for _ in measured.norms])
             by_group.append((squares / elements) ** 0.5 if elements else None)
             if elements:
                 known = total.setdefault(step.algorithm, [0.0, 0.0])

@@ -22,6 +22,7 @@ from earthshine.ops import lmo
 from earthshine.optim import rules
 from earthshine.optim.exchange import check_agreement, process_group
 from earthshine.optim.layout import read_layout
+from earthshine.optim.measure import Measure
 from earthshine.optim.shares import Shares, connect_holders
 
 # The directions that group["lmo"] may name.
@@ -66,8 +67,8 @@ class ScionPlan:
 
 def step_scion(
     plan: ScionPlan, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
-) -> tuple[list[Tensor], int, int]:
-    """One step of the shares that have a gradient: (norms of the updates, their elements, bytes sent)."""
+) -> tuple[Measure, int]:
+    """One step of the shares that have a gradient: (what measures it, bytes sent)."""
     shares, lr = plan.shares, float(group["lr"])
     sums = {i: shares.state(states[i]["momentum_sum"]) for i in states}
     for i, grad in grads.items():
@@ -85,7 +86,7 @@ def step_scion(
         rules.step_([weight], [update.view(weight.shape)], lr, decay, group["cautious_weight_decay"])
         norms.append(torch.linalg.vector_norm(update))
         elements += update.numel()
-    return norms, elements, sent
+    return Measure(norms, lambda values: (sum(norm**2 for (norm,) in values), elements)), sent
 
 
 def _direction(kind: str, shares: Shares, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
