@@ -75,7 +75,10 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError as e:
+            raise ConfigError(f"{where} is an integer beyond any float.") from e
     if kind is float and data in ("inf", "-inf"):
         return float(data)
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):

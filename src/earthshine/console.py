@@ -7,11 +7,12 @@ reads of it any more: a log that cannot be written stops, silently.
 
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,8 +21,50 @@ PLAIN_LINE_SECONDS = 10.0
 BAR_SECONDS = 0.1
 
 
+# What a terminal obeys instead of showing: C0 and C1 controls (line ends and tabs aside), what turns the direction of
+# writing, line and paragraph separators; and halves of surrogate pairs, which stand for bytes that are no UTF-8.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, *, one_line: bool = False) -> str:
+    """Text that may hold anything (names of files and tensors, a model's words), safe to show on a terminal.
+
+    Control characters are spelled as Python does (`\\x1b`); with `one_line`, ends of lines and tabs, too.
+    """
+    shown = _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return shown.replace("\n", "\\n").replace("\t", "\\t") if one_line else shown
+
+
+class _Shown:
+    """A terminal's stream that is only given what is printable."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def printable_stdout() -> Iterator[None]:
+    """Within it a terminal's stdout is only given what is printable; files and pipes get every byte as it is."""
+    stream = sys.stdout
+    if stream is None or not stream.isatty():
+        yield
+        return
+    sys.stdout = cast(TextIO, _Shown(stream))
+    try:
+        yield
+    finally:
+        sys.stdout = stream
+
+
 def log(message: str) -> None:
-    """One line to stderr, if there is one."""
+    """One line to stderr, if there is one; made `printable`."""
+    message = printable(message)
     with surviving_stderr():
         if _is_terminal():
             _terminal().print(message, markup=False, highlight=False, soft_wrap=True)
@@ -72,6 +115,7 @@ def progress(title: str, total: float, unit: str = "") -> Iterator[Progress]:
     A bar on a terminal; elsewhere one plain line about every 10 s and one at the end. `total` and the amounts are in
     `unit`s; the unit "B" is shown as KiB, MiB, ...
     """
+    title = printable(title, one_line=True)
     if not _is_terminal():
         lines = _PlainProgress(title, total, unit)
         try:

@@ -130,3 +130,39 @@ def test_a_process_without_stderr_logs_nothing(monkeypatch, stream):
     console.log("unread")
     with console.progress("work", 2) as bar:
         bar.advance(2)
+
+
+EVIL = "a\x1b]0;owned\x07\x1b[2J\rb\x9bm\u202ec\u2028d\udcff"
+SHOWN = "a\\x1b]0;owned\\x07\\x1b[2J\\rb\\x9bm\\u202ec\\u2028d\\udcff"
+
+
+def test_what_a_terminal_would_obey_is_spelled_out():
+    assert console.printable(EVIL) == SHOWN
+    assert (
+        console.printable("lines\nand\ttabs, \u00fc \u4f60 \U0001f319") == "lines\nand\ttabs, \u00fc \u4f60 \U0001f319"
+    )
+    assert console.printable("a\nb\tc", one_line=True) == "a\\nb\\tc"
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_log_lines_and_progress_titles_are_printable(monkeypatch, tty):
+    err = io.StringIO()
+    monkeypatch.setattr(err, "isatty", lambda: tty)
+    monkeypatch.setattr(sys, "stderr", err)
+    console.log(EVIL)
+    with console.progress(EVIL + "\n2026 forged", 1):
+        pass
+    text = err.getvalue()
+    assert SHOWN in text and "\x1b]0" not in text and "\x1b[2J" not in text and "\x07" not in text
+    assert not any(line.startswith("2026") for line in text.splitlines())
+
+
+def test_results_are_printable_on_a_terminal_and_whole_elsewhere(monkeypatch):
+    for tty, want in ((True, SHOWN), (False, EVIL)):
+        out = io.StringIO()
+        monkeypatch.setattr(out, "isatty", lambda tty=tty: tty)
+        monkeypatch.setattr(sys, "stdout", out)
+        with console.printable_stdout():
+            print(EVIL)
+            sys.stdout.flush()
+        assert out.getvalue() == want + "\n" and sys.stdout is out

@@ -111,6 +111,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _header_entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    if not name.isprintable():
+        raise WeightsError(f"{path}: a tensor is named {name!r}: control characters have no place in a name.")
     if entry["dtype"] not in DTYPES:
         raise WeightsError(f"{path}: tensor {name} has dtype {entry['dtype']!r}; known: {', '.join(DTYPES)}.")
     shape = tuple(entry["shape"])

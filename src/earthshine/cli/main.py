@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import earthshine
 from earthshine.config import nearest
-from earthshine.console import log, silence, surviving_stderr
+from earthshine.console import log, printable_stdout, silence, surviving_stderr
 from earthshine.errors import EarthshineError
 
 COMMANDS = {
@@ -99,7 +99,9 @@ def _fail(message: str, code: int, show_traceback: bool) -> int:
     with surviving_stderr():
         if show_traceback:
             traceback.print_exc()
-    log(f"earthshine: {message}")
+    # What a message quotes may hold anything; indented, no part of it can pass for a line of its own.
+    first, *others = message.split("\n")
+    log("\n".join([f"earthshine: {first}", *(o if o[:1] in ("", " ") else f"  {o}" for o in others)]))
     try:
         sys.stdout.flush()
     except OSError:  # it may be what has failed, and would fail again at the exit
@@ -119,12 +121,13 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         what = "option" if name.startswith("-") else "command"
-        print(f"earthshine: no {what} '{name}'.{nearest(name, COMMANDS)} See earthshine --help.", file=sys.stderr)
-        return 2
+        return _fail(f"no {what} '{name}'.{nearest(name, COMMANDS)} See earthshine --help.", 2, False)
     from earthshine.cli.options import parse
 
     command = importlib.import_module(f"earthshine.cli.{name}")
-    return int(command.run(parse(command, name, args[1:])) or 0)
+    options = parse(command, name, args[1:])
+    with printable_stdout():
+        return int(command.run(options) or 0)
 
 
 if __name__ == "__main__":

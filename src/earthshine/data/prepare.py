@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from earthshine.console import human_count, human_seconds, log, progress
+from earthshine.console import human_count, human_seconds, log, printable, progress
 from earthshine.data.documents import (
     Document,
     Skipped,
@@ -290,7 +290,7 @@ def _write_all(
             for skip in result.skipped:
                 tally.skipped[skip.reason] += 1
                 if tally.skipped[skip.reason] <= _SKIPS_NAMED:
-                    log(f"prepare: skipped {skip.name}: {skip.reason}")
+                    log(f"prepare: skipped {printable(skip.name, one_line=True)}: {skip.reason}")
             tally.in_pieces += result.in_pieces
             tally.counts.update(result.counts)
             tokens += len(result.tokens)

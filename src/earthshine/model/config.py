@@ -23,6 +23,9 @@ HF_CLASSES: dict[Family, str] = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 FAMILIES: tuple[Family, ...] = tuple(HF_CLASSES)
+# Beyond any model; what asks for more is damage or a slip, and would be planned and named for minutes before it failed.
+MAX_LAYERS = 4096
+MAX_EXPERT_NETWORKS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +225,8 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ConfigError(f"model.num_hidden_layers={self.num_hidden_layers} must be at most {MAX_LAYERS}.")
         if self.intermediate_size < 1 and len(self.moe.layers) < self.num_hidden_layers:
             raise ConfigError(f"model.intermediate_size={self.intermediate_size} must be at least 1 for dense layers.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -317,6 +322,12 @@ class ModelConfig:
             )
         if not moe.layers or list(moe.layers) != sorted(set(moe.layers)):
             raise ConfigError(f"model.moe.layers={list(moe.layers)} must be a sorted list of distinct layers.")
+        if moe.num_experts * len(moe.layers) > MAX_EXPERT_NETWORKS:
+            raise ConfigError(
+                f"model.moe.num_experts={moe.num_experts} in {len(moe.layers)} layers are "
+                f"{moe.num_experts * len(moe.layers):,} expert networks: at most {MAX_EXPERT_NETWORKS:,} are possible, "
+                f"each of them three tensors of a checkpoint. Lower the number of experts."
+            )
         outside = [layer for layer in moe.layers if not 0 <= layer < self.num_hidden_layers]
         if outside:
             raise ConfigError(

@@ -11,11 +11,12 @@ from typing import Any
 
 from earthshine.config import decode, read_json
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import FAMILIES, HF_CLASSES, Family, ModelConfig
+from earthshine.model.config import FAMILIES, HF_CLASSES, MAX_LAYERS, Family, ModelConfig
 from earthshine.model.hf_settings import (
     changes_nothing,
     in_their_words,
     is_linear_by_one,
+    list_of,
     refuse,
     refuse_window,
     whole,
@@ -148,7 +149,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     name, alias = _ALIASES.get(family, ("", ""))
     if alias in hf:
         values[name] = hf[alias]
-        if hf.get(name, hf[alias]) != hf[alias]:
+        if name in hf and hf[name] != hf[alias]:
             raise ConfigError(f"config.json gives the number of experts twice: {name}={hf[name]}, {alias}={hf[alias]}.")
     for key in _SIZES:
         if hf.get(key) is None:
@@ -171,7 +172,8 @@ def without_effect(hf: dict[str, Any]) -> list[str]:
 
 def _fields(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a `ModelConfig`, not yet checked. `hf` is as it was written, `values` has the defaults too."""
-    layers, heads, width = (whole(hf, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    layers = whole(hf, "num_hidden_layers", most=MAX_LAYERS)
+    heads, width = (whole(hf, key) for key in ("num_attention_heads", "hidden_size"))
     eos = values["eos_token_id"]
     mla = _mla(values) if family == "deepseek_v3" else {}
     head_dim = values["head_dim"]
@@ -239,7 +241,7 @@ def _softmax_moe(family: Family, values: dict[str, Any], layers: int) -> dict[st
         sparse, experts = tuple(range(layers)), whole(values, "num_local_experts")
         width, renormalize = values["intermediate_size"], True
     else:
-        plain, step = list(values["mlp_only_layers"] or ()), whole(values, "decoder_sparse_step")
+        plain, step = list_of(values, "mlp_only_layers", int), whole(values, "decoder_sparse_step")
         experts = whole(values, "num_experts", least=0)
         sparse = tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0) if experts else ()
         width, renormalize = values["moe_intermediate_size"], values["norm_topk_prob"]

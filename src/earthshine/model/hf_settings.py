@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import FAMILIES, Family
+from earthshine.model.config import FAMILIES, MAX_LAYERS, Family
 
 # Keys that change the computation and that we hold only at these values; all of them are transformers' defaults.
 REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -66,7 +66,7 @@ def refuse(family: Family, hf: dict[str, Any]) -> None:
 
 def _layers_with_window(family: Family, values: dict[str, Any]) -> list[int]:
     """The layers in which `sliding_window`, where there is one, is in force; as transformers decides."""
-    layers = range(whole(values, "num_hidden_layers"))
+    layers = range(whole(values, "num_hidden_layers", most=MAX_LAYERS))
     if family.startswith("qwen") and not values["use_sliding_window"]:
         return []
     if family not in ("qwen2", "qwen3", "qwen2_moe"):
@@ -92,7 +92,7 @@ def refuse_window(family: Family, hf: dict[str, Any], values: dict[str, Any]) ->
             f"{longest} are not implemented. Where no sequence will be longer than the window, lower "
             f"max_position_embeddings to it."
         )
-    kinds = set(hf.get("layer_types") or ()) - {"full_attention"}
+    kinds = set(list_of(hf, "layer_types", str)) - {"full_attention"}
     if kinds - {"sliding_attention"} or (kinds and window is None):
         raise UnsupportedModelError(
             f"config.json layer_types is {hf['layer_types']}: only full attention is implemented."
@@ -124,12 +124,23 @@ def in_their_words(family: Family, experts: str, message: str) -> str:
     return re.sub(r"\b(model|config\.json)\.((?:moe\.|mla\.|rope_scaling\.)?[a-z_]+)", theirs, message)
 
 
-def whole(values: dict[str, Any], key: str, least: int = 1) -> int:
-    """A number that others are computed from. Raises ConfigError unless it is an integer of at least `least`."""
+def whole(values: dict[str, Any], key: str, least: int = 1, most: int = 2**63) -> int:
+    """A number that others are computed from. Raises ConfigError unless it is an integer from `least` to `most`."""
     value = values[key]
-    if type(value) is not int or value < least:
-        raise ConfigError(f"config.json {key}={value!r} must be an integer of at least {least}.")
+    if type(value) is not int or not least <= value <= most:
+        to = f" and at most {most}" if most < 2**63 else ""
+        raise ConfigError(f"config.json {key}={value!r} must be an integer of at least {least}{to}.")
     return value
+
+
+def list_of(values: dict[str, Any], key: str, kind: type) -> list[Any]:
+    """A list, empty where there is none. Raises ConfigError unless it is one whose items are all of `kind`."""
+    value = values.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple) or any(type(item) is not kind for item in value):
+        raise ConfigError(f"config.json {key}={value!r} must be a list of {kind.__name__}.")
+    return list(value)
 
 
 def is_linear_by_one(scaling: Any) -> bool:

@@ -155,13 +155,22 @@ def split_code(text: str) -> list[str]:
     return text.split("`")
 
 
-def inline_markdown(text: str) -> str:
-    """Literal outside backticks: what Markdown or HTML would interpret is escaped; **bold** stays."""
-    pieces = split_code(text)
-    for i in range(0, len(pieces), 2):
-        piece = pieces[i].replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        pieces[i] = piece.replace("|", "\\|").replace("[", "\\[").replace("_", "\\_").replace("\n", " ")
-    return "`".join(pieces)
+_LITERAL = {ord(c): f"\\{c}" for c in "\\|[_~"} | {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
+
+
+def inline_markdown(text: str, *, in_table: bool = False) -> str:
+    """Literal outside backticks: what Markdown or HTML would interpret is escaped; **bold** stays.
+
+    A code span ends where it ends here, whatever the text holds: runs of backticks, which Markdown pairs by their
+    length, are broken up, lines are joined, and code with the end of a table's cell in it is no code in a table.
+    """
+    out = ""
+    for i, piece in enumerate(split_code(text.replace("\r", " ").replace("\n", " "))):
+        if i % 2 == 0 or (in_table and "|" in piece):
+            out += piece.translate(_LITERAL)
+        elif piece:
+            out += (" " if out.endswith("`") else "") + f"`{piece}`"
+    return out
 
 
 def markdown_block(block: Block) -> str:
@@ -191,9 +200,9 @@ def markdown_block(block: Block) -> str:
 
 def _markdown_table(table: Table) -> str:
     lines = [f"*{inline_markdown(table.caption)}*", ""] if table.caption else []
-    lines.append("| " + " | ".join(inline_markdown(h) or " " for h in table.headers) + " |")
+    lines.append("| " + " | ".join(inline_markdown(h, in_table=True) or " " for h in table.headers) + " |")
     lines.append("|" + "|".join("---:" if i in table.numeric else "---" for i in range(len(table.headers))) + "|")
-    lines += ["| " + " | ".join(inline_markdown(cell_text(c)) for c in row) + " |" for row in table.rows]
+    lines += ["| " + " | ".join(inline_markdown(cell_text(c), in_table=True) for c in row) + " |" for row in table.rows]
     return "\n".join(lines)
 
 

@@ -343,3 +343,15 @@ def test_results_come_in_order_and_few_are_held() -> None:
         assert result.input_bytes == i
         assert len(begun) <= i + 4
     assert len(begun) == 20
+
+
+def test_a_file_name_cannot_write_the_log(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ok.txt").write_text("some words")
+    (tmp_path / "in" / "a\x1b[2J\n2026 earthshine: all is well.bin").write_bytes(b"\0\0\0")
+    prepare([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and r"a\x1b[2J\n2026" in err
+    assert not any(line.startswith("2026") for line in err.splitlines())

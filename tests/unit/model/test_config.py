@@ -1,5 +1,6 @@
 """Hugging Face configs both ways, and what is refused."""
 
+import contextlib
 import itertools
 import math
 from dataclasses import replace
@@ -397,3 +398,36 @@ def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             read_hf_config(path)
+
+
+def test_what_would_be_planned_for_minutes_is_refused_at_once() -> None:
+    """A config.json of 500 bytes, or a slip of the keyboard: 100,000 layers, a million experts."""
+    hf = to_hf(preset("llama3_tiny"))
+    for layers in (4097, 10**5, 3 * 10**6, 10**300):
+        with pytest.raises(ConfigError, match=r"num_hidden_layers=\d+ must be an integer .* at most 4096"):
+            from_hf(hf | {"num_hidden_layers": layers})
+    with pytest.raises(ConfigError, match="num_hidden_layers=100000 must be at most 4096"):
+        replace(preset("llama3_tiny"), num_hidden_layers=10**5)
+    moe = preset("llama3_tiny_e8t2")
+    with pytest.raises(ConfigError, match="expert networks: at most 65,536 are possible"):
+        replace(moe, moe=replace(moe.moe, num_experts=10**6))
+    with pytest.raises(ConfigError, match="expert networks"):
+        from_hf(to_hf(moe) | {"num_local_experts": 10**6})
+
+
+ODD = [None, True, -1, 0, 2**70, 10**400, 1.5, math.nan, math.inf, "", "2", [], [1], [[1]], [None], {}, {"a": 1}, [{}]]
+ODD += [{"rope_type": []}, {"rope_type": "yarn", "factor": "2"}, {"type": {}, "factor": [1]}]
+
+
+@pytest.mark.parametrize("name", ["llama3_tiny", "llama3_tiny_e8t2", "moonlight_tiny"])
+def test_a_config_with_a_value_of_any_type_is_read_or_refused(name: str) -> None:
+    """Never a bare TypeError: each key in turn has each odd value."""
+    hf = to_hf(preset(name))
+    keys = {*hf, "layer_types", "mlp_only_layers", "rope_parameters", "rope_scaling", "sliding_window", "num_experts"}
+    for key in sorted(keys):
+        for value in ODD:
+            with contextlib.suppress(ConfigError):
+                from_hf(hf | {key: value})
+            if key != "model_type":
+                with contextlib.suppress(ConfigError):
+                    from_hf(hf | {"model_type": "qwen3_moe", key: value})

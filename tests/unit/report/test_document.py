@@ -1,5 +1,8 @@
 """Texts of any content stay texts, in Markdown as in HTML."""
 
+import pytest
+from markdown_it import MarkdownIt
+
 from earthshine.report.document import (
     Bullets,
     Card,
@@ -17,6 +20,7 @@ from earthshine.report.document import (
     to_markdown,
 )
 from earthshine.report.markup import block_html, to_html
+from earthshine.report.model_card import model_card
 
 
 def test_controls_are_spelled_out():
@@ -56,6 +60,42 @@ def test_markdown():
     assert "|   | B |" in lines and "|---|---:|" in lines and "| a\\|b | 1 |" in lines
     assert "````\n```\n````" in text
     assert "Show\n\n```sh\nls\n```" in text
+
+
+EVIL = [
+    "```<img src=x onerror=alert(1)>`",
+    "a`\n\n<img src=x onerror=alert(1)>\n\n`b",
+    "`a``<img src=x onerror=alert(1)>``b`",
+    "`a|<img src=x onerror=alert(1)>`",
+    "`a\\|<img src=x onerror=alert(1)>`",
+    "``` ``<img src=x onerror=alert(1)>",
+    "~~~\r\r<img src=x onerror=alert(1)>",
+    "\\`<img src=x onerror=alert(1)>\\`",
+    "plain <img src=x onerror=alert(1)>",
+    "<!-- `-->` <img src=x onerror=alert(1)>",
+]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_no_text_of_a_run_becomes_live_html_in_markdown(evil):
+    """markdown-it is a CommonMark parser, here with HTML let through as GitHub and the Hub do, and with tables."""
+    blocks = (
+        Text(evil),
+        Text(evil, "absent"),
+        Bullets(((evil, ""),)),
+        Cards((Card(evil, evil, evil),)),
+        Table(evil, (evil, evil), ((evil, evil),)),
+        Sides(evil, (evil,), ((evil, (evil,)),)),
+        Code(evil, "", evil),
+    )
+    page = MarkdownIt("commonmark", {"html": True}).enable("table")
+    card = model_card(
+        {"name": evil, "base_model": evil, "limitations": [evil], "lineage": [evil], "data": [{"path": evil}]}
+    )
+    for text in (to_markdown(Document(evil, evil, (Section("a", evil, evil, blocks),))), card):
+        html = page.render(text)
+        assert "<img" not in html and "<!--" not in html
+        assert "img src=x onerror=alert(1)" in html.replace("\\", ""), "the text itself is still there"
 
 
 def test_html_escapes_every_kind_of_block():
