@@ -49,8 +49,9 @@ def upcycle(
     check_token_ids(files, plan.target_config, plan.store.directory)
     _check_space(plan, out_dir)
     check_tied_copies(plan.store, plan.unused)
+    resume = plan.resume_key()
     with (
-        staged_directory(out_dir, resume=plan.resume_key()) as staging,
+        staged_directory(out_dir, resume=resume) as staging,
         progress(f"upcycle to {out_dir}", plan.num_bytes, "B") as bar,
     ):
         records = write_model(
@@ -63,6 +64,8 @@ def upcycle(
             on_bytes=bar.advance,
             after_shard=after_shard,
         )
+        if plan.source_files() != resume["source_files"]:
+            raise WeightsError(f"{dense_dir} was changed while it was converted: nothing was kept; convert it again.")
         listed = {name: asdict(record) for name, record in sorted(records.items())}
         write_json(staging / MANIFEST, plan.to_json() | {"files": listed})
     return plan

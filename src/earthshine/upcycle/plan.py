@@ -158,13 +158,14 @@ class UpcyclePlan:
         }
 
     def resume_key(self) -> dict[str, Any]:
-        """What must be unchanged for a killed conversion to go on: the options, and the source files as they were."""
-        files = {}
-        for path in self.store.files():
-            stat = path.stat()
-            files[path.name] = [stat.st_size, stat.st_mtime_ns]
+        """What must be unchanged for a killed conversion to resume: the options, and the source files as they were."""
         tensors = {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in self.store.items()}
-        return self.to_json() | {"ledger": None, "source_files": files, "source_tensors": tensors}
+        return self.to_json() | {"ledger": None, "source_files": self.source_files(), "source_tensors": tensors}
+
+    def source_files(self) -> dict[str, list[int]]:
+        """Size, times and inode of each weight file. The time of change is the one that copying cannot set back."""
+        stats = {path.name: path.stat() for path in self.store.files()}
+        return {name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats.items()}
 
 
 def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) -> UpcyclePlan:

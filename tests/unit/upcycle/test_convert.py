@@ -253,3 +253,32 @@ def test_space_that_a_killed_conversion_holds_is_counted(dense_dir, tmp_path, mo
         else:
             with pytest.raises(DiskFullError):
                 convert._check_space(plan, out)
+
+
+def test_a_source_that_was_replaced_is_not_taken_for_the_one_that_was_begun(dense_dir, tmp_path):
+    """Same size and time of modification, as `cp -p`, `rsync --times` and tar leave them."""
+    source, out = dense_dir(), tmp_path / "out"
+
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(source, out, SMALL_SHARDS, after_shard=interrupt)
+    weights = source / "model.safetensors"
+    stat, raw = weights.stat(), bytearray(weights.read_bytes())
+    raw[-1] ^= 1  # one bit of the last tensor
+    weights.write_bytes(raw)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ConfigError, match=r"other work \(source_files.model.safetensors"):
+        upcycle(source, out, SMALL_SHARDS)
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(dense_dir, tmp_path):
+    source = dense_dir()
+
+    def touch(path: Path) -> None:
+        os.utime(source / "model.safetensors")
+
+    with pytest.raises(WeightsError, match="was changed while it was converted"):
+        upcycle(source, tmp_path / "out", SMALL_SHARDS, after_shard=touch)
+    assert not (tmp_path / "out").exists()
