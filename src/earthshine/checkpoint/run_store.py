@@ -85,9 +85,7 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in manifests.step_folders(run_dir)[keep:] if keep else ():
-        if old != final:
-            _discard(old)
+    _discard_old(run_dir, keep, final)
     return final
 
 
@@ -166,6 +164,22 @@ def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed save or deletion left behind. Only for the process that owns the run folder."""
     for path in (run_dir / CHECKPOINTS).glob(f"{_HIDDEN}step-*"):
         shutil.rmtree(path)
+
+
+def tidy(run_dir: Path, *, keep: int, newest: Path) -> None:
+    """What a save that was killed at any moment would have left to be deleted by the next one.
+
+    newest: the checkpoint that is resumed from. Where a damaged one is newer, none is deleted.
+    """
+    remove_leftovers(run_dir)
+    if manifests.step_folders(run_dir)[0] == newest:
+        _discard_old(run_dir, keep, newest)
+
+
+def _discard_old(run_dir: Path, keep: int, newest: Path) -> None:
+    for old in manifests.step_folders(run_dir)[keep:] if keep else ():
+        if old != newest:
+            _discard(old)
 
 
 def _open(manifest: Manifest) -> Checkpoint:

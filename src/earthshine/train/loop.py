@@ -159,6 +159,9 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
         _check_heldout(job, folder, state, allow_change=allow_config_change or checkpoint is None)
     choices = {"compute_reason": compute.reason, "peak_flops": compute.peak_flops} | state.choices
     run_folder.describe(folder, job, derived, state.model.config, environment(device) | choices)
+    run_folder.remove_leftovers(folder)
+    if checkpoint:
+        run_store.tidy(folder, keep=job.checkpoint.keep, newest=checkpoint.folder)
     metrics = MetricsFile(folder / run_folder.METRICS)
     if checkpoint:
         metrics.truncate_after(done)

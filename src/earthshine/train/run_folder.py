@@ -50,6 +50,13 @@ def _left_by_a_kill(path: Path) -> bool:
     return path.name == _LOCK or (path.name.startswith(f".{CONFIG}.") and path.suffix == ".tmp")
 
 
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a kill left of files that were being written. Only for the process that has claimed the folder."""
+    for folder in (run_dir, run_dir / EVAL):
+        for path in folder.glob(".*.tmp"):
+            path.unlink()
+
+
 def _lock(fd: int, run_dir: Path) -> None:
     try:
         locked = try_lock(fd)

@@ -387,3 +387,22 @@ def test_a_file_that_cannot_be_read_is_damage_too(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(manifests, "sha256_file", sha256_file)
     found = run_store.latest(tmp_path)
     assert found is not None and found.step == 1
+
+
+def test_what_a_killed_save_left_goes_when_the_run_is_resumed(tmp_path: Path) -> None:
+    """Before the old one was deleted, halfway through deleting it, and while the next was written."""
+    for step in (1, 2, 3):
+        newest = save(tmp_path, step)
+    for name in (".step-000000.old", ".step-000004.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    run_store.tidy(tmp_path, keep=0, newest=newest)
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"], "0 keeps all"
+    run_store.tidy(tmp_path, keep=2, newest=newest)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
+def test_no_sound_checkpoint_is_deleted_because_of_a_newer_damaged_one(tmp_path: Path) -> None:
+    older = save(tmp_path, 1)
+    (save(tmp_path, 2) / manifests.MANIFEST).unlink()
+    run_store.tidy(tmp_path, keep=1, newest=older)
+    assert names(tmp_path) == ["step-000001", "step-000002"]

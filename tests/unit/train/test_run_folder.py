@@ -1,6 +1,7 @@
 """train/run_folder.py: one run and one process per folder."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from earthshine.config import encode
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import write_json
 from earthshine.train import run_folder
-from earthshine.train.job import FromHuggingFace, TrainJob, derive, model_config
+from earthshine.train.job import CheckpointConfig, FromHuggingFace, TrainJob, derive, model_config
+from earthshine.train.loop import fit
 from earthshine.train.run_folder import check_config, claim, describe
 
 JobMaker = Callable[..., TrainJob]
@@ -115,3 +117,20 @@ def test_a_folder_of_a_run_that_was_killed_before_its_config_was_whole_is_used(t
     (tmp_path / ".config.json.k1ll3d.tmp").write_text("{")
     with claim(tmp_path):
         """Ours."""
+
+
+def test_what_a_kill_left_goes_at_the_next_start(tmp_path: Path, make_job: JobMaker) -> None:
+    """Also when nothing will be saved any more: files of an unfinished write, and one checkpoint too many."""
+    run, job = tmp_path / "run", make_job(num_steps=2, checkpoint=CheckpointConfig(every_steps=1, keep=2))
+    fit(job, run, device="cpu")
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    shutil.copytree(run / "checkpoints" / "step-000001", run / "checkpoints" / ".step-000000.old")
+    (run / "checkpoints" / ".step-000003.tmp" / "tensors").mkdir(parents=True)
+    (run / "eval").mkdir(exist_ok=True)
+    for name in (".plan.json.x1.tmp", "eval/.heldout-after.json.x2.tmp", ".metrics.jsonl.x3.tmp"):
+        (run / name).write_text("{")
+    fit(job, run, device="cpu")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == kept == ["step-000001", "step-000002"]
+    assert not list(run.rglob("*.tmp"))
+    fit(replace(job, checkpoint=CheckpointConfig(every_steps=1, keep=1)), run, device="cpu")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
