@@ -30,6 +30,7 @@ from earthshine.checkpoint.hf import (
 from earthshine.checkpoint.name_tables import Entry, entries
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
 from earthshine.checkpoint.staging import staged_directory
+from earthshine.checkpoint.tokenizer_class import keep_class, warn_of_ids_beyond
 from earthshine.config import encode, nearest
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError, OutputExistsError
@@ -75,6 +76,7 @@ def export(
         there = origin or source
         said = f"there is none beside {there}" if there.exists() else f"{there} does not exist (any more)"
         log(f"{out_dir} gets no tokenizer: {said}; name a folder that holds one (--tokenizer).")
+    files = _keep_class(files, config, Path(tokenizer_dir) if tokenizer_dir is not None else origin)
     texts = _texts(config, files, _common_facts(config, out_dir, dtype) | facts)
     with staged_directory(out_dir) as staging:
         write_model(
@@ -91,6 +93,17 @@ def _files(origin: Path | None, named: dict[str, bytes] | None) -> dict[str, byt
     if named is None:
         return own
     return {name: text for name, text in own.items() if not is_tokenizer_file(name)} | named
+
+
+def _keep_class(files: dict[str, bytes], config: ModelConfig, folder: Path | None) -> dict[str, bytes]:
+    """The files, with the tokenizer class that reads them as in `folder`, where they come from; it is logged."""
+    hf = _json(folder / "config.json") if folder is not None else {}
+    named = hf.get("tokenizer_class")
+    files, reading = keep_class(files, hf.get("model_type"), config.family, named if isinstance(named, str) else "")
+    if reading is not None:
+        log(reading.sentence + ".")
+        warn_of_ids_beyond(files, config.vocab_size, folder)
+    return files
 
 
 def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfig, Blocks, Path, dict[str, Any]]:

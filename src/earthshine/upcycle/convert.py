@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from earthshine.checkpoint.companions import check_token_ids, companion_files
 from earthshine.checkpoint.hf import check_tied_copies, write_model
 from earthshine.checkpoint.name_tables import Entry
 from earthshine.checkpoint.safetensors_store import row_blocks
 from earthshine.checkpoint.staging import staged_directory, staging_path
+from earthshine.checkpoint.tokenizer_class import warn_of_ids_beyond
 from earthshine.config import read_json
-from earthshine.console import human_bytes, progress
+from earthshine.console import human_bytes, log, progress
 from earthshine.errors import DiskFullError, OutputExistsError, WeightsError
 from earthshine.files import sha256_file, write_json
 from earthshine.upcycle.config import UpcycleConfig
@@ -45,8 +45,9 @@ def upcycle(
     if out_dir.exists():
         raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
     plan = plan_upcycle(dense_dir, options)
-    files = companion_files(plan.store.directory)
-    check_token_ids(files, plan.target_config, plan.store.directory)
+    warn_of_ids_beyond(plan.files, plan.target_config.vocab_size, dense_dir)
+    if plan.reading is not None and plan.reading.before != plan.reading.after:
+        log(plan.reading.sentence + ".")
     _check_space(plan, out_dir)
     check_tied_copies(plan.store, plan.unused)
     resume = plan.resume_key()
@@ -59,15 +60,15 @@ def upcycle(
             plan.target_config,
             {t.entry.hf: t.dtype for t in plan.targets},
             Blocks(plan),
-            files,
+            plan.files,
             max_shard_bytes=max(1, int(plan.options.max_shard_gib * 2**30)),
             on_bytes=bar.advance,
             after_shard=after_shard,
         )
         if plan.source_files() != resume["source_files"]:
             raise WeightsError(f"{dense_dir} was changed while it was converted: nothing was kept; convert it again.")
-        listed = {name: asdict(record) for name, record in sorted(records.items())}
-        write_json(staging / MANIFEST, plan.to_json() | {"files": listed})
+        files = {name: asdict(record) for name, record in sorted(records.items())}
+        write_json(staging / MANIFEST, plan.to_json() | {"files": files})
     return plan
 
 

@@ -16,14 +16,17 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from earthshine.checkpoint.companions import check_token_ids, companion_files
 from earthshine.checkpoint.hf import account, read_config
 from earthshine.checkpoint.name_tables import Entry, entries
 from earthshine.checkpoint.safetensors_store import DTYPE_NAMES, Store, TensorInfo
+from earthshine.checkpoint.tokenizer_class import Reading, keep_class
 from earthshine.config import encode
 from earthshine.console import human_bytes, table
 from earthshine.errors import ConfigError, UnsupportedModelError, WeightsError
 from earthshine.model.config import HF_CLASSES, ModelConfig, MoEConfig
 from earthshine.model.counts import count_parameters
+from earthshine.model.hf_config import read_hf_config
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.recipe import Copy, Normal, Recipe, Zeros
 
@@ -64,7 +67,10 @@ class LedgerRow(TypedDict):
 
 @dataclass(frozen=True)
 class UpcyclePlan:
-    """A conversion, decided in full. Nothing but headers has been read."""
+    """A conversion, decided in full. Of the weights nothing but headers has been read.
+
+    files: what travels beside them, by name. reading: who reads the tokenizer; None without one.
+    """
 
     store: Store
     options: UpcycleConfig
@@ -72,6 +78,8 @@ class UpcyclePlan:
     target_config: ModelConfig
     targets: tuple[Target, ...]
     unused: dict[str, str]
+    files: dict[str, bytes]
+    reading: Reading | None
 
     @property
     def num_bytes(self) -> int:
@@ -137,8 +145,14 @@ class UpcyclePlan:
                 f"{len(self.targets)} tensors, {human_bytes(self.num_bytes)}",
                 table(["model", "class", "parameters", "active"], sizes),
                 table(["source", "recipe", "becomes", "roles", "tensors", "size"], lines),
+                self._beside(),
             ]
         )
+
+    def _beside(self) -> str:
+        """What travels beside the weights, and who reads the tokenizer."""
+        said = self.reading.sentence if self.reading else "no tokenizer"
+        return f"beside the weights: {', '.join(self.files) or 'nothing'}\n{said}"
 
     def to_json(self) -> dict[str, Any]:
         """All of it but the weights, for the output's `earthshine.json`."""
@@ -154,6 +168,7 @@ class UpcyclePlan:
                 "config": encode(self.target_config),
                 "parameters": asdict(count_parameters(self.target_config)),
             },
+            "tokenizer": None if self.reading is None else asdict(self.reading),
             "ledger": self.ledger(),
         }
 
@@ -169,10 +184,10 @@ class UpcyclePlan:
 
 
 def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) -> UpcyclePlan:
-    """Decide the conversion of a dense Hugging Face directory; reads its config and its weights' headers only.
+    """Decide the conversion of a dense Hugging Face directory; of its weights it reads the headers only.
 
-    Raises ConfigError (a layer that does not exist), UnsupportedModelError (a source that cannot be upcycled),
-    WeightsError (a tensor that is missing, left over or misshapen, a damaged file).
+    Raises ConfigError (a layer that does not exist, a link out of the folder), UnsupportedModelError (a source that
+    cannot be upcycled), WeightsError (a tensor that is missing, left over or misshapen, a damaged file).
     """
     options = options or UpcycleConfig()
     source_config = read_config(dense_dir)
@@ -183,7 +198,11 @@ def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) ->
     accounts = account(store, source_config)
     sources = {e.ours: accounts.places[e.hf].name for e in accounts.wanted}
     targets = tuple(_target(entry, sources, store, options) for entry in entries(target_config))
-    plan = UpcyclePlan(store, options, source_config, target_config, targets, accounts.unused)
+    files = companion_files(dense_dir)
+    check_token_ids(files, target_config, dense_dir)
+    named = read_hf_config(dense_dir).get("tokenizer_class")
+    files, reading = keep_class(files, source_config.family, target_config.family, named if type(named) is str else "")
+    plan = UpcyclePlan(store, options, source_config, target_config, targets, accounts.unused, files, reading)
     plan.check()
     return plan
 

@@ -12,13 +12,14 @@ from earthshine.console import log
 from earthshine.errors import MissingDependencyError
 from earthshine.model.config import HF_CLASSES
 from earthshine.verify.measure import comparison_tokens, in_float64, logits_of, relative_difference, result, row
+from earthshine.verify.tokenizers import tokenizer_rows
 
 RELATIVE = 1e-5
 OWN_ERROR_FACTOR = 3.0
 
 
 def verify_huggingface(path: str | Path, *, tokens: int = 128) -> dict[str, Any]:
-    """Load `path` with transformers' own class and with ours, in float32, and compare the logits.
+    """Load `path` with transformers' own class and with ours, in float32, and compare the logits; then the tokenizer.
 
     The rows are those of `verify.upcycled`: relative to the largest logit, and to our own float32 error. Eager
     attention and eager experts on their side, so that their reference arithmetic is the judge. When transformers cannot
@@ -34,7 +35,7 @@ def verify_huggingface(path: str | Path, *, tokens: int = 128) -> dict[str, Any]
         theirs, subject["class"] = _their_logits(path, tokens_BS)
     except TransformersError as e:
         log(f"{path}: {e}")
-        return result("huggingface", subject, [row("errors of transformers", 1, 0, str(e))])
+        return result("huggingface", subject, [row("errors of transformers", 1, 0, str(e)), *tokenizer_rows(path)])
     ours32 = logits_of(ours, tokens_BS)
     own_error = relative_difference(ours32, logits_of(in_float64(ours), tokens_BS))
     difference = relative_difference(ours32, theirs)
@@ -42,6 +43,7 @@ def verify_huggingface(path: str | Path, *, tokens: int = 128) -> dict[str, Any]
     rows = [
         row("logits, relative", difference, RELATIVE, f"largest logit {float(theirs.abs().max()):.1f}"),
         row("logits, against own error", difference, OWN_ERROR_FACTOR * own_error, note),
+        *tokenizer_rows(path),
     ]
     return result("huggingface", subject, rows)
 
@@ -69,9 +71,4 @@ def _their_logits(path: Path, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, st
         with torch.no_grad():
             return model(tokens_BS).logits.double(), type(model).__name__
     except Exception as e:  # anything: its configs and models raise whatever they like
-        raise TransformersError(in_one_line("transformers cannot run it", e)) from e
-
-
-def in_one_line(what: str, error: Exception) -> str:
-    """`what`, and the error with its class, without line breaks."""
-    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise TransformersError(f"transformers cannot run it: {type(e).__name__}: {' '.join(str(e).split())}") from e

@@ -47,13 +47,10 @@ def test_a_run_leaves_with_everything(config: ModelConfig, origin, tmp_path):
     (run_dir / "eval" / "heldout-after.json").write_text(json.dumps(held_out))
     (origin / "earthshine.json").write_text(json.dumps({"options": {"experts": 8, "top_k": 2, "layers": []}}))
     export(run_dir, out)
-    assert sorted(p.name for p in out.iterdir()) == [
-        "README.md",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    if config.family.startswith("qwen"):  # the tokenizer was a Llama's
+        names.append("tokenizer_config.json")
+    assert sorted(p.name for p in out.iterdir()) == names
     assert read_config(out) == config
     for model in (load_model(out), load_model(run_dir)):
         assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
@@ -101,6 +98,19 @@ def test_generation_config_and_licences_stay_under_another_tokenizer(origin, tmp
     assert json.loads(written["generation_config.json"]) == {"eos_token_id": [3, 1]}
     assert written["LICENSE"] == "of the weights" and written["tokenizer.model"] == "pieces"
     assert not {"tokenizer.json", "chat_template.jinja"} & set(written)
+
+
+def test_the_tokenizer_is_read_as_in_the_folder_it_comes_from(models, hf_dir, tmp_path, capsys):
+    """A bare tokenizer.json under another `model_type` would be read as a Qwen2's."""
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 99}}}')
+    export(hf_dir(models["qwen2_moe"]), tmp_path / "out", tokenizer_dir=named)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings == {"tokenizer_class": "PreTrainedTokenizerFast"}
+    said = capsys.readouterr().err
+    assert "reads the tokenizer with TokenizersBackend, as before, for which tokenizer_class=PreTrained" in said
+    assert f"the tokenizer of {named} has 100 ids and the model 40 rows" in said
 
 
 def test_a_relative_origin_is_that_of_the_runs_start(origin, dense, tmp_path, monkeypatch, capsys):
