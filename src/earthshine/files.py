@@ -131,12 +131,12 @@ def write_json(path: Path, obj: Any) -> None:
     atomic_write(path, to_json(obj, indent=1) + "\n")
 
 
-def append_line(path: Path, text: str) -> None:
+def append_line(path: Path, text: str | bytes) -> None:
     """Append one line by a single write, so that a kill leaves whole lines; when the disk is full, none of it stays.
 
     Not fsynced: a step's metrics are not worth a disk's latency. Raises DiskFullError, naming `path`.
     """
-    raw = (text.rstrip("\n") + "\n").encode(errors="backslashreplace")
+    raw = (text.encode(errors="backslashreplace") if isinstance(text, str) else text).rstrip(b"\n") + b"\n"
     path = Path(path)
     with naming_full_disk(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

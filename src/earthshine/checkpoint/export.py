@@ -37,6 +37,7 @@ from earthshine.errors import CheckpointError, ConfigError, OutputExistsError
 from earthshine.model.config import HF_CLASSES, ModelConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import to_hf
+from earthshine.run_folder import METRICS, json_lines
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "README.md"
@@ -134,7 +135,8 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
     job, run_dir = checkpoint.job, checkpoint.folder.parent.parent
     origin = _origin(run_dir, job)
     lineage = [f"{origin.name}" if origin else "drawn at random", f"trained for {checkpoint.step:,} steps"]
-    tokens = [line["total_tokens"] for line in _step_lines(run_dir) if line["step"] == checkpoint.step]
+    records = [line.record for line in json_lines(run_dir / METRICS) if line.record]
+    tokens = [r["total_tokens"] for r in records if r.get("step") == checkpoint.step and "total_tokens" in r]
     facts: dict[str, Any] = {
         "training": {"job": job, "steps": checkpoint.step, "tokens": tokens[-1] if tokens else None},
         "data": [dict(s) for s in job.get("data", {}).get("sources", [])],
@@ -168,18 +170,6 @@ def _origin(run_dir: Path, job: dict[str, Any]) -> Path | None:
             return folder
         run_dir = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
         job = _json(run_dir / "config.json")
-
-
-def _step_lines(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The step lines of a run's metrics that are whole."""
-    path = run_dir / "metrics.jsonl"
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line.get("kind") == "step" and "total_tokens" in line:
-            yield line
 
 
 def _common_facts(config: ModelConfig, out_dir: Path, dtype: str) -> dict[str, Any]:

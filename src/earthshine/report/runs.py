@@ -7,12 +7,14 @@ is a DataError that names it.
 import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from earthshine.console import log
 from earthshine.errors import ConfigError, DataError
+from earthshine.run_folder import CONFIG, EVAL, METRICS, json_lines
 
 # Columns of the step lines of metrics.jsonl that are numbers.
 ROUTING = ("balance", "balance_loss", "z_loss", "max_violation", "dead_experts", "drop_rate")
@@ -152,7 +154,7 @@ def read_run(path: Path | str) -> Run:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise ConfigError(f"run folder {path} {what}; give a folder that `earthshine train` wrote.")
-    if not (path / "config.json").exists() and not (path / "metrics.jsonl").exists():
+    if not (path / CONFIG).exists() and not (path / METRICS).exists():
         raise ConfigError(
             f"{path} is not a run folder: it has neither config.json nor metrics.jsonl; "
             "give a folder that `earthshine train` wrote."
@@ -164,8 +166,8 @@ def read_run(path: Path | str) -> Run:
         else:
             run.notes.append(f"{name}.json is absent.")
     run.name = str((run.config or {}).get("name") or run.name)
-    _read_metrics(path / "metrics.jsonl", run)
-    _read_evaluations(path / "eval", run)
+    _read_metrics(path / METRICS, run)
+    _read_evaluations(path / EVAL, run)
     return run
 
 
@@ -197,31 +199,21 @@ def _loose_number(data: dict[str, Any], key: str, where: str) -> float:
     return float(value) if math.isfinite(value) else math.nan
 
 
-def _json_lines(path: Path, run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) for each line. A last line without its newline was being written: left out, with a note."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path} line {number}"
-            try:
-                data = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                if not line.endswith(b"\n"):
-                    run.notes.append("the last line of metrics.jsonl is cut off (the run is being written); left out.")
-                    return
-                raise DataError(f"{where} is not JSON: {e}. Resume the run to rewrite it, or remove the line.") from e
-            if not isinstance(data, dict):
-                raise DataError(f"{where} holds a {type(data).__name__}, not a JSON object.")
-            yield where, data
-
-
 def _read_metrics(path: Path, run: Run) -> None:
+    """The step and held-out lines. Damaged lines are left out, with a note."""
     if not path.exists():
         run.notes.append("metrics.jsonl is absent: no training step was recorded.")
         return
     unknown: set[str] = set()
+    damaged: list[int] = []
     try:
-        for where, data in _json_lines(path, run):
-            if data.get("kind") == "step":
+        for line in json_lines(path):
+            data, where = line.record, f"{path} line {line.number}"
+            if line.cut_off:
+                run.notes.append("the last line of metrics.jsonl is cut off (the run is being written); left out.")
+            elif data is None:
+                damaged.append(line.number)
+            elif data.get("kind") == "step":
                 _add_step(run.steps, data, where)
             elif data.get("kind") == "heldout":
                 run.heldout_during.append(_heldout(data, where))
@@ -229,6 +221,10 @@ def _read_metrics(path: Path, run: Run) -> None:
                 unknown.add(repr(data.get("kind")))
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e}.") from e
+    if damaged:
+        lines = f"line{'s' if len(damaged) > 1 else ''} {', '.join(map(str, damaged))}"
+        run.notes.append(f"metrics.jsonl is damaged in {lines} (not a JSON object); left out.")
+        log(f"warning: {path} is damaged in {lines}: left out of the report.")
     if unknown:
         run.notes.append(f"metrics.jsonl has lines of a kind that is not shown here: {', '.join(sorted(unknown))}.")
     if not len(run.steps):

@@ -47,13 +47,16 @@ _BEFORE, _AFTER = "heldout-before.json", "heldout-after.json"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Where a call of `fit` ended. Held-out results are those of `evaluate.perplexity.heldout_loss`; {} for none."""
+    """Where a call of `fit` ended. Held-out results are those of `evaluate.perplexity.heldout_loss`; {} for none.
+
+    loss: of the last step; None where metrics.jsonl has lost it, as a warning says.
+    """
 
     run_dir: Path
     step: int
     num_steps: int
     total_tokens: int
-    loss: float
+    loss: float | None
     heldout_before: dict[str, Any]
     heldout_after: dict[str, Any]
     checkpoint: Path | None

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from earthshine.console import human_count, human_seconds, log
 from earthshine.files import append_line, atomic_write, to_json
+from earthshine.run_folder import DAMAGED, json_lines
 
 
 class MetricsFile:
@@ -22,34 +22,45 @@ class MetricsFile:
         append_line(self.path, to_json(record))
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The records, up to the first line that is not whole."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError:  # not JSON, or not even text
-                    log(f"warning: {self.path} has a broken line; it and what follows are left out.")
-                    return
+        """The records; damaged lines are passed over."""
+        return (line.record for line in json_lines(self.path) if line.record is not None)
 
     def truncate_after(self, step: int) -> None:
-        """Drop what was logged after `step`, because those steps are about to be done again."""
-        if not self.path.exists():
-            return
-        kept = [r for r in self.read() if r["step"] <= step]
-        logged = sum(r["kind"] == "step" for r in kept)
-        if logged != step:
+        """Drop what was logged after `step`, because those steps are about to be done again.
+
+        Damaged lines are moved to a file beside it. That, and steps whose numbers are not there, is said in a warning.
+        """
+        kept, damaged, logged, changed = [], [], 0, False
+        for line in json_lines(self.path):
+            if line.record is None:
+                damaged.append(line)
+            elif _after(line.record, step):
+                changed = True
+            else:
+                whole = line.raw if line.raw.endswith(b"\n") else line.raw + b"\n"
+                changed |= whole is not line.raw  # the next line would be glued to it
+                kept.append(whole)
+                logged += line.record.get("kind") == "step"
+        if damaged:
+            beside = self.path.with_name(DAMAGED)
+            for line in damaged:
+                append_line(beside, line.raw)
+            numbers = ", ".join(str(line.number) for line in damaged)
+            log(f"warning: {self.path} has damaged lines ({numbers}): moved to {beside.name}; the others stay.")
+        if not self.path.exists() and step:
+            log(f"warning: {self.path} is missing: the numbers of the {step} steps done are lost.")
+        elif logged != step:
             log(f"warning: {self.path} holds {logged} of the {step} steps done; the others' numbers are lost.")
-        atomic_write(self.path, "".join(to_json(r) + "\n" for r in kept))
+        if damaged or changed:
+            atomic_write(self.path, b"".join(kept))
 
     def heldout_at(self, step: int) -> dict[str, Any] | None:
         """The held-out record of that step, if it is there."""
-        return next((r for r in self.read() if r["kind"] == "heldout" and r["step"] == step), None)
+        return next((r for r in self.read() if r.get("kind") == "heldout" and r.get("step") == step), None)
 
-    def loss_at(self, step: int) -> float:
-        """The loss of that step; NaN when it is not there."""
-        return next((r["loss"] for r in self.read() if r["kind"] == "step" and r["step"] == step), math.nan)
+    def loss_at(self, step: int) -> float | None:
+        """The loss of that step; None when it is not there."""
+        return next((r.get("loss") for r in self.read() if r.get("kind") == "step" and r.get("step") == step), None)
 
     def sync(self) -> None:
         """Put what was appended on the disk, so that a checkpoint never outlives the numbers of its steps."""
@@ -59,6 +70,11 @@ class MetricsFile:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+
+def _after(record: Mapping[str, Any], step: int) -> bool:
+    number = record.get("step")
+    return isinstance(number, int) and number > step
 
 
 def samples_digest(sample_ids: Sequence[tuple[int, ...]]) -> str:

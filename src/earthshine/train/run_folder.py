@@ -12,10 +12,10 @@ from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import try_lock, write_json
 from earthshine.model.config import ModelConfig
+from earthshine.run_folder import CONFIG, ENV, EVAL, METRICS, ORIGIN, PLAN
 from earthshine.train.job import Derived, TrainJob, changes_on_resume
 
-CONFIG, PLAN, ENV, METRICS, EVAL = "config.json", "plan.json", "env.json", "metrics.jsonl", "eval"
-ORIGIN = "origin.json"  # where the weights began, when not at random
+__all__ = ["CONFIG", "ENV", "EVAL", "METRICS", "ORIGIN", "PLAN", "check_config", "claim", "describe"]
 _LOCK = ".lock"
 
 

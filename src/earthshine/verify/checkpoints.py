@@ -13,6 +13,7 @@ from earthshine.checkpoint import run_store
 from earthshine.config import decode
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError
+from earthshine.run_folder import CONFIG, METRICS, json_lines
 from earthshine.train.job import TrainJob
 from earthshine.train.loop import fit
 from earthshine.verify.measure import result, row
@@ -64,24 +65,29 @@ def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str
     with tempfile.TemporaryDirectory(dir=run.parent) as scratch:
         copy = Path(scratch) / "run"
         shutil.copytree(before, copy / manifests.CHECKPOINTS / before.name)
-        for name in ("config.json", "metrics.jsonl"):
-            shutil.copy(run / name, copy / name)
+        for name in (CONFIG, METRICS):
+            if (run / name).exists():
+                shutil.copy(run / name, copy / name)
         summary = fit(job, copy, trust=trust, stop_after=last)
         assert summary.checkpoint is not None
         theirs, ours = run_store.latest(newest, trust=trust), run_store.latest(summary.checkpoint, trust=trust)
         assert theirs is not None and ours is not None
         a, b = run_store.read_tensors(theirs), run_store.read_tensors(ours)
         different = [name for name in a if not torch.equal(a[name], b[name])]
-        lines_a, lines_b = (_step_lines(folder / "metrics.jsonl", last) for folder in (run, copy))
+        done_again = range(manifests.read(before).step + 1, last + 1)
+        lines_a, lines_b = (_step_lines(folder / METRICS, done_again) for folder in (run, copy))
     rows = [
         row("replay: tensors that differ", len(different), 0, f"{len(a)} tensors {', '.join(different[:3])}".strip())
     ]
+    lost = len(lines_b.keys() - lines_a.keys())
+    note = f"{len(lines_b)} steps" + (f", {lost} of which {METRICS} has lost" if lost else "")
     for key in ("loss", "lr", "grad_norm", "samples"):
-        unequal = sum(lines_a[step].get(key) != lines_b.get(step, {}).get(key) for step in lines_a)
-        rows.append(row(f"replay: steps whose {key} differs", unequal, 0, f"{len(lines_a)} steps"))
+        unequal = sum(lines_a.get(step, {}).get(key) != line.get(key) for step, line in lines_b.items())
+        rows.append(row(f"replay: steps whose {key} differs", unequal, 0, note))
     return rows
 
 
-def _step_lines(path: Path, last: int) -> dict[int, dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-    return {line["step"]: line for line in lines if line["kind"] == "step" and line["step"] <= last}
+def _step_lines(path: Path, steps: range) -> dict[int, dict[str, Any]]:
+    """The records of those steps, by step; what is damaged or missing in the file is not there."""
+    records = (line.record for line in json_lines(path) if line.record is not None)
+    return {r["step"]: r for r in records if r.get("kind") == "step" and r.get("step") in steps}

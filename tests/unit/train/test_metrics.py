@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,34 +79,67 @@ def test_what_came_after_a_checkpoint_is_dropped(tmp_path: Path, capsys: pytest.
     ]
     assert (
         metrics.loss_at(2) == 0.5
-        and math.isnan(metrics.loss_at(3))
+        and metrics.loss_at(3) is None
         and metrics.heldout_at(2) == {"kind": "heldout", "step": 2, "loss": 8.0}
     )
     assert metrics.heldout_at(1) is None
     assert capsys.readouterr().err == ""
 
 
-def test_a_broken_line_and_lost_steps_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [lambda line: b"\0" * len(line), lambda line: line[:20], lambda line: b"\xff\xfe\x00", lambda line: b"[1]"],
+    ids=["zeros", "cut", "no text", "no object"],
+)
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_damaged_line_costs_no_other(
+    damage: Callable[[bytes], bytes], number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is set aside, as it is; what follows survives the resume."""
     metrics = filled(tmp_path / "metrics.jsonl")
-    metrics.path.write_text(metrics.path.read_text()[:-30])
+    lines = metrics.path.read_bytes().splitlines(keepends=True)
+    lines[number - 1] = damage(lines[number - 1].rstrip(b"\n")) + b"\n"
+    metrics.path.write_bytes(b"".join(lines))
     metrics.truncate_after(3)
+    kept = lines[: number - 1] + lines[number:]
+    assert metrics.path.read_bytes() == b"".join(kept)
+    assert len(list(metrics.read())) == 4
+    assert (tmp_path / "metrics.damaged").read_bytes() == lines[number - 1]
     err = capsys.readouterr().err
-    assert "has a broken line" in err
+    assert f"warning: {metrics.path} has damaged lines ({number}): moved to metrics.damaged" in err
+    assert ("holds 2 of the 3 steps done" in err) == (number == 3)
+    metrics.truncate_after(3)
+    assert "damaged lines" not in capsys.readouterr().err
+
+
+def test_a_last_line_without_its_end_is_not_glued_to_the_next(tmp_path: Path) -> None:
+    metrics = filled(tmp_path / "metrics.jsonl")
+    metrics.path.write_bytes(metrics.path.read_bytes().rstrip(b"\n"))
+    metrics.truncate_after(3)
+    metrics.append({"kind": "step", "step": 4, "loss": 0.1})
+    assert metrics.loss_at(4) == 0.1 and len(list(metrics.read())) == 6
+
+
+def test_lost_steps_and_a_lost_file_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = filled(tmp_path / "metrics.jsonl")
+    metrics.truncate_after(3)
+    assert capsys.readouterr().err == ""
     metrics.truncate_after(5)
     assert "holds 3 of the 5 steps done" in capsys.readouterr().err
-
-
-def test_what_is_not_even_text_is_a_broken_line(tmp_path: Path) -> None:
-    metrics = filled(tmp_path / "metrics.jsonl")
-    metrics.path.write_bytes(metrics.path.read_bytes()[:-30] + b"\xff\x00")
-    assert len(list(metrics.read())) == 4
-
-
-def test_a_missing_file_is_an_empty_one(tmp_path: Path) -> None:
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.path.unlink()
+    metrics.truncate_after(5)
+    assert f"warning: {metrics.path} is missing: the numbers of the 5 steps done are lost" in capsys.readouterr().err
     metrics.truncate_after(0)
     metrics.sync()
-    assert list(metrics.read()) == [] and math.isnan(metrics.loss_at(0))
+    assert capsys.readouterr().err == "" and list(metrics.read()) == [] and metrics.loss_at(0) is None
+
+
+def test_what_has_no_step_is_kept(tmp_path: Path) -> None:
+    """Whoever wrote it: a resume drops only what it will do again."""
+    metrics = filled(tmp_path / "metrics.jsonl")
+    metrics.append({"kind": "note", "text": "mine"})
+    metrics.truncate_after(1)
+    assert [r["kind"] for r in metrics.read()] == ["heldout", "step", "note"]
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
