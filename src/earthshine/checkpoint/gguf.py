@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from earthshine.checkpoint.hf import save_model
+from earthshine.console import log
 from earthshine.errors import MissingDependencyError, UnsupportedModelError, WeightsError
 from earthshine.model.config import ModelConfig
 
@@ -33,6 +34,18 @@ _NAMES = {
     "blk.{l}.ffn_up.weight": "blocks.{l}.ffn.up_proj.weight",
     "blk.{l}.ffn_down.weight": "blocks.{l}.ffn.down_proj.weight",
 }
+
+
+ROPE_FACTORS = "rope_freqs.weight"  # one number per rotary frequency: how Llama 3.1's scaling is stored
+
+# `tokenizer.ggml.pre`: how a text is cut before its merges, where transformers' table does not have the name and would
+# take GPT-2's rule. By llama.cpp's src/llama-vocab.cpp these cut GPT-2's way ...
+_AS_GPT2 = ("gpt-2", "phi-2", "jais", "mpt", "olmo", "trillion", "granite-docling", "exaone4", "roberta-bpe")
+# ... and these so after every digit stands alone.
+_DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# A piece that is a token is that token, whatever the merges make of it.
+_IGNORE_MERGES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
+_END_TOKENS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
 
 
 def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
@@ -56,9 +69,9 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
     except (ValueError, IndexError, UnicodeDecodeError) as e:
         raise WeightsError(f"{path} is not a readable GGUF file: {e}.") from e
     config = _config(path, dict(reader.fields), {t.name for t in reader.tensors})
-    state = dict(_tensors(path, reader, config))
     with tempfile.TemporaryDirectory() as scratch:
-        _write_tokenizer(path, Path(scratch), config)
+        _write_tokenizer(path, Path(scratch), dict(reader.fields), config)
+        state = dict(_tensors(path, reader, config))
         save_model(state, config, out_dir, torch.float32, companions=scratch)
     return config
 
@@ -77,10 +90,15 @@ def _config(path: Path, fields: dict[str, Any], names: set[str]) -> ModelConfig:
 
     heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
     head_dim = get("llama.attention.key_length", hidden // heads)
-    if get("llama.rope.dimension_count", head_dim) != head_dim or any(
-        k.startswith("llama.rope.scaling") for k in fields
-    ):
-        raise UnsupportedModelError(f"{path}: partial or scaled rotary positions are not converted from GGUF.")
+    if get("llama.rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedModelError(f"{path}: partial rotary positions are not converted from GGUF.")
+    kind, factor = get("llama.rope.scaling.type", "none"), get("llama.rope.scaling.factor", 1.0)
+    if ROPE_FACTORS in names or (kind != "none" and not (kind == "linear" and factor == 1)):
+        what = f"the tensor {ROPE_FACTORS}" if ROPE_FACTORS in names else f"llama.rope.scaling.type={kind!r}"
+        raise UnsupportedModelError(
+            f"{path}: scaled rotary positions (Llama 3.1 and later; here {what}) are not converted from GGUF: "
+            f"take the model's safetensors."
+        )
     return ModelConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"].data),
         hidden_size=hidden,
@@ -121,8 +139,11 @@ def _tensors(path: Path, reader: Any, config: ModelConfig) -> Iterator[tuple[str
         yield _NAMES[pattern].format(l=number), value
 
 
-def _write_tokenizer(path: Path, directory: Path, config: ModelConfig) -> None:
-    """tokenizer.json, its config and the chat template, and the generation config, into `directory`."""
+def _write_tokenizer(path: Path, directory: Path, fields: dict[str, Any], config: ModelConfig) -> None:
+    """tokenizer.json, its config and the chat template, and the generation config, into `directory`.
+
+    Raises UnsupportedModelError for a way to cut texts that is not known: the tokens would be other ones.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -132,13 +153,48 @@ def _write_tokenizer(path: Path, directory: Path, config: ModelConfig) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about fields of the file that only llama.cpp reads
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            if _text(fields, "tokenizer.ggml.model") == "gpt2":
+                _cut_as_named(path, tokenizer.backend_tokenizer, _text(fields, "tokenizer.ggml.pre"))
+            tokenizer.save_pretrained(directory)
     finally:
         logging.set_verbosity(verbosity)
+    keys = [key for end in _END_TOKENS if (key := f"tokenizer.ggml.{end}_token_id") in fields]
+    ends = list(dict.fromkeys(int(fields[key].contents()) for key in keys))
+    if max(ends, default=0) >= config.vocab_size:
+        raise WeightsError(f"{path}: one of {', '.join(keys)} is not in its vocabulary of {config.vocab_size} tokens.")
     generation = {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_ids[0],
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
         "pad_token_id": config.pad_token_id,
     }
-    text = json.dumps({k: v for k, v in generation.items() if v >= 0}, indent=2) + "\n"
+    text = json.dumps({k: v for k, v in generation.items() if v != -1}, indent=2) + "\n"
     (directory / "generation_config.json").write_text(text)
+
+
+def _text(fields: dict[str, Any], key: str) -> str:
+    return str(fields[key].contents()) if key in fields else ""
+
+
+def _cut_as_named(path: Path, tokenizer: Any, name: str) -> None:
+    """Make a byte-level tokenizer cut texts as the file's `tokenizer.ggml.pre` says."""
+    from tokenizers import pre_tokenizers
+
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known = json.loads(tokenizer.to_str())["pre_tokenizer"]
+    if name in _DIGITS_ALONE:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    elif name in _AS_GPT2:
+        tokenizer.pre_tokenizer = gpt2
+    elif name in ("", "default"):
+        log(
+            f"warning: {path} does not say how texts are cut before their merges (tokenizer.ggml.pre): GPT-2's way is "
+            f"taken. If the model has a tokenizer.json elsewhere, use that one."
+        )
+    elif known.get("type") == "ByteLevel":  # what transformers takes for a name that it does not have
+        raise UnsupportedModelError(
+            f"{path}: tokenizer.ggml.pre={name!r} is not known: texts would be cut into other tokens than those the "
+            f"model has learned. Take the model's safetensors and tokenizer.json."
+        )
+    if name in _IGNORE_MERGES:
+        tokenizer.model.ignore_merges = True

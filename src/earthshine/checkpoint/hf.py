@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from earthshine.checkpoint.companions import companion_files
+from earthshine.checkpoint.companions import check_token_ids, companion_files
 from earthshine.checkpoint.name_tables import IGNORED, LAYER, TIED_COPY, Entry, Place, entries
 from earthshine.checkpoint.safetensors_store import (
     FileRecord,
@@ -233,7 +233,9 @@ def save_model(
     """
     state = model if isinstance(model, Mapping) else model.state_dict()
     blocks = state_blocks(state, config, dtype)
-    files: dict[str, str | bytes] = {**companion_files(companions), **(extra or {})}
+    beside = companion_files(companions)
+    check_token_ids(beside, config, companions or "")
+    files: dict[str, str | bytes] = {**beside, **(extra or {})}
     with staged_directory(Path(out_dir)) as staging:
         write_model(staging, config, {e.hf: e.dtype(dtype) for e in entries(config)}, blocks, files)
 

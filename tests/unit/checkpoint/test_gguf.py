@@ -1,10 +1,14 @@
 """A GGUF file made here from a known Llama comes back bit for bit, and a strange one is refused."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
 
 from earthshine.checkpoint.gguf import convert_gguf
 from earthshine.checkpoint.hf import load_model
@@ -24,8 +28,19 @@ NAMES = {
 }  # fmt: skip
 
 
-def write(path: Path, model: Transformer, *, architecture: str = "llama", extra: bool = False) -> Path:
-    """As llama.cpp writes a Llama: rows of q and k with rotary pairs side by side (its convert script's `permute`)."""
+def write(
+    path: Path,
+    model: Transformer,
+    *,
+    architecture: str = "llama",
+    extra: bool = False,
+    pre: str = "smollm",
+    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """As llama.cpp writes a Llama: rows of q and k with rotary pairs side by side (its convert script's `permute`).
+
+    pre: how texts are cut, "" to leave it out. more: writes further fields.
+    """
     w = gguf.GGUFWriter(path, architecture)
     c = model.config
     w.add_block_count(c.num_hidden_layers)
@@ -38,7 +53,9 @@ def write(path: Path, model: Transformer, *, architecture: str = "llama", extra:
     w.add_rope_dimension_count(c.head_dim)
     w.add_layer_norm_rms_eps(c.rms_norm_eps)
     w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("smollm")
+    if pre:
+        w.add_tokenizer_pre(pre)
+    more(w)
     alphabet = [chr(b) if 33 <= b < 127 else chr(256 + b) for b in range(256)]
     w.add_token_list([*alphabet, "<s>", "</s>", "<pad>", "ab"])
     w.add_token_types([1] * 256 + [3] * 3 + [1])
@@ -86,7 +103,9 @@ def test_weights_config_and_tokenizer_come_back(model: Transformer, tmp_path: Pa
 def test_strange_files_are_refused(model: Transformer, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="architecture='gpt2'"):
         convert_gguf(write(tmp_path / "a.gguf", model, architecture="gpt2"), tmp_path / "a")
-    with pytest.raises(WeightsError, match="rope_freqs.weight, which nothing in a Llama consumes"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"scaled rotary positions \(Llama 3.1 and later; .*rope_freqs.weight"
+    ):
         convert_gguf(write(tmp_path / "b.gguf", model, extra=True), tmp_path / "b")
     (tmp_path / "c.gguf").write_bytes(b"GGUFgarbage and more of it, long enough to look")
     with pytest.raises(WeightsError, match="not a readable GGUF"):
@@ -94,3 +113,55 @@ def test_strange_files_are_refused(model: Transformer, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is not a file"):
         convert_gguf(tmp_path / "none.gguf", tmp_path / "d")
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".gguf"]
+
+
+TEXT = "x = 100    42,\n  7 12345 it's"
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+
+
+@pytest.mark.parametrize(
+    "pre, rule",
+    [*((name, DIGITS) for name in ("smollm", "starcoder", "command-r", "minerva-7b")), ("gpt-2", GPT2), ("olmo", GPT2)],
+)
+def test_texts_are_cut_as_the_file_says(pre: str, rule: Any, model: Transformer, tmp_path: Path) -> None:
+    convert_gguf(write(tmp_path / "m.gguf", model, pre=pre), tmp_path / "hf")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert tokenizer.pre_tokenizer.pre_tokenize_str(TEXT) == rule.pre_tokenize_str(TEXT)
+
+
+def test_how_others_cut_is_transformers_table(model: Transformer, tmp_path: Path) -> None:
+    convert_gguf(write(tmp_path / "m.gguf", model, pre="llama-bpe"), tmp_path / "hf")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("a 12345")] == ["a", "\u0120", "123", "45"]
+    assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["ignore_merges"] is True
+
+
+def test_an_unknown_cut_is_refused_and_none_is_said(
+    model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="tokenizer.ggml.pre='gpt-9' is not known: texts would be cut into"):
+        convert_gguf(write(tmp_path / "a.gguf", model, pre="gpt-9"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    for number, pre in enumerate(("", "default")):
+        convert_gguf(write(tmp_path / f"{number}.gguf", model, pre=pre), tmp_path / f"{number}")
+        assert "does not say how texts are cut" in capsys.readouterr().err
+
+
+def test_ends_of_turns_and_scaling_that_scales_nothing(model: Transformer, tmp_path: Path) -> None:
+    def more(w: gguf.GGUFWriter) -> None:
+        w.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        w.add_eot_token_id(258)
+
+    assert convert_gguf(write(tmp_path / "m.gguf", model, more=more), tmp_path / "hf") == CONFIG
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 256, "eos_token_id": [257, 258]}
+
+    def linear(w: gguf.GGUFWriter) -> None:
+        w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        w.add_rope_scaling_factor(4.0)
+
+    with pytest.raises(UnsupportedModelError, match="scaled rotary positions .*here llama.rope.scaling.type='linear'"):
+        convert_gguf(write(tmp_path / "b.gguf", model, more=linear), tmp_path / "b")
+    with pytest.raises(WeightsError, match="eot_token_id is not in its vocabulary of 260 tokens"):
+        convert_gguf(write(tmp_path / "c.gguf", model, more=lambda w: w.add_eot_token_id(260)), tmp_path / "c")
