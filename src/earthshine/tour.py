@@ -262,13 +262,16 @@ def _sample(path: Path, label: str, model: Path, tokenizer: Path) -> None:
     if path.exists():
         return
     from earthshine.checkpoint.hf import load_model
-    from earthshine.data.tokenizer import load_tokenizer
     from earthshine.evaluate.generate import generate
+    from earthshine.evaluate.prompts import Prompts
 
-    loaded, words = load_model(model), load_tokenizer(tokenizer)
+    loaded, prompts = load_model(model), Prompts(model, tokenizer)
     samples = []
     for prompt in PROMPTS:
-        text = words.decode(generate(loaded, words.encode_prompt(prompt), max_new_tokens=SAMPLE_TOKENS))
+        prompt_ids = prompts.encode(prompt)
+        text = prompts.tokenizer.decode_continuation(
+            prompt_ids, generate(loaded, prompt_ids, max_new_tokens=SAMPLE_TOKENS)
+        )
         log(f"{label}: {prompt!r} -> {text!r}")
         samples.append({"prompt": prompt, "text": text})
     write_json(path, {"kind": "samples", "label": label, "samples": samples})

@@ -132,6 +132,35 @@ def test_eval_on_shards_of_another_tokenizer_says_so(run, dense_dir, shards, tmp
     assert (code, "not made with" in err) == (0, True)
 
 
+def test_another_tokenizer_than_the_runs_is_refused(run, run_dir, shards, tokenizer_dir, tmp_path):
+    other = shutil.copytree(tokenizer_dir, tmp_path / "other")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    (tmp_path / "a.txt").write_text("The Moon. " * 200)
+    assert run("prepare", tmp_path / "a.txt", "--tokenizer", other, "--out", tmp_path / "d")[0] == 0
+    for command in (
+        ("eval", run_dir, "--shards", tmp_path / "d", "--seq-len", 32),
+        ("generate", run_dir, "--tokenizer", other, "--prompt", "a"),
+        ("export", run_dir, tmp_path / "out", "--tokenizer", other),
+    ):
+        code, _, err = run(*command)
+        assert (code, err.count("sha256")) == (2, 2), err
+
+
+def test_a_run_is_evaluated_with_its_own_masks(run, tiny_job, shards, tmp_path):
+    for within, flags, masks in ((False, [], "across"), (True, [], "within"), (True, ["--across-documents"], "across")):
+        folder = tmp_path / f"run-{within}"
+        command = ["train", *tiny_job, f"data.document_attention={str(within).lower()}", "num_steps=2"]
+        own = ["--heldout", shards, "heldout.max_sequences=4", "sequences_per_micro_batch=4", "--run", folder]
+        assert run(*command, "--data", shards, *own)[0] == 0
+        check = ["eval", folder, "--shards", shards, "--seq-len", 32, "--max-sequences", 4, *flags]
+        out = run(*check)[1]
+        assert f"{masks} documents" in out
+        assert ("the run was trained within documents" in out) == bool(flags)
+        result = json.loads(run(*check, "--json")[1])
+        after = json.loads((folder / "eval" / "heldout-after.json").read_text())
+        assert (result == after) == (not flags)
+
+
 def test_generate(run, dense_dir, run_dir, tokenizer_dir):
     command = ["generate", dense_dir, "--prompt", "The Moon", "--max-new-tokens", 3]
     code, out, _ = run(*command, "--temperature", 1, "--seed", 3, "--json")

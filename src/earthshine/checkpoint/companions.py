@@ -15,6 +15,7 @@ from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (  # patterns of names in lower case; a folder's files are named with it
     "tokenizer*",

@@ -1,5 +1,6 @@
 """A run or a model as a Hugging Face directory that stands alone: weights, config, tokenizer, generation, card."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from torch import Tensor
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.companions import (
     GENERATION,
+    TOKENIZER,
     check_token_ids,
     companion_files,
     has_tokenizer,
@@ -28,6 +30,7 @@ from earthshine.checkpoint.hf import (
     write_model,
 )
 from earthshine.checkpoint.name_tables import Entry, entries
+from earthshine.checkpoint.run_rule import RunRule, run_rule
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
 from earthshine.checkpoint.staging import staged_directory
 from earthshine.checkpoint.tokenizer_class import keep_class, warn_of_ids_beyond
@@ -73,6 +76,10 @@ def export(
     config, blocks, origin, facts = read(source, DTYPES[dtype], trust)
     files = _files(origin, named)
     check_token_ids(files, config, (GENERATION in (named or {}) and tokenizer_dir) or origin or source)
+    rule = run_rule(source) if is_run(source) else None
+    if rule is not None:
+        _check_tokenizer(rule, files, tokenizer_dir or origin or source)
+        files = _ending_as_trained(rule, files)
     if not has_tokenizer(files):
         there = origin or source
         said = f"there is none beside {there}" if there.exists() else f"{there} does not exist (any more)"
@@ -83,6 +90,32 @@ def export(
         write_model(
             staging, config, {e.hf: e.dtype(DTYPES[dtype]) for e in entries(config)}, blocks, {**files, **texts}
         )
+
+
+def _check_tokenizer(rule: RunRule, files: Mapping[str, bytes], where: str | Path) -> None:
+    """Raise ConfigError when a run would leave with another tokenizer than its data was made with."""
+    if TOKENIZER in files:
+        fix = "Name the folder of the tokenizer that its data was prepared with (--tokenizer)."
+        rule.require_tokenizer(hashlib.sha256(files[TOKENIZER]).hexdigest(), f"{Path(where) / TOKENIZER}", fix)
+    elif has_tokenizer(files) and rule.tokenization is not None:
+        log(
+            f"{where} holds no {TOKENIZER}, which the data of {rule.path} was made with (sha256 "
+            f"{rule.tokenization.tokenizer_sha256}): whether its tokenizer is the same cannot be compared."
+        )
+
+
+def _ending_as_trained(rule: RunRule, files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files, with the token that ends the data's documents among those at which their generation config stops."""
+    if GENERATION not in files or rule.tokenization is None:
+        return files
+    generation = json.loads(files[GENERATION])
+    ends = generation.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if rule.tokenization.eod in ends:
+        return files
+    ends = [*ends, rule.tokenization.eod]
+    generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return files | {GENERATION: (json.dumps(generation, indent=2) + "\n").encode()}
 
 
 def _files(origin: Path | None, named: dict[str, bytes] | None) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ The digest and the hashes find damage. The signature is an HMAC by a key of this
 that came from elsewhere is recognised: its tensors' index is a pickle, which can run code when it is read.
 """
 
+import contextlib
 import errno
 import hashlib
 import hmac
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from earthshine.config import decode, read_json
+from earthshine.config import decode, encode, read_json
+from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.files import sha256_file, sync_folder, write_json
 from earthshine.model.config import ModelConfig
@@ -33,7 +35,10 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was read and whose own digest holds; `trusted` says whether our key signed it."""
+    """A manifest that was read and whose own digest holds; `trusted` says whether our key signed it.
+
+    tokenization: how the run's texts became ids (`data.tokenization`); None in a checkpoint from before it was kept.
+    """
 
     folder: Path
     step: int
@@ -41,6 +46,7 @@ class Manifest:
     job: dict[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     trusted: bool
+    tokenization: Tokenization | None = None
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -61,7 +67,22 @@ def candidates(path: Path) -> list[Path]:
     return step_folders(run_dir)
 
 
-def write(folder: Path, *, step: int, model: dict[str, Any], job: dict[str, Any]) -> None:
+def newest(path: Path) -> Manifest | None:
+    """The newest manifest that can be read of those that `path` can mean; no other file is looked at."""
+    for folder in candidates(path):
+        with contextlib.suppress(CheckpointError):
+            return read(folder)
+    return None
+
+
+def write(
+    folder: Path,
+    *,
+    step: int,
+    model: dict[str, Any],
+    job: dict[str, Any],
+    tokenization: Tokenization | None = None,
+) -> None:
     """Hash and fsync every file under `folder`, then write its signed manifest."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -79,6 +100,8 @@ def write(folder: Path, *, step: int, model: dict[str, Any], job: dict[str, Any]
         "files": files,
         "key": _key_id(key),
     }
+    if tokenization is not None:
+        body["tokenization"] = encode(tokenization)
     body["sha256"] = _digest(body)
     body["signature"] = _sign(key, body["sha256"])
     write_json(folder / MANIFEST, body)
@@ -105,9 +128,10 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(f"{where} names this machine's key, but its signature is not by it.")
     try:
         model = decode(ModelConfig, body["model"])
+        rule = decode(Tokenization, body["tokenization"]) if "tokenization" in body else None
     except ConfigError as e:
         raise CheckpointError(f"{where} holds a model this version cannot read: {e}") from e
-    return Manifest(folder, body["step"], model, body["job"], body["files"], ours)
+    return Manifest(folder, body["step"], model, body["job"], body["files"], ours, rule)
 
 
 def _check_types(body: Mapping[str, Any], signature: Any) -> None:

@@ -20,6 +20,7 @@ from earthshine.checkpoint import manifest as manifests
 from earthshine.checkpoint.manifest import CHECKPOINTS, Manifest
 from earthshine.config import encode, read_json
 from earthshine.console import human_bytes, log
+from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, DiskFullError
 from earthshine.files import naming_full_disk, sync_folder, write_json
 from earthshine.model.config import ModelConfig
@@ -33,13 +34,17 @@ _SLACK_BYTES = 1 << 20  # index, manifest and headers beside the tensors
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose hashes hold and which may be read. `state` is what was saved beside the tensors."""
+    """A checkpoint whose hashes hold and which may be read. `state` is what was saved beside the tensors.
+
+    tokenization: see `manifest.Manifest`.
+    """
 
     folder: Path
     step: int
     model: ModelConfig
     job: dict[str, Any]
     state: dict[str, Any]
+    tokenization: Tokenization | None = None
 
 
 def save(
@@ -51,6 +56,7 @@ def save(
     model: ModelConfig,
     job: Mapping[str, Any],
     keep: int,
+    tokenization: Tokenization | None = None,
 ) -> Path:
     """Write `RUN/checkpoints/step-NNNNNN`, then delete all but the newest `keep` (0: keep all). Returns the folder.
 
@@ -59,6 +65,7 @@ def save(
         state: JSON-ready. Floats come back bit for bit.
         model: so that loading never needs the job.
         job: the encoded job, for people and for the comparison at a resume.
+        tokenization: how the run's texts became ids, for whoever prompts, evaluates or exports its model.
 
     Raises DiskFullError when there is no room; then no trace of this checkpoint is left.
     """
@@ -76,7 +83,7 @@ def save(
         with naming_full_disk(final):
             _write_tensors(temporary / _TENSORS, tensors, final, needed)
             write_json(temporary / _STATE, dict(state))
-            manifests.write(temporary, step=step, model=encode(model), job=dict(job))
+            manifests.write(temporary, step=step, model=encode(model), job=dict(job), tokenization=tokenization)
             sync_folder(temporary)
             if final.exists():  # damaged, or it would have been resumed from
                 _discard(final)
@@ -184,7 +191,7 @@ def _discard_old(run_dir: Path, keep: int, newest: Path) -> None:
 
 def _open(manifest: Manifest) -> Checkpoint:
     state = read_json(manifest.folder / _STATE)
-    return Checkpoint(manifest.folder, manifest.step, manifest.model, manifest.job, state)
+    return Checkpoint(manifest.folder, manifest.step, manifest.model, manifest.job, state, manifest.tokenization)
 
 
 def _discard(folder: Path) -> None:

@@ -35,7 +35,8 @@ class Options:
     """Sequences per forward pass."""
 
     across_documents: bool = False
-    """Let attention see the documents before in its window, as a job with data.document_attention=false trains."""
+    """Let attention see the documents before in its window, as a job with data.document_attention=false trains; such a
+    run is evaluated so by default."""
 
     precision: Precision = "float32"
     """Type of the computation."""
@@ -51,12 +52,29 @@ class Options:
 
 
 def run(options: Options) -> None:
+    from earthshine.checkpoint.run_rule import run_rule
+    from earthshine.console import log
     from earthshine.data.shards import TokenShards
+    from earthshine.data.tokenization import unlike
     from earthshine.data.tokenizer import warn_of_other_tokenizer
     from earthshine.evaluate.perplexity import heldout_loss
     from earthshine.files import write_json
 
-    warn_of_other_tokenizer(options.model, options.shards, TokenShards(options.shards, verify=False).tokenizer_sha256)
+    shards, rule = TokenShards(options.shards, verify=False), run_rule(options.model)
+    within = not options.across_documents
+    if rule is None:
+        warn_of_other_tokenizer(options.model, options.shards, shards.tokenizer_sha256)
+        note = "a Hugging Face directory does not say how it was trained"
+    else:
+        fix = "Prepare them again with the tokenizer of the run's data (data.sources)."
+        rule.require_tokenizer(shards.tokenizer_sha256, f"the tokenizer of {options.shards}", fix)
+        within = within and rule.document_attention
+        note = "as the run was trained" if within == rule.document_attention else "the run was trained within documents"
+        differ = unlike(shards.tokenization, [rule.tokenization] if rule.tokenization else [])
+        if differ:
+            log(f"warning: {options.shards} was prepared otherwise than the run's data: {differ}.")
+    if shards.lost():
+        log(f"warning: {options.shards}: {shards.lost()}; bits per byte are over text that the tokenizer cannot spell.")
     model = load(options.model, options.precision, options.trust)
     result = heldout_loss(
         model,
@@ -64,7 +82,7 @@ def run(options: Options) -> None:
         seq_len=options.seq_len,
         max_sequences=options.max_sequences,
         batch=options.batch,
-        document_attention=not options.across_documents,
+        document_attention=within,
     )
     if options.out:
         write_json(options.out, result)
@@ -73,7 +91,8 @@ def run(options: Options) -> None:
         return
     rows = [
         ("loss", f"{result['loss']:.4f} +- {result['stderr']:.4f}", "nats per token"),
-        ("bits per byte", f"{result['bits_per_byte']:.4f}", ""),
+        ("bits per byte", f"{result['bits_per_byte']:.4f}", f"lossy: {result['lost']}" if result["lost"] else ""),
         ("tokens", f"{result['tokens']:,}", f"of {options.shards}"),
+        ("attention", "within documents" if within else "across documents", note),
     ]
     print(table(("what", "value", "note"), rows))

@@ -24,6 +24,10 @@ class Options:
     tokenizer: Path | None = None
     """A tokenizer.json, or a folder with one; by default the model's own."""
 
+    special_tokens: bool = False
+    """A special token's spelling in the prompt is that token (a chat's marks); by default as in the run's data, and
+    text for a Hugging Face directory."""
+
     max_new_tokens: int = 64
     """Tokens to add at most."""
 
@@ -47,11 +51,11 @@ class Options:
 
 
 def run(options: Options) -> None:
-    from earthshine.data.tokenizer import load_tokenizer
     from earthshine.evaluate.generate import generate, stop_ids
+    from earthshine.evaluate.prompts import Prompts
 
-    tokenizer = load_tokenizer(options.tokenizer or options.model)
-    prompt_ids = tokenizer.encode_prompt(options.prompt)
+    prompts = Prompts(options.model, options.tokenizer, special_tokens=options.special_tokens)
+    prompt_ids = prompts.encode(options.prompt)
     model = load(options.model, options.precision, options.trust)
     new_ids = generate(
         model,
@@ -62,7 +66,7 @@ def run(options: Options) -> None:
         seed=options.seed,
         eos_ids=stop_ids(options.model, model.config),
     )
-    text = tokenizer.decode(new_ids)
+    text = prompts.tokenizer.decode_continuation(prompt_ids, new_ids)
     if options.json:
         print_json({"prompt": options.prompt, "text": text, "prompt_ids": prompt_ids, "new_ids": new_ids})
     else:

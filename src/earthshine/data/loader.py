@@ -21,7 +21,7 @@ from earthshine.data.config import DataConfig
 from earthshine.data.mixture import Mixture
 from earthshine.data.packing import Epoch, Packing, cut
 from earthshine.data.shards import TokenShards
-from earthshine.data.tokenization import Tokenization, of_sources
+from earthshine.data.tokenization import Tokenization, of_sources, unlike
 from earthshine.errors import CheckpointError, ConfigError, DataError
 
 IGNORED = -100  # a target that is no target, as in torch.nn.functional.cross_entropy
@@ -182,21 +182,24 @@ class Loader:
         """How the run's texts became ids: what its checkpoints carry, for evaluation, prompts and export."""
         return of_sources([s.shards.tokenization for s in self._sources])
 
-    def warnings(self) -> list[str]:
-        """What a user should know of the data before the first step."""
+    def notes(self) -> list[str]:
+        """What a user should know of the data before the first step, as lines of a log."""
         shards = [s.shards for s in self._sources]
-        found = [f"{s.path}: {s.lost()}; bits per byte do not count what was lost." for s in shards if s.lost()]
+        found = [
+            f"warning: {s.path}: {s.lost()}: what was lost is not learned, and bits per byte are lossy."
+            for s in shards
+            if s.lost()
+        ]
         old = [str(s.path) for s in shards if not s.tokenization.recorded]
         if old:
             found.append(
-                f"{', '.join(old)} does not record how its texts became ids (it was written before prepare did): "
-                f"a document ends at each end token (id {shards[0].eod}), one inside a text included. "
-                f"Prepare it again for documents that end where they end."
+                f"{', '.join(old)} does not record how its texts became ids: as before it did, a document ends at "
+                f"each end token (id {shards[0].eod}), one inside a text included."
             )
-        if len({s.tokenization.bos_ids for s in shards if s.tokenization.recorded} | ({()} if old else set())) > 1:
+        if len({s.tokenization.bos_ids for s in shards}) > 1:
             found.append(
-                "data.sources: the documents of some begin with a beginning token and those of others do not; prepare "
-                "them alike, because a prompt begins like the first source's documents."
+                "warning: data.sources: the documents of some begin with a beginning token and those of others do not; "
+                "prepare them alike, because a prompt begins like the first source's documents."
             )
         return found
 
@@ -212,6 +215,9 @@ class Loader:
         _require_one_tokenizer([*trained, shards])
         if shards.fingerprint in [s.fingerprint for s in trained]:
             log(f"warning: heldout.path={path} is data that is trained on: its loss says nothing about other text.")
+        differ = unlike(shards.tokenization, [s.tokenization for s in trained])
+        if differ:
+            log(f"warning: heldout.path={path} was prepared otherwise than the data that is trained on: {differ}.")
         return shards.fingerprint
 
     def state_dict(self) -> dict[str, Any]:

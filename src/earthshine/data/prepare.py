@@ -336,8 +336,8 @@ def _say_counts(encoder: Encoder, index: dict[str, Any]) -> None:
     if unknown:
         log(
             f"warning: {unknown / index['tokens']:.2%} of the tokens ({unknown:,}) are the unknown token <unk> (id "
-            f"{tokenizer.unknown_id}): {tokenizer.path} cannot spell these texts, and bits per byte do not count what "
-            f"is lost. Take a tokenizer made for them, or one that falls back on bytes."
+            f"{tokenizer.unknown_id}): {tokenizer.path} cannot spell these texts, and bits per byte will be lossy. "
+            f"Take a tokenizer made for them, or one that falls back on bytes."
         )
     if dropped:
         log(

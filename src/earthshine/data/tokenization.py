@@ -68,3 +68,16 @@ def of_sources(rules: list[Tokenization]) -> Tokenization:
         special_spellings=spellings,
         boundaries=boundaries,
     )
+
+
+def unlike(rule: Tokenization, others: list[Tokenization]) -> str:
+    """In what a rule is none of the others', in words; "" where it is one of them, or nothing was recorded."""
+    others = [other for other in others if other.recorded]
+    if not rule.recorded or not others:
+        return ""
+    found = []
+    if rule.bos_ids not in [other.bos_ids for other in others]:
+        found.append(f"its documents begin with the ids {list(rule.bos_ids)}, not {list(others[0].bos_ids)}")
+    if rule.special_spellings not in [other.special_spellings for other in others]:
+        found.append(f"special tokens spelled in its texts are {rule.special_spellings}")
+    return " and ".join(found)

@@ -34,7 +34,8 @@ def heldout_loss(
     estimator: sequences differ in their number of targets), `bits_per_byte` of UTF-8 text, `tokens`, `bytes`
     (estimated from the shards' bytes per token), and `sequence_losses` (nats per token) with `sequence_tokens`, so
     that two models can be compared sequence by sequence; `sha256` is the fingerprint of the shards, so that results on
-    other texts are told apart.
+    other texts are told apart; `lost` says in words what the tokenizer could not spell of the text, "" for nothing:
+    where it is not empty, bits per byte are lossy, because they are over the bytes of a text that the model never saw.
 
     Raises ConfigError for a `seq_len` beyond the model's positions, where the loss would be of something that it never
     learned; DataError when there is no whole window or a token is outside the vocabulary; TrainingDivergedError,
@@ -90,6 +91,7 @@ def heldout_loss(
         "seq_len": seq_len,
         "document_attention": document_attention,
         "sha256": shards.fingerprint,
+        "lost": shards.lost(),
         "sequence_losses": [s / n for s, n in zip(sums, counts, strict=True)],
         "sequence_tokens": counts,
     }

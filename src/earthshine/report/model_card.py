@@ -207,7 +207,9 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
         {
             "name": r.get("name", "held-out text"),
             "loss": fixed(r["loss"]) + (f" \u00b1 {fixed(r['stderr'])}" if r.get("stderr") is not None else ""),
-            "bits_per_byte": fixed(r["bits_per_byte"]) if r.get("bits_per_byte") is not None else None,
+            "bits_per_byte": fixed(r["bits_per_byte"]) + (" (lossy: unknown tokens)" if r.get("lost") else "")
+            if r.get("bits_per_byte") is not None
+            else None,
             "tokens": r.get("tokens"),
         }
         for r in results

@@ -182,7 +182,7 @@ def _heldout_row(run: Run, color: int, word: str, h: Heldout) -> tuple[Cell | st
         Cell(run.name, color=color),
         word if h.step is None else f"{word} (step {whole(h.step)})",
         with_error(h.loss, h.stderr),
-        with_error(h.bits_per_byte, bits_error),
+        with_error(h.bits_per_byte, bits_error) + (" (lossy: unknown tokens)" if h.lossy else ""),
         whole(h.tokens) if h.tokens else "not recorded",
         whole(len(h.sequences)) if h.sequences else "not recorded",
     )

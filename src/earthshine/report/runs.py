@@ -68,7 +68,8 @@ class Heldout:
     bytes: float = 0.0
     step: int | None = None
     sequences: tuple[tuple[float, int], ...] = ()
-    identity: tuple[str, ...] = ()  # the window length and the hash of the text, where the file gives them
+    identity: tuple[str, ...] = ()  # the window length, the hash of the text, and the masks, where the file gives them
+    lossy: bool = False  # bits per byte are over bytes that the tokenizer could not spell
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,8 @@ def _heldout(data: dict[str, Any], where: str) -> Heldout:
         bytes=_number(data, "bytes", where) if "bytes" in data else 0.0,
         step=int(_number(data, "step", where)) if "step" in data else None,
         sequences=tuple(zip(map(float, losses), tokens, strict=True)),
-        identity=tuple(str(data[k]) for k in ("seq_len", "sha256") if k in data),
+        identity=tuple(str(data[k]) for k in ("seq_len", "sha256", "document_attention") if k in data),
+        lossy=bool(data.get("lost")),
     )
     if losses:
         mean = math.fsum(loss * n for loss, n in heldout.sequences) / sum(tokens)

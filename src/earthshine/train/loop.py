@@ -320,6 +320,7 @@ def _save(run: _Run) -> None:
         model=state.model.config,
         job=encode(run.job),
         keep=run.job.checkpoint.keep,
+        tokenization=state.loader.tokenization,
     )
     log(f"saved {run.saved}")
 
@@ -357,7 +358,7 @@ def _evaluate_if_due(run: _Run) -> None:
         if step == at:
             write_json(run.folder / run_folder.EVAL / name, result)
     record = {"kind": "heldout", "step": step}
-    record |= {key: result[key] for key in ("loss", "stderr", "bits_per_byte", "tokens")}
+    record |= {key: result[key] for key in ("loss", "stderr", "bits_per_byte", "tokens", "lost")}
     run.metrics.append(record)
     run.tracker.record(record)
     log(heldout_line(record))

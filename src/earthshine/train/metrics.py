@@ -140,5 +140,6 @@ def step_line(record: Mapping[str, Any], num_steps: int, eta_seconds: float) -> 
 def heldout_line(record: Mapping[str, Any]) -> str:
     return (
         f"held-out at step {record['step']}: loss {record['loss']:.4f} +- {record['stderr']:.4f} nats per token, "
-        f"{record['bits_per_byte']:.4f} bits per byte, {record['tokens']:,} tokens"
+        f"{record['bits_per_byte']:.4f} bits per byte{' (lossy)' if record.get('lost') else ''}, "
+        f"{record['tokens']:,} tokens"
     )

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.manifest import newest
 from earthshine.checkpoint.run_store import MODEL_PREFIX, Checkpoint
 from earthshine.config import diff, encode
 from earthshine.console import log
 from earthshine.data.loader import Loader
+from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import warn_of_other_tokenizer
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig
@@ -127,9 +130,15 @@ def build_state(
         seed=job.seed,
         vocab_size=model.config.vocab_size,
     )
-    if isinstance(job.init, FromHuggingFace) and checkpoint is None:
+    if checkpoint is None:
         first = loader.summary[0]  # all sources have one tokenizer
-        warn_of_other_tokenizer(job.init.path, str(first["path"]), str(first["tokenizer_sha256"]))
+        _warn_of_other_ids(job, str(first["path"]), str(first["tokenizer_sha256"]))
+    for note in loader.notes():
+        log(note)
+    ends = model.config.eos_token_ids
+    model.config = _with_ends(model.config, loader.tokenization, drawn=isinstance(job.init, Scratch))
+    if ends and ends != model.config.eos_token_ids:
+        log(f"the data's documents end with id {loader.tokenization.eod}: it ends a text, besides or instead of {ends}")
     optimizer = build_optimizer(model, replace(job.optimizer, ns_dtype=ns_dtype))
     choices = {"compute_dtype": _dtype_name(compute_dtype), "ns_dtype": ns_dtype}
     state = TrainState(model, optimizer, loader, device, choices)
@@ -176,10 +185,39 @@ def _training_options(job: TrainJob) -> dict[str, Any]:
 
 def _same_model(job: TrainJob, checkpoint: Checkpoint) -> ModelConfig:
     """The checkpoint's architecture: going on does not need a warm start's source. Raises ConfigError for another."""
-    if isinstance(job.init, Scratch) and job.init.model != checkpoint.model:
-        lines = diff(encode(checkpoint.model), encode(job.init.model), "init.model")
-        raise ConfigError(f"{checkpoint.folder} holds another model: {'; '.join(lines)}.")
+    if isinstance(job.init, Scratch):
+        saved = checkpoint.model
+        wanted = replace(job.init.model, bos_token_id=saved.bos_token_id, eos_token_ids=saved.eos_token_ids)
+        if wanted != saved:  # those ids are the data's, by `_with_ends`
+            lines = diff(encode(saved), encode(wanted), "init.model")
+            raise ConfigError(f"{checkpoint.folder} holds another model: {'; '.join(lines)}.")
     return checkpoint.model
+
+
+def _with_ends(config: ModelConfig, rule: Tokenization, *, drawn: bool) -> ModelConfig:
+    """The config with the token that ends the data's documents among those that end a text.
+
+    drawn: the weights know no other tokenizer than the data's, so that another's ids (of a preset) end nothing.
+    """
+    if rule.eod in config.eos_token_ids or rule.eod >= config.vocab_size:
+        return config
+    if not drawn:
+        return replace(config, eos_token_ids=(*config.eos_token_ids, rule.eod))
+    return replace(config, eos_token_ids=(rule.eod,), bos_token_id=rule.bos_ids[0] if rule.bos_ids else -1)
+
+
+def _warn_of_other_ids(job: TrainJob, shards: str, tokenizer_sha256: str) -> None:
+    """Say so when a warm start's weights and the data were made with different tokenizers."""
+    match job.init:
+        case FromHuggingFace(path=path):
+            warn_of_other_tokenizer(path, shards, tokenizer_sha256)
+        case FromCheckpoint(path=path):
+            found = newest(Path(path))
+            if found and found.tokenization and found.tokenization.tokenizer_sha256 != tokenizer_sha256:
+                log(
+                    f"warning: {shards} was made with another tokenizer than the data of {path}: unless the two hold "
+                    f"the same vocabulary, losses and weights mean nothing."
+                )
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.export import export
 from earthshine.checkpoint.hf import load_model, read_config
+from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError, OutputExistsError, WeightsError
+from earthshine.files import sha256_file
 from earthshine.model.config import ModelConfig
 
 
@@ -22,7 +24,13 @@ def origin(hf_dir, dense) -> Path:
     return folder
 
 
-def make_run(run_dir: Path, config: ModelConfig, origin: Path | None, poison: bool = False) -> dict[str, torch.Tensor]:
+def make_run(
+    run_dir: Path,
+    config: ModelConfig,
+    origin: Path | None,
+    poison: bool = False,
+    tokenization: Tokenization | None = None,
+) -> dict[str, torch.Tensor]:
     """A run folder with a checkpoint of random weights at step 3; returns them."""
     from earthshine.model.transformer import Transformer, initialize
 
@@ -33,7 +41,7 @@ def make_run(run_dir: Path, config: ModelConfig, origin: Path | None, poison: bo
         state["final_norm.weight"][0] = float("nan")
     job = {"init": {"kind": "huggingface", "path": str(origin)} if origin else {"kind": "scratch"}}
     tensors = {f"model.{n}": t for n, t in state.items()}
-    run_store.save(run_dir, step=3, tensors=tensors, state={}, model=config, job=job, keep=1)
+    run_store.save(run_dir, step=3, tensors=tensors, state={}, model=config, job=job, keep=1, tokenization=tokenization)
     line = {"kind": "step", "step": 3, "total_tokens": 123456}
     (run_dir / "metrics.jsonl").write_text(json.dumps(line) + '\n{"kind": "st')
     return state
@@ -154,3 +162,32 @@ def test_what_cannot_be_exported_leaves_nothing(origin, hf_dir, dense, tmp_path)
     with pytest.raises(WeightsError, match=r"model.norm.weight holds values that torch.bfloat16 cannot"):
         export(wide, tmp_path / "out", dtype="bfloat16")
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_another_tokenizer_than_the_runs_does_not_leave_with_it(dense: ModelConfig, origin: Path, tmp_path: Path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text('{"model": 2}')
+    of_data = Tokenization(tokenizer_sha256=sha256_file(origin / "tokenizer.json"), eod=7)
+    make_run(run, dense, None, tokenization=of_data)
+    with pytest.raises(ConfigError, match=rf"other/tokenizer.json has the sha256 .* sha256 {of_data.tokenizer_sha256}"):
+        export(run, tmp_path / "out", tokenizer_dir=other)
+    export(run, tmp_path / "out", tokenizer_dir=origin)
+    make_run(tmp_path / "warm", dense, other, tokenization=of_data)  # began with a model of another tokenizer
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        export(tmp_path / "warm", tmp_path / "out2")
+    (other / "tokenizer.json").rename(other / "tokenizer.model")
+    export(run, tmp_path / "out3", tokenizer_dir=other)
+
+
+@pytest.mark.parametrize(("ends", "after"), [(None, 7), (3, [3, 7]), ([3, 5], [3, 5, 7]), ([7, 3], [7, 3])])
+def test_the_end_token_of_the_data_ends_a_text(
+    dense: ModelConfig, origin: Path, tmp_path: Path, ends: object, after: object
+):
+    """Also where the generation config of the model that a run began with names others."""
+    given = {"temperature": 0.6} | ({"eos_token_id": ends} if ends is not None else {})
+    (origin / "generation_config.json").write_text(json.dumps(given))
+    rule = Tokenization(tokenizer_sha256=sha256_file(origin / "tokenizer.json"), eod=7)
+    make_run(tmp_path / "run", dense, origin, tokenization=rule)
+    export(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == given | {"eos_token_id": after}

@@ -122,11 +122,12 @@ def test_the_rule_of_a_run_and_what_is_said_of_it(make_shards: ShardMaker) -> No
 
     both = of(text, chat)
     assert both.tokenization == Tokenization(tokenizer_sha256="0" * 64, eod=0, bos_ids=(9,), special_spellings="tokens")
-    assert ["9.76% of the tokens are unknown" in w for w in both.warnings()] == [True]
-    assert of(text).warnings() == []
-    assert "begin with a beginning token and those of others do not" in of(text, plain).warnings()[0]
+    assert ["9.76% of the tokens are unknown" in w for w in both.notes()] == [True]
+    assert of(text).notes() == []
+    assert "begin with a beginning token and those of others do not" in of(text, plain).notes()[0]
     assert not of(text, old).tokenization.recorded
-    assert "old does not record how its texts became ids" in of(text, old).warnings()[0]
+    assert "old does not record how its texts became ids" in of(text, old).notes()[0]
+    assert not any(note.startswith("warning") for note in of(old).notes())
 
 
 def test_sources_are_mixed_by_weight(two_sources: DataConfig) -> None:

@@ -1,6 +1,7 @@
 """train/state.py: what a checkpoint of one kind of device is on another."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from torch import Tensor
 
 from earthshine.checkpoint import run_store
+from earthshine.checkpoint.hf import save_model
 from earthshine.config import encode
-from earthshine.train.job import TrainJob
+from earthshine.data.tokenization import Tokenization
+from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob
 from earthshine.train.loop import fit
 from earthshine.train.state import TrainState, build_state
 
@@ -110,3 +113,56 @@ def test_an_accelerator_takes_the_random_state_of_its_own_kind(
     restored(job, tmp_path, ACCELERATOR)
     assert generator.restored == expected
     assert ("another kind of device" in capsys.readouterr().err) == (expected is None)
+
+
+@pytest.mark.parametrize(("ends", "after"), [((), (0,)), ((2, 3), (0,)), ((3, 0), (3, 0))])
+def test_the_end_token_of_the_data_is_the_models(
+    make_job: JobMaker, tmp_path: Path, ends: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    """Drawn weights learn to end documents with it; ids that a preset brought along belong to another tokenizer."""
+    job = make_job()
+    assert isinstance(job.init, Scratch)
+    job = make_job(init=Scratch(model=replace(job.init.model, eos_token_ids=ends)))
+    fit(job, tmp_path, stop_after=2, device="cpu")
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint and checkpoint.model.eos_token_ids == after
+    assert checkpoint.tokenization and (checkpoint.tokenization.eod, checkpoint.tokenization.recorded) == (0, False)
+    assert fit(job, tmp_path, device="cpu").finished  # the same job resumes, although its model says otherwise
+
+
+def test_a_warm_start_keeps_its_end_tokens_beside_the_datas(
+    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    assert isinstance(job.init, Scratch)
+    model = replace(job.init.model, eos_token_ids=(5,))
+    save_model(started(job, CPU).model, model, tmp_path / "hf")
+    state = started(make_job(init=FromHuggingFace(path=str(tmp_path / "hf"))), CPU)
+    assert state.model.config.eos_token_ids == (5, 0)
+    assert "documents end with id 0" in capsys.readouterr().err
+
+
+def test_a_run_from_before_checkpoints_named_the_end_token_resumes(make_job: JobMaker, tmp_path: Path) -> None:
+    job = make_job()
+    assert isinstance(job.init, Scratch)
+    state = started(job, CPU)
+    state.model.config = job.init.model
+    save(job, state, tmp_path)
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint and checkpoint.tokenization is None and checkpoint.model.eos_token_ids == ()
+    assert restored(job, tmp_path, CPU).model.config.eos_token_ids == (0,)
+
+
+def test_a_warm_start_from_a_run_of_another_tokenizer_is_said(
+    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    state = started(job, CPU)
+    for sha256, said in (("0" * 64, False), ("1" * 64, True)):
+        rule = Tokenization(tokenizer_sha256=sha256, eod=0)
+        run_store.save(
+            tmp_path, step=1, tensors=state.tensors(), state=state.numbers(), model=state.model.config,
+            job=encode(job), keep=0, tokenization=rule,
+        )  # fmt: skip
+        started(make_job(init=FromCheckpoint(path=str(tmp_path))), CPU)
+        assert ("was made with another tokenizer than the data of" in capsys.readouterr().err) == said
