@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from earthshine.errors import CheckpointError, ConfigError, OutputExistsError
 from earthshine.model.config import HF_CLASSES, ModelConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import to_hf
+from earthshine.model.serving import lacks_bias, serving_notes
 from earthshine.run_folder import METRICS, json_lines
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,6 +75,7 @@ def export(
         raise ConfigError(f"{tokenizer_dir} holds no tokenizer file to copy.")
     read = _from_run if is_run(source) else _from_directory
     config, blocks, origin, facts = read(source, DTYPES[dtype], trust)
+    config, blocks = _as_served(config, blocks, DTYPES[dtype])
     files = _files(origin, named)
     check_token_ids(files, config, (GENERATION in (named or {}) and tokenizer_dir) or origin or source)
     rule = run_rule(source) if is_run(source) else None
@@ -116,6 +118,23 @@ def _ending_as_trained(rule: RunRule, files: dict[str, bytes]) -> dict[str, byte
     ends = [*ends, rule.tokenization.eod]
     generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return files | {GENERATION: (json.dumps(generation, indent=2) + "\n").encode()}
+
+
+def _as_served(config: ModelConfig, blocks: Blocks, dtype: torch.dtype) -> tuple[ModelConfig, Blocks]:
+    """The same function in the form that is served by most; what is not served is logged.
+
+    vLLM's Qwen2-MoE always has a bias on queries, keys and values: where there is none, zeros are written.
+    """
+    if lacks_bias(config):
+        config, plain = replace(config, qkv_bias=True), blocks
+        log("q, k and v get a bias of zeros, which changes nothing: vLLM's Qwen2-MoE always has one.")
+
+        def blocks(entry: Entry) -> Iterable[Tensor]:
+            return [torch.zeros(entry.shape, dtype=dtype)] if entry.hf.endswith("_proj.bias") else plain(entry)
+
+    for note in serving_notes(config):
+        log(f"serving: {note} (docs/serving.md).")
+    return config, blocks
 
 
 def _files(origin: Path | None, named: dict[str, bytes] | None) -> dict[str, bytes]:

@@ -27,6 +27,7 @@ from earthshine.errors import ConfigError, UnsupportedModelError, WeightsError
 from earthshine.model.config import HF_CLASSES, ModelConfig, MoEConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import read_hf_config
+from earthshine.model.serving import SERVED, serving_notes
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.recipe import Copy, Normal, Recipe, Zeros
 
@@ -150,9 +151,10 @@ class UpcyclePlan:
         )
 
     def _beside(self) -> str:
-        """What travels beside the weights, and who reads the tokenizer."""
+        """What travels beside the weights, who reads the tokenizer, and what the serving programs do not read."""
         said = self.reading.sentence if self.reading else "no tokenizer"
-        return f"beside the weights: {', '.join(self.files) or 'nothing'}\n{said}"
+        lines = [f"beside the weights: {', '.join(self.files) or 'nothing'}", f"tokenizer: {said}"]
+        return "\n".join([*lines, *(f"serving: {note}" for note in serving_notes(self.target_config) or [SERVED])])
 
     def to_json(self) -> dict[str, Any]:
         """All of it but the weights, for the output's `earthshine.json`."""

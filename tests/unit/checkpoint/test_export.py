@@ -1,6 +1,7 @@
 """Export: what leaves is what was trained, with all that another program needs to use it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,22 @@ def test_a_relative_origin_is_that_of_the_runs_start(origin, dense, tmp_path, mo
     origin.rename(tmp_path / "gone")
     export(tmp_path / "first", tmp_path / "without")
     assert f"gets no tokenizer: {origin} does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("from_run", [False, True])
+def test_a_qwen2_moe_without_a_bias_gets_zeros_for_vllm(from_run, models, hf_dir, tmp_path, capsys):
+    plain = replace(models["qwen2_moe"], head_dim=4)
+    if from_run:
+        make_run(tmp_path / "run", plain, None)
+    source = tmp_path / "run" if from_run else hf_dir(plain)
+    export(source, tmp_path / "out")
+    assert read_config(tmp_path / "out") == replace(plain, qkv_bias=True)
+    before, after = load_model(source).eval(), load_model(tmp_path / "out").eval()
+    tokens = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(before(tokens), after(tokens))
+    said = capsys.readouterr().err
+    assert "get a bias of zeros" in said and "serving: SGLang's Qwen2-MoE has experts in every layer" in said
 
 
 def test_what_cannot_be_exported_leaves_nothing(origin, hf_dir, dense, tmp_path):
