@@ -116,13 +116,14 @@ class Stopwatch:
         self._seconds = 0.0
         self._events: list[tuple[torch.Event, torch.Event]] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Stopwatch":
         if self._on_host:
             self._start = time.perf_counter()
         else:
             event = torch.Event(self._device, enable_timing=True)
             event.record()
             self._events.append((event, torch.Event(self._device, enable_timing=True)))
+        return self
 
     def __exit__(self, *exception: object) -> None:
         if self._on_host:

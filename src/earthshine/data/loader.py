@@ -7,8 +7,9 @@ each source has given, and a rank of many takes rows of the same step (`Batch.ro
 Shapes: B sequences, S tokens per sequence.
 """
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,15 @@ class Batch:
             self.documents_BS[start:stop],
             self.sample_ids[start:stop],
             int((targets_BS != IGNORED).sum()),
+        )
+
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory."""
+        return replace(
+            self,
+            tokens_BS=self.tokens_BS.pin_memory(),
+            targets_BS=self.targets_BS.pin_memory(),
+            documents_BS=self.documents_BS.pin_memory(),
         )
 
 
@@ -125,8 +135,11 @@ class Loader:
         seed: int,
         vocab_size: int,
         verify: bool = True,
+        pin: bool = False,
     ) -> None:
         """seq_len: tokens per sequence. vocab_size: the model's. verify: hash every shard first (~ 1 s per GB).
+
+        pin: batches in memory that an accelerator copies from while the host goes on.
 
         Raises ConfigError for numbers that make no sense, DataError for shards that cannot be used or disagree.
         """
@@ -147,6 +160,8 @@ class Loader:
         self._mixture = Mixture([s.weight for s in config.sources])
         self._taken = [0] * len(self._sources)
         self._steps = 0
+        self._pin = pin
+        self._ahead: tuple[Batch, list[int]] | None = None
         self.summary = [
             {
                 "path": c.path,
@@ -162,9 +177,25 @@ class Loader:
 
     def next_step(self) -> Batch:
         """The next step's sequences, all ranks' together. A source that is used up starts its next epoch."""
+        batch, taken = self._ahead or self._read()
+        self._ahead = None
+        self._taken = taken
+        self._steps += 1
+        return batch
+
+    def read_ahead(self) -> None:
+        """Read the next step now, while a device computes; `state_dict` stays that of the steps handed out.
+
+        What cannot be read is left to the step that needs it.
+        """
+        with contextlib.suppress(DataError, OSError):
+            self._ahead = self._ahead or self._read()
+
+    def _read(self) -> tuple[Batch, list[int]]:
+        """The next step, and how many samples each source has given after it."""
         window_BT = np.empty((self._sequences_per_step, self._seq_len + 1), dtype=np.int64)
         ends_BT = np.empty(window_BT.shape, dtype=np.bool_)
-        taken = list(self._taken)  # kept only when the whole step could be read
+        taken = list(self._taken)
         sample_ids = []
         for row_T, end_T in zip(window_BT, ends_BT, strict=True):
             number = self._mixture.choose(taken)
@@ -173,9 +204,8 @@ class Loader:
             end_T[:] = source.read(epoch, index, row_T)
             sample_ids.append((number, epoch, index))
             taken[number] += 1
-        self._taken = taken
-        self._steps += 1
-        return _batch(window_BT, ends_BT, sample_ids, self._document_attention)
+        batch = _batch(window_BT, ends_BT, sample_ids, self._document_attention)
+        return (batch.pinned() if self._pin else batch), taken
 
     @property
     def tokenization(self) -> Tokenization:
@@ -259,6 +289,7 @@ class Loader:
                 )
         self._taken = [int(n) for n in state["taken"]]
         self._steps = int(state["steps"])
+        self._ahead = None
 
 
 def _require_one_tokenizer(shards: list[TokenShards]) -> None:

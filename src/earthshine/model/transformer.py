@@ -230,9 +230,9 @@ class Transformer(nn.Module):
         """For each MoE layer, int64 (E,): rows routed to each expert in training forwards since the last reset."""
         return {i: moe.counts_E.clone() for i, moe in self._moe_layers().items()}
 
-    def dropped_counts(self) -> dict[int, int]:
-        """For each MoE layer, how many of those choices were dropped for want of capacity."""
-        return {i: int(moe.dropped) for i, moe in self._moe_layers().items()}
+    def dropped_counts(self) -> dict[int, Tensor]:
+        """For each MoE layer, int64, 0-d: how many of those choices were dropped for want of capacity."""
+        return {i: moe.dropped.clone() for i, moe in self._moe_layers().items()}
 
     def reset_expert_counts(self) -> None:
         for moe in self._moe_layers().values():

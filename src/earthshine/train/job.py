@@ -81,8 +81,8 @@ class TrainJob:
     """One training run. Raises ConfigError where the fields contradict each other.
 
     On resume only these may differ from the run's config, because none changes a bit of a step: `name`, `tracker`,
-    `checkpoint.*`, `heldout.every_steps`, `recompute`; and `num_steps`, if every learning rate used so far stays what
-    it was (a longer constant schedule, or WSD before its decay).
+    `checkpoint.*`, `heldout.every_steps`, `recompute`, `log_every`; and `num_steps`, if every learning rate used so far
+    stays what it was (a longer constant schedule, or WSD before its decay).
 
     Args:
         sequences_per_step: sequences in one update; the gradient is that of their mean loss per target token, and with
@@ -95,6 +95,10 @@ class TrainJob:
         recompute: "block" keeps only the input of each decoder layer for the backward pass and computes the rest again:
             the same gradients to the bit, in less memory, for one more forward pass.
         compile: each decoder layer by `torch.compile`, which changes last bits.
+        log_every: steps from one line of the log and of metrics.jsonl to the next; between them an accelerator is not
+            waited for. Also after the last step, and before a checkpoint or an evaluation, there is one. A line's
+            losses, norms and routing are those of its own step; its tokens, seconds, rates and samples are of all
+            `steps` since the line before (named where it is more than one).
     """
 
     name: str
@@ -116,9 +120,10 @@ class TrainJob:
     compile: bool = False
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: Literal["none", "tensorboard"] = "none"
+    log_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "sequences_per_step", "sequences_per_micro_batch", "num_steps"):
+        for name in ("seq_len", "sequences_per_step", "sequences_per_micro_batch", "num_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.sequences_per_step % self.sequences_per_micro_batch:
@@ -227,7 +232,7 @@ def _checkpoint_model(path: str) -> ModelConfig:
 
 
 # Prefixes of the fields that may change on resume; TrainJob's docstring says why.
-_MAY_CHANGE = ("name", "tracker", "checkpoint", "heldout.every_steps", "recompute")
+_MAY_CHANGE = ("name", "tracker", "checkpoint", "heldout.every_steps", "recompute", "log_every")
 
 
 def changes_on_resume(old: dict[str, Any], job: TrainJob, steps_done: int) -> list[str]:

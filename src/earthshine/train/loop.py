@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,18 @@ from earthshine.checkpoint.manifest import step_folder
 from earthshine.checkpoint.run_store import Checkpoint
 from earthshine.config import encode
 from earthshine.console import log
+from earthshine.data.loader import SampleId
 from earthshine.device import (
     DTYPES,
     ComputeChoice,
+    Readings,
+    Stopwatch,
     choose_compute_dtype,
     environment,
     gemm_peak,
     make_products_repeatable,
     peak_memory_bytes,
+    read,
 )
 from earthshine.device import pick_device as pick_device_by_name
 from earthshine.errors import ConfigError, DataError, InterruptedRunError, TrainingDivergedError
@@ -38,7 +41,7 @@ from earthshine.train.interrupts import Interrupts
 from earthshine.train.job import TrainJob, derive
 from earthshine.train.metrics import MetricsFile, heldout_line, routing_record, samples_digest, step_line
 from earthshine.train.state import TrainState, build_state
-from earthshine.train.step import Objective, train_step
+from earthshine.train.step import Objective, StepResult, train_step
 from earthshine.train.trackers import Tracker, make_tracker, require_tracker
 
 _ETA_STEPS = 20
@@ -145,8 +148,10 @@ class _Run:
     peak_flops: float
     flops_per_step: float  # of forward and backward, without what recomputation repeats
     saved: Path | None
+    stopwatch: Stopwatch  # of the steps since the last record
+    unrecorded: list[tuple[StepResult, tuple[SampleId, ...]]] = field(default_factory=list)  # and what they were
     doubted_peak: bool = False
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))  # of a step
 
 
 def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, allow_config_change: bool) -> _Run:
@@ -187,7 +192,7 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
         log(f"going on from {checkpoint.folder}" if done < job.num_steps else f"all {done} steps are done in {folder}")
     tracker = make_tracker(job.tracker, folder, done + 1)
     flops, saved_in = derived.forward_backward_flops_per_step, checkpoint.folder if checkpoint else None
-    return _Run(job, folder, state, metrics, tracker, compute.peak_flops, flops, saved_in)
+    return _Run(job, folder, state, metrics, tracker, compute.peak_flops, flops, saved_in, Stopwatch(device))
 
 
 def _check_heldout(job: TrainJob, folder: Path, state: TrainState, *, allow_change: bool) -> None:
@@ -251,34 +256,66 @@ def _complete(run: _Run) -> bool:
 
 
 def _step(run: _Run) -> None:
-    """One step, its line and its record."""
+    """One step and, every `log_every` steps, line and record."""
     job, state = run.job, run.state
-    start = time.perf_counter()
-    lr = learning_rate(job.schedule, job.optimizer.lr, state.step, job.num_steps)
-    batch = state.loader.next_step()
-    micro = job.sequences_per_micro_batch
+    with run.stopwatch:
+        lr = learning_rate(job.schedule, job.optimizer.lr, state.step, job.num_steps)
+        batch = state.loader.next_step()
+        micro = job.sequences_per_micro_batch
+        try:
+            result = train_step(state, batch, lr=lr, micro_batch=micro, clip=job.clip_grad_norm)
+        except TrainingDivergedError as e:
+            raise _diverged(run, str(e)) from e
+        if state.step < job.num_steps:
+            state.loader.read_ahead()  # an accelerator is still computing
+    run.unrecorded.append((result, batch.sample_ids))
+    if state.step % job.log_every == 0:
+        _record(run)
+
+
+def _record(run: _Run) -> None:
+    """Line and record of the steps since the last: the one place where their numbers are waited for, all at once.
+
+    Losses, norms and routing are those of the last of these steps; tokens, times and samples are of all of them.
+    """
+    if not run.unrecorded:
+        return
+    job, state = run.job, run.state
+    results = [result for result, _ in run.unrecorded]
+    sample_ids = [i for _, of_step in run.unrecorded for i in of_step]
+    stopwatch, last = run.stopwatch, results[-1]
+    run.unrecorded, run.stopwatch = [], Stopwatch(state.device)
+    counts, dropped = state.model.expert_counts(), state.model.dropped_counts()
+    routed = Readings(*counts.values(), *dropped.values())
+    read(*(readings for result in results for readings in result.readings), routed, state.optimizer.measure())
     try:
-        result = train_step(state, batch, lr=lr, micro_batch=micro, clip=job.clip_grad_norm)
+        for result in results:
+            result.require_finite()
     except TrainingDivergedError as e:
         raise _diverged(run, str(e)) from e
-    seconds = time.perf_counter() - start
-    run.seconds.append(seconds)
+    seconds, tokens = stopwatch.seconds, sum(result.num_targets for result in results)
+    computing = sum(result.forward_backward_seconds for result in results)
     record: dict[str, Any] = {
         "kind": "step",
         "step": state.step,
-        "loss": result.objective.loss,
-        "grad_norm": result.grad_norm,
-        "lr": lr,
-        "tokens": result.num_targets,
+        **({"steps": len(results)} if len(results) > 1 else {}),
+        "loss": last.objective.loss,
+        "grad_norm": last.grad_norm,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "tokens": tokens,
         "total_tokens": state.total_tokens,
         "seconds": seconds,
-        "tokens_per_second": result.num_targets / seconds,
-        "mfu": run.flops_per_step / result.forward_backward_seconds / run.peak_flops,
+        "tokens_per_second": tokens / seconds,
+        "mfu": run.flops_per_step * len(results) / computing / run.peak_flops,
         "memory_gib": peak_memory_bytes(state.device) / 2**30,
         "update_rms": dict(state.optimizer.last_stats["update_rms"]),
-        "samples": samples_digest(batch.sample_ids),
+        "samples": samples_digest(sample_ids),
     }
-    record |= _routing_of_step(run, result.objective)
+    if counts:
+        whole = [[int(n) for n in values] for values in routed.values]
+        loads = dict(zip(counts, whole[: len(counts)], strict=True))
+        lost = {layer: n for layer, (n,) in zip(dropped, whole[len(counts) :], strict=True)}
+        record |= routing_record(loads, lost if job.capacity.factor else None) | _balance(job, last.objective)
     run.metrics.append(record)
     run.tracker.record(record)
     if record["mfu"] > 1 and not run.doubted_peak:
@@ -287,17 +324,14 @@ def _step(run: _Run) -> None:
             f"warning: mfu is above 100%: step {state.step} ran at more FLOP/s than the GEMM peak measured at the "
             f"start, {run.peak_flops / 1e9:,.0f} GFLOP/s. mfu is the ratio of the two; the cause was not measured"
         )
+    run.seconds.append(seconds / len(results))
     eta = sum(run.seconds) / len(run.seconds) * (job.num_steps - state.step)
     log(step_line(record, job.num_steps, eta))
 
 
-def _routing_of_step(run: _Run, objective: Objective) -> dict[str, Any]:
-    """The part of a step's record that is about its experts; {} for a dense model."""
-    job, model = run.job, run.state.model
-    counts = {layer: counts_E.tolist() for layer, counts_E in model.expert_counts().items()}
-    if not counts:
-        return {}
-    record = routing_record(counts, model.dropped_counts() if job.capacity.factor else None)
+def _balance(job: TrainJob, objective: Objective) -> dict[str, float]:
+    """What a step's record says of the losses that keep experts balanced."""
+    record: dict[str, float] = {}
     if job.balance.loss != "none":
         record |= {"balance_loss": objective.balance_loss, "balance": objective.balance}
     if job.balance.z_coefficient:
@@ -306,6 +340,7 @@ def _routing_of_step(run: _Run, objective: Objective) -> dict[str, Any]:
 
 
 def _save(run: _Run) -> None:
+    _record(run)  # a checkpoint has the numbers of all its steps, and none that is not finite
     state = run.state
     try:
         state.check_finite()
@@ -333,7 +368,7 @@ def _diverged(run: _Run, what: str) -> TrainingDivergedError:
             f"The last good checkpoint is {run.saved}: start a new run from it with "
             f'init={{"kind": "checkpoint", "path": "{run.saved}"}} and a lower optimizer.lr or clip_grad_norm.'
         )
-    return TrainingDivergedError(f"training diverged: {what} Nothing was updated or saved since. {advice}")
+    return TrainingDivergedError(f"training diverged: {what} Nothing was saved since. {advice}")
 
 
 def _evaluate_if_due(run: _Run) -> None:
@@ -343,6 +378,7 @@ def _evaluate_if_due(run: _Run) -> None:
     due = step in (0, job.num_steps) or (every and step % every == 0)
     if not (job.heldout.path and due) or run.metrics.heldout_at(step) is not None:
         return
+    _record(run)
     try:
         result = heldout_loss(
             run.state.model,

@@ -40,7 +40,7 @@ class MetricsFile:
                 whole = line.raw if line.raw.endswith(b"\n") else line.raw + b"\n"
                 changed |= whole is not line.raw  # the next line would be glued to it
                 kept.append(whole)
-                logged += line.record.get("kind") == "step"
+                logged += _steps(line.record)
         if damaged:
             beside = self.path.with_name(DAMAGED)
             for line in damaged:
@@ -75,6 +75,14 @@ class MetricsFile:
 def _after(record: Mapping[str, Any], step: int) -> bool:
     number = record.get("step")
     return isinstance(number, int) and number > step
+
+
+def _steps(record: Mapping[str, Any]) -> int:
+    """How many steps a record stands for: its own and, with `log_every`, those before it that have none."""
+    if record.get("kind") != "step":
+        return 0
+    number = record.get("steps")
+    return number if isinstance(number, int) else 1
 
 
 def samples_digest(sample_ids: Sequence[tuple[int, ...]]) -> str:

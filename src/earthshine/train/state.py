@@ -129,6 +129,7 @@ def build_state(
         sequences_per_step=job.sequences_per_step,
         seed=job.seed,
         vocab_size=model.config.vocab_size,
+        pin=device.type not in ("cpu", "meta"),
     )
     if checkpoint is None:
         first = loader.summary[0]  # all sources have one tokenizer

@@ -14,7 +14,6 @@ Shapes: B sequences, S positions, E experts.
 """
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,68 +21,121 @@ import torch
 from torch import Tensor, nn
 
 from earthshine.data.loader import Batch
+from earthshine.device import Readings, Stopwatch
 from earthshine.errors import DataError, TrainingDivergedError
-from earthshine.model.transformer import Transformer
+from earthshine.model.config import BalanceConfig
+from earthshine.model.transformer import Losses, Transformer
 from earthshine.train.state import TrainState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Objective:
-    """What a step minimised, the sum of the three losses.
+    """What a step minimised, the sum of the three losses. Asking for a number waits for the device.
 
     loss: nats per target token.
     balance_loss, z_loss: as they were added, coefficient included, summed over the layers.
     balance: the balance loss without its coefficient, the mean over sequences and layers: 1 at uniform routing.
+
+    They are made of `sums`, `model.transformer.Losses` of each micro-batch; num_layers: those with experts.
     """
 
-    loss: float
-    balance_loss: float = 0.0
-    z_loss: float = 0.0
-    balance: float = 0.0
+    sums: Readings
+    num_targets: int
+    num_sequences: int
+    num_tokens: int
+    num_layers: int
+    config: BalanceConfig
+
+    def _sum(self, which: str) -> float:
+        return math.fsum(values[Losses._fields.index(which)] for values in self.sums.values)
+
+    @property
+    def loss(self) -> float:
+        return self._sum("nll") / self.num_targets
+
+    @property
+    def balance_loss(self) -> float:
+        return self.config.coefficient * self._sum("balance") / self.num_sequences
+
+    @property
+    def z_loss(self) -> float:
+        return self.config.z_coefficient * self._sum("z") / self.num_tokens
+
+    @property
+    def balance(self) -> float:
+        return self._sum("balance") / self.num_sequences / max(self.num_layers, 1)
 
     @property
     def total(self) -> float:
         return self.loss + self.balance_loss + self.z_loss
 
+    def __str__(self) -> str:
+        return f"loss {self.loss}, balance_loss {self.balance_loss}, z_loss {self.z_loss}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class StepResult:
-    """grad_norm: before clipping. The seconds are of forward and backward alone, a first routing pass included."""
+    """What step number `step` was. Asking for a number waits for the device; `read(*readings)` has them all at once.
 
+    grad_norm: before clipping. forward_backward_seconds: a first routing pass included.
+    """
+
+    step: int
     objective: Objective
-    grad_norm: float
     num_targets: int
-    forward_backward_seconds: float
+    norm: Readings
+    stopwatch: Stopwatch
+
+    @property
+    def readings(self) -> tuple[Readings, Readings]:
+        return self.objective.sums, self.norm
+
+    @property
+    def grad_norm(self) -> float:
+        return self.norm.values[0][0]
+
+    @property
+    def forward_backward_seconds(self) -> float:
+        return self.stopwatch.seconds
+
+    def require_finite(self) -> None:
+        """Raise TrainingDivergedError when loss or gradient norm is not finite."""
+        if not math.isfinite(self.objective.total):
+            raise TrainingDivergedError(f"the loss of step {self.step} is {self.objective.total} ({self.objective}).")
+        if not math.isfinite(self.grad_norm):
+            raise TrainingDivergedError(
+                f"the gradient norm of step {self.step} is {self.grad_norm} (its loss is {self.objective.loss:.4f})."
+            )
 
 
 def train_step(state: TrainState, batch: Batch, *, lr: float, micro_batch: int, clip: float) -> StepResult:
     """Update `state` by the whole step `batch`, in micro-batches of `micro_batch` sequences; count the step.
 
+    Waits for no accelerator: what the step was is on the device until it is asked for.
+
     Args:
         lr: learning rate of this step, of every group.
         clip: largest global gradient norm; 0 for no clipping.
 
-    Raises TrainingDivergedError when loss or gradient norm is not finite; then parameters, routers' biases, optimizer
-    and step are still those of before it.
+    On a CPU, where reading a number is free, raises TrainingDivergedError when loss or gradient norm is not finite;
+    then parameters, routers' biases, optimizer and step are still those of before it. On an accelerator
+    `StepResult.require_finite` finds it, after the update.
     """
-    number = state.step + 1
     state.optimizer.zero_grad(set_to_none=True)
     state.model.reset_expert_counts()
-    start = time.perf_counter()
-    objective = accumulate(state.model, batch, micro_batch)
-    seconds = time.perf_counter() - start
-    if not math.isfinite(objective.total):
-        raise TrainingDivergedError(f"the loss of step {number} is {objective.total} ({objective}).")
+    with Stopwatch(state.device) as stopwatch:
+        objective = accumulate(state.model, batch, micro_batch)
     norm = clip_gradients(state.model.parameters(), clip)
-    if not math.isfinite(norm):
-        raise TrainingDivergedError(f"the gradient norm of step {number} is {norm} (its loss is {objective.loss:.4f}).")
+    result = StepResult(state.step + 1, objective, batch.num_targets, Readings(norm), stopwatch)
+    if norm.is_cpu:
+        result.require_finite()
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
     state.model.update_router_bias()
-    state.step = number
+    state.step = result.step
     state.total_tokens += batch.num_targets
-    return StepResult(objective, norm, batch.num_targets, seconds)
+    return result
 
 
 def accumulate(model: Transformer, batch: Batch, micro_batch: int) -> Objective:
@@ -98,7 +150,7 @@ def accumulate(model: Transformer, batch: Batch, micro_batch: int) -> Objective:
     parts = [batch.rows(first, first + micro_batch) for first in range(0, num_sequences, micro_batch)]
     balance = model.balance
     step_counts = _routing_counts(model, parts) if balance.scope == "step" else None
-    sums: list[tuple[Tensor, ...]] = []
+    sums: list[Tensor] = []
     for part in parts:
         tokens_BS, targets_BS, documents_BS = _on_device(model, part)
         losses = model.losses(tokens_BS, targets_BS, documents_BS, step_counts)
@@ -108,14 +160,9 @@ def accumulate(model: Transformer, batch: Batch, micro_batch: int) -> Objective:
             losses.z * (balance.z_coefficient / num_tokens),
         )
         torch.autograd.backward(sum(terms[1:], terms[0]))
-        sums.append(tuple(s.detach() for s in losses))
-    nll, unweighted, z = (math.fsum(map(float, column)) for column in zip(*sums, strict=True))
-    return Objective(
-        loss=nll / batch.num_targets,
-        balance_loss=balance.coefficient * unweighted / num_sequences,
-        z_loss=balance.z_coefficient * z / num_tokens,
-        balance=unweighted / num_sequences / max(len(model.config.moe.layers), 1),
-    )
+        sums.append(torch.stack([s.detach() for s in losses]))
+    num_layers = len(model.config.moe.layers)
+    return Objective(Readings(*sums), batch.num_targets, num_sequences, num_tokens, num_layers, balance)
 
 
 def _routing_counts(model: Transformer, parts: Sequence[Batch]) -> dict[int, Tensor]:
@@ -131,27 +178,33 @@ def _routing_counts(model: Transformer, parts: Sequence[Batch]) -> dict[int, Ten
 def _on_device(model: Transformer, part: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tokens, targets, and the documents' numbers where there is more than one document in a sequence."""
     device = model.embed.weight.device
-    documents_BS = part.documents_BS.to(device) if bool(part.documents_BS.any()) else None
-    return part.tokens_BS.to(device), part.targets_BS.to(device), documents_BS
+    separate = bool(part.documents_BS.any())  # on the host, as all of a batch
+    documents_BS = part.documents_BS.to(device, non_blocking=True) if separate else None
+    return part.tokens_BS.to(device, non_blocking=True), part.targets_BS.to(device, non_blocking=True), documents_BS
 
 
-def grad_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The global L2 norm of the gradients, squared and summed in float64."""
+def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The global L2 norm of the gradients, squared and summed in float64: 0-d, where they are."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters if p.grad is not None]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before.
 
-    A norm that is not finite leaves them untouched. Differs from torch.nn.utils.clip_grad_norm_, which adds 1e-6 to the
-    norm and sums squares in the gradients' type.
+    A norm that is not finite leaves them untouched. Waits for no accelerator: there they are multiplied by 1 where
+    nothing is to be clipped. Differs from torch.nn.utils.clip_grad_norm_, which adds 1e-6 to the norm and sums squares
+    in the gradients' type.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
     norm = grad_norm(with_gradient)
-    if max_norm and math.isfinite(norm) and norm > max_norm:
-        for parameter in with_gradient:
-            assert parameter.grad is not None
-            parameter.grad.mul_(max_norm / norm)
+    if not max_norm or not with_gradient:
+        return norm
+    clips = norm.isfinite() & (norm > max_norm)
+    if norm.is_cpu and not clips:
+        return norm
+    factor = torch.where(clips, torch.full_like(norm, max_norm) / norm, 1.0)
+    gradients = [p.grad for p in with_gradient if p.grad is not None]
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
     return norm

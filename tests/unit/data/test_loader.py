@@ -171,6 +171,52 @@ def test_rows_of_a_batch(two_sources: DataConfig) -> None:
     assert parts[1].tokens_BS.data_ptr() == b.tokens_BS[1].data_ptr()  # views, not copies
 
 
+class TestReadingAhead:
+    def test_changes_neither_the_order_nor_the_state(self, two_sources: DataConfig) -> None:
+        """Over more than an epoch of each source."""
+        plain, ahead = (loader(two_sources, sequences_per_step=7) for _ in range(2))
+        for _ in range(20):
+            ahead.read_ahead()
+            ahead.read_ahead()
+            assert ahead.state_dict() == plain.state_dict()
+            assert rows([ahead.next_step()]) == rows([plain.next_step()])
+            assert ahead.state_dict() == plain.state_dict()
+        assert all(
+            taken > s["samples_per_epoch"] for taken, s in zip(plain.state_dict()["taken"], plain.summary, strict=True)
+        )
+
+    def test_is_forgotten_when_a_state_is_loaded(self, two_sources: DataConfig) -> None:
+        plain, ahead = loader(two_sources), loader(two_sources)
+        state = plain.state_dict()
+        expected = rows([plain.next_step()])
+        for _ in range(3):
+            ahead.next_step()
+        ahead.read_ahead()
+        ahead.load_state_dict(state)
+        assert rows([ahead.next_step()]) == expected
+
+    def test_what_cannot_be_read_is_left_to_the_step_that_needs_it(
+        self, two_sources: DataConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ahead = loader(two_sources)
+        state = ahead.state_dict()
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenShards, "read", lambda *args: (_ for _ in ()).throw(OSError("gone")))
+            ahead.read_ahead()
+            assert ahead.state_dict() == state
+            with pytest.raises(OSError, match="gone"):
+                ahead.next_step()
+        assert rows([ahead.next_step()]) == rows([loader(two_sources).next_step()])
+
+    def test_batches_are_page_locked_where_that_is_asked_for(
+        self, two_sources: DataConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        locked: list[tuple[int, ...]] = []
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: locked.append(tuple(t.shape)) or t.clone())
+        assert rows([loader(two_sources, pin=True).next_step()]) == rows([loader(two_sources).next_step()])
+        assert locked == [(3, 16)] * 3
+
+
 class TestRefusals:
     def test_numbers(self, two_sources: DataConfig) -> None:
         for name, value in (("seq_len", 0), ("sequences_per_step", 0), ("seed", -1), ("seed", 2**64)):

@@ -300,6 +300,7 @@ def test_changing_what_does_not_touch_the_mathematics_is_allowed(make_job: JobMa
         "checkpoint.keep=9",
         "heldout.every_steps=1",
         "recompute=block",
+        "log_every=10",
     ]
     assert changes_on_resume(encode(job), override(job, changes), steps_done=3) == []
 
