@@ -44,7 +44,7 @@ from earthshine.data.formats import recognise
 from earthshine.data.long_text import encode_in_pieces
 from earthshine.data.shards import ShardWriter, token_dtype
 from earthshine.data.tokenization import Tokenization
-from earthshine.data.tokenizer import load_tokenizer
+from earthshine.data.tokenizer import load_tokenizer, warn_of_missing_rows
 from earthshine.errors import ConfigError, DataError, OutputExistsError
 from earthshine.files import naming_full_disk, sync_folder
 
@@ -207,6 +207,7 @@ def prepare(
     if os.path.lexists(out):
         raise OutputExistsError(f"out={out} exists; choose another folder or remove it first.")
     encoder = Encoder(Path(tokenizer), eod, text_key, special_tokens)
+    warn_of_missing_rows(encoder.tokenizer)
     files, aside = find_files(inputs)
     total_bytes = sum(map(size_of, files))
     formats = [recognise(file, text_key) for file in files]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from earthshine.config import parse_json
 from earthshine.data.tokenization import of_index
+from earthshine.data.tokenizer import MORE_IDS_THAN_ROWS
 from earthshine.errors import DataError
 from earthshine.files import naming_full_disk, sha256_file, write_json
 
@@ -238,7 +239,8 @@ class TokenShards:
     def _refuse_token(self, shard: dict[str, Any], token: int) -> None:
         raise DataError(
             f"{self.path / shard['file']} holds token id {token}, but the vocabulary has {self._limit} ids "
-            f"(0 to {self._limit - 1}); run prepare again with the tokenizer of the model."
+            f"(0 to {self._limit - 1}); run prepare again with the tokenizer of the model. Where it was used, "
+            f"it has more ids than the model has rows: {MORE_IDS_THAN_ROWS}"
         )
 
 

@@ -20,6 +20,10 @@ from earthshine.files import sha256_file
 
 MAX_VOCAB_SIZE = 1 << 24  # far beyond any vocabulary; an id near 2**32 is damage, and would cost a row of a model each
 
+MORE_IDS_THAN_ROWS = (
+    "resize the embedding (resize_token_embeddings in transformers), or remove the added tokens from the tokenizer."
+)
+
 
 class Tokenizer:
     """Text to token ids and back.
@@ -207,6 +211,19 @@ def warn_of_other_tokenizer(model_dir: str | Path, shards: str | Path, tokenizer
         log(
             f"warning: {shards} was not made with {own}: unless the two files hold the same vocabulary, "
             f"losses and weights mean nothing."
+        )
+
+
+def warn_of_missing_rows(tokenizer: Tokenizer) -> None:
+    """Say so when the model in the tokenizer's folder, where there is one, has fewer rows than the tokenizer ids."""
+    try:
+        rows = read_json(tokenizer.path.with_name("config.json"))["vocab_size"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if type(rows) is int and tokenizer.vocab_size > rows:
+        log(
+            f"warning: {tokenizer.path} has {tokenizer.vocab_size} ids and the config.json beside it {rows} rows: "
+            f"shards with an id from {rows} on cannot be used with that model. To mend it, {MORE_IDS_THAN_ROWS}"
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from earthshine.config import read_json
+from earthshine.data.tokenizer import MORE_IDS_THAN_ROWS
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer
@@ -40,7 +41,10 @@ def generate(
         raise ConfigError("prompt: it has no tokens; give at least one.")
     outside = [i for i in prompt_ids if not 0 <= i < config.vocab_size]
     if outside:
-        raise ConfigError(f"prompt: token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}.")
+        raise ConfigError(
+            f"prompt: token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}. If the "
+            f"model's own tokenizer gave it, it has more ids than the model has rows: {MORE_IDS_THAN_ROWS}"
+        )
     total = len(prompt_ids) + max_new_tokens
     if total > config.max_position_embeddings:
         raise ConfigError(

@@ -121,7 +121,7 @@ def _not_a_model(path: Path) -> str:
                 f"{path} is a cache of the Hugging Face Hub: give the model's directory in it, {snapshots[-1].parent}."
             )
         return f"{path} has no config.json: give the directory of a model, with its config.json and weights."
-    message = f"{path} does not exist: the directory of a model is needed, with its config.json and weights."
+    message = f"{path / 'config.json'} does not exist: the directory of a model is needed, with its weights."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or "/" not in str(path):
         message += f" If it is a name on the Hugging Face Hub: hf download {path} --local-dir models/{path.name}"
     return message

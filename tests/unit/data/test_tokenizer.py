@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
-from earthshine.data.tokenizer import load_tokenizer, warn_of_other_tokenizer
+from earthshine.data.tokenizer import load_tokenizer, warn_of_missing_rows, warn_of_other_tokenizer
 from earthshine.errors import ConfigError
 from earthshine.files import sha256_file
 
@@ -162,3 +162,20 @@ def test_a_file_that_makes_the_library_panic_is_refused(tmp_path: Path, content:
         tokenizer = load_tokenizer(path, eod=0)
         tokenizer.encode("a" * 40 + "b")
         tokenizer.encode_prompt("a b")
+
+
+def test_more_ids_than_the_model_beside_has_rows_is_said(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tokenizer_dir / "tokenizer.json", folder)
+    tokenizer = load_tokenizer(folder)
+    for config in (None, "{", "[]", '{"vocab_size": "many"}', f'{{"vocab_size": {tokenizer.vocab_size}}}'):
+        if config is not None:
+            (folder / "config.json").write_text(config)
+        warn_of_missing_rows(tokenizer)
+    assert capsys.readouterr().err == ""
+    (folder / "config.json").write_text(f'{{"vocab_size": {tokenizer.vocab_size - 1}}}')
+    warn_of_missing_rows(tokenizer)
+    assert f"the config.json beside it {tokenizer.vocab_size - 1} rows" in capsys.readouterr().err

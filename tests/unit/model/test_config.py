@@ -392,7 +392,7 @@ def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
         (snapshot.parents[1], f"is a cache of the Hugging Face Hub: give .* {snapshot}"),
         (
             Path("meta-llama/Llama-3.2-1B"),
-            "does not exist.*hf download meta-llama/Llama-3.2-1B --local-dir models/Llama",
+            "^meta-llama/Llama-3.2-1B/config.json does not exist.*hf download meta-llama/Llama-3.2-1B --local-dir",
         ),
         (tmp_path / "no" / "where", "does not exist: the directory of a model is needed"),
     ):
