@@ -182,12 +182,17 @@ def override(config: T, assignments: Sequence[str]) -> T:
     return decode(type(config), data)
 
 
-def diff(old: Any, new: Any, where: str = "") -> list[str]:
-    """The leaves in which two encoded configs differ, each as 'path: old -> new'."""
+def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    """The leaves in which two encoded configs differ: (path, old, new), "(absent)" where there is none."""
     if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
+        found = []
         for key in sorted(set(old) | set(new)):
             path = f"{where}.{key}" if where else key
-            lines += diff(old.get(key, "(absent)"), new.get(key, "(absent)"), path)
-        return lines
-    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+            found += differences(old.get(key, "(absent)"), new.get(key, "(absent)"), path)
+        return found
+    return [] if old == new else [(where, old, new)]
+
+
+def diff(old: Any, new: Any, where: str = "") -> list[str]:
+    """`differences`, each as 'path: old -> new'."""
+    return [f"{path}: {json.dumps(a)} -> {json.dumps(b)}" for path, a, b in differences(old, new, where)]

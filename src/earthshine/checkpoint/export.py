@@ -41,7 +41,7 @@ from earthshine.model.config import HF_CLASSES, ModelConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import to_hf
 from earthshine.model.serving import lacks_bias, serving_notes
-from earthshine.run_folder import METRICS, json_lines
+from earthshine.run_folder import METRICS, STARTS, json_lines
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "README.md"
@@ -190,7 +190,12 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
     records = [line.record for line in json_lines(run_dir / METRICS) if line.record]
     tokens = [r["total_tokens"] for r in records if r.get("step") == checkpoint.step and "total_tokens" in r]
     facts: dict[str, Any] = {
-        "training": {"job": job, "steps": checkpoint.step, "tokens": tokens[-1] if tokens else None},
+        "training": {
+            "job": job,
+            "steps": checkpoint.step,
+            "tokens": tokens[-1] if tokens else None,
+            "starts": [line.record for line in json_lines(run_dir / STARTS) if line.record],
+        },
         "data": [dict(s) for s in job.get("data", {}).get("sources", [])],
         "lineage": lineage,
         "evaluation": [

@@ -62,11 +62,11 @@ class Cards:
 
 @dataclass(frozen=True)
 class LegendItem:
-    """One entry of a legend: a line of colour `color`, a patch of that class, or a dashed reference."""
+    """One entry of a legend: a line of colour `color`, a patch of that class, a dashed reference, a dotted change."""
 
     label: str
     color: int = 0
-    mark: Literal["line", "reference", "band", "point"] = "line"
+    mark: Literal["line", "reference", "band", "point", "change"] = "line"
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ def environment_section(runs: Sequence[Run]) -> Section:
         rows = tuple((_env_name(p), *(_env_value(p, leaves.get(p)) for leaves in columns)) for p in paths)
         headers = ("", "all runs" if len(known) > 1 else known[0].name) if same else ("", *(r.name for r in known))
         caption = "Where it ran, as recorded in env.json" + ("." if same else "; the runs differ.")
+        if moved := [r.name for r in known if any(s.environment for s in r.starts)]:
+            caption += f" That is where {_listed(moved)} began, and later went on elsewhere: see What was run."
         blocks.append(Table(caption, headers, rows))
     for run in runs:
         if run.env is None:
@@ -134,7 +136,7 @@ def reproduce_section(runs: Sequence[Run]) -> Section:
             f"earthshine train {quote(f'{r.path}/config.json')} --run {quote(f'{r.path}-again')}" for r in configured
         ]
         commands.append("earthshine report " + " ".join(quote(f"{r.path}-again") for r in configured))
-        blocks.append(Text("Each run folder holds the whole job: these commands repeat it, on the environment above."))
+        blocks.append(Text(_what_the_commands_do(configured)))
         blocks.append(Code("\n".join(commands), "sh"))
     if len(configured) > 1:
         blocks.append(_config_diff(configured))
@@ -149,6 +151,22 @@ def reproduce_section(runs: Sequence[Run]) -> Section:
         blocks.append(Text("What the run folders did not hold, or held and is not shown:"))
         blocks.append(Bullets(tuple(notes)))  # type: ignore[arg-type]
     return Section("reproduce", "Reproduce", "How to reproduce", tuple(blocks))
+
+
+def _what_the_commands_do(runs: Sequence[Run]) -> str:
+    changed = [r.name for r in runs if any(s.another_run for s in r.starts)]
+    moved = [r.name for r in runs if any(s.environment for s in r.starts)]
+    words = "Each run folder holds the whole job: these commands repeat it, on the environment above."
+    if changed:
+        words = (
+            "These commands train the last config of each run from its first step. They do not repeat "
+            f"{_listed(changed)}, whose config changed on the way: see What was run."
+        )
+    return words + (f" {_listed(moved)} went on in another environment: last bits may differ." if moved else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _config_diff(runs: Sequence[Run]) -> Table | Text:

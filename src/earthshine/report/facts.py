@@ -9,8 +9,10 @@ from earthshine.console import human_seconds
 from earthshine.report.document import Cell, Table, Text
 from earthshine.report.runs import Run
 from earthshine.report.scales import fixed, flops, short, whole
+from earthshine.report.starts import on_the_way, starts_table
 
 UNKNOWN = "not recorded"
+NOTHING = "nothing"  # changed between starts
 
 
 def dig(data: Any, *keys: str) -> Any:
@@ -66,9 +68,19 @@ def tokens_done(run: Run) -> float | None:
 
 
 def compute_done(run: Run, part: str) -> float | None:
-    """FLOPs so far of "forward_backward", "repeated_forward" or "newton_schulz", from the plan's FLOPs per step."""
-    per_step = plan_number(run, f"{part}_flops_per_step")
-    return per_step * run.steps.step[-1] if per_step is not None and run.steps.step else None
+    """FLOPs so far of "forward_backward", "repeated_forward" or "newton_schulz", from the plan's FLOPs per step; each
+    start's own, where they changed."""
+    key = f"{part}_flops_per_step"
+    per_step = plan_number(run, key)
+    if per_step is None or not run.steps.step:
+        return None
+    total, end = 0.0, run.steps.step[-1]
+    for start in reversed(run.starts):
+        own, before = start.derived.get(key, per_step), {c.field: c.before for c in start.plan}.get(key)
+        done = max(0, end + 1 - start.first_step)
+        total, end = total + done * own, end - done
+        per_step = before if isinstance(before, int | float) else own
+    return total + per_step * end
 
 
 def balance_words(run: Run) -> str:
@@ -157,6 +169,7 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Optimizer", [optimizer_words(r) for r in runs]),
         ("Peak learning rate", [_show(dig(r.config, "optimizer", "lr"), short) for r in runs]),
         ("Schedule", [schedule_words(r) for r in runs]),
+        ("Changed on the way", [on_the_way(r.starts) or NOTHING for r in runs]),
         ("Balance of the experts", [balance_words(r) for r in runs]),
         ("Seed", [_show(dig(r.config, "seed"), str) for r in runs]),
         ("Compute type", [_compute_type(r) for r in runs]),
@@ -166,12 +179,19 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Share of measured peak (median)", [_percent(_median(r.steps.finite("mfu"), 100)) for r in runs]),
         ("Peak memory", [_gib(r) for r in runs]),
     ]
-    known = [(name, values) for name, values in rows if not set(values) <= {UNKNOWN, "no experts", flops(0)}]
+    known = [(name, values) for name, values in rows if not set(values) <= {UNKNOWN, NOTHING, "no experts", flops(0)}]
     return Table(
         caption="Each run as it was configured and as it went.",
         headers=("", *(r.name for r in runs)),
-        rows=tuple((name, *(Cell(v, "quiet" if v == UNKNOWN else "") for v in values)) for name, values in known),
+        rows=tuple(
+            (name, *(Cell(v, "quiet" if v in (UNKNOWN, NOTHING) else "") for v in values)) for name, values in known
+        ),
     )
+
+
+def starts(runs: Sequence[Run]) -> list[Table]:
+    """The starts of each run that had several."""
+    return [table for r in runs if (table := starts_table(r.name, r.starts))]
 
 
 def unknown_properties(runs: Sequence[Run]) -> list[Text]:

@@ -35,6 +35,15 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A vertical line at `x`, where something changed for the series of that colour; `label` says what."""
+
+    x: float
+    label: str
+    color: int = 0
+
+
+@dataclass(frozen=True)
 class Chart:
     """Series over one pair of axes. `description` says in words what is to be seen."""
 
@@ -46,6 +55,7 @@ class Chart:
     integer_x: bool = True
     from_zero: bool = False
     log_y: bool = False
+    marks: tuple[Mark, ...] = ()
 
 
 def _n(value: float) -> str:
@@ -105,6 +115,7 @@ def draw_chart(chart: Chart, width: float, height: float, ident: str) -> str:
         + _text(0, 13, chart.y_label, "axis")
         + _text(frame.middle, height - 6, chart.x_label, "axis", "middle")
     )
+    body += "".join(frame.mark(m) for m in chart.marks if xs and min(xs) <= m.x <= max(xs))
     order = {"faint": 0, "reference": 1, "dashed": 2, "line": 3, "points": 4}
     drawn: list[Series] = []
     for s in sorted(chart.series, key=lambda s: order[s.kind]):
@@ -153,6 +164,12 @@ class Frame:
             out.append(f'<path class="base" d="M{_n(x)} {_n(self.bottom)}v5"/>')
             out.append(_text(x, self.bottom + 19, label, "tick", "middle"))
         return "".join(out)
+
+    def mark(self, m: Mark) -> str:
+        """A dotted line from top to bottom that says its label."""
+        x = self.x(m.x)
+        line = f'<path class="stroke" d="M{_n(x)} {_n(self.top)}V{_n(self.bottom)}"/>'
+        return f'<g class="c{m.color % NUM_COLORS} mark">{line}<title>{escape(m.label)}</title></g>'
 
     def draw(self, s: Series, over: bool = False) -> str:
         """A series; `over` dashes it, so that the line it lies on is seen through the gaps."""

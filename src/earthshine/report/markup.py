@@ -176,6 +176,8 @@ def _legend_item(item: LegendItem) -> str:
     color = f"c{item.color % NUM_COLORS}"
     if item.mark == "point":
         mark = f'<g class="ref points"><g>{marker(15, 7, item.color, 4.4)}</g></g>'
+    elif item.mark == "change":
+        mark = f'<g class="c{item.color % NUM_COLORS} mark"><path class="stroke" d="M15 0V14"/></g>'
     elif item.mark == "reference":
         mark = '<g class="ref reference"><path class="stroke" d="M1 7H29"/></g>'
     else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from earthshine.report.document import Table, clean, fence, inline_markdown, markdown_block
 from earthshine.report.scales import fixed, short, whole
+from earthshine.report.starts import effective, on_the_way, start_of
 
 # An id of the Hub, "owner/name". A local folder is told in the text only.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -29,7 +30,7 @@ def model_card(info: Mapping[str, Any]) -> str:
             tags, limitations, lineage: lists of texts (lineage: from the origin to this model);
             model: an encoded ModelConfig; parameters: {"total", "active"};
             upcycling: the content of an upcycled folder's earthshine.json, or {"options": {...}};
-            training: {"job": an encoded TrainJob, "steps", "tokens"};
+            training: {"job": an encoded TrainJob, "steps", "tokens", "starts": the records of starts.jsonl};
             data: [{"path", "weight", "tokens", "license"}];
             evaluation: [{"name", "loss", "stderr", "bits_per_byte", "tokens"}];
             verification: results of `earthshine verify`.
@@ -171,8 +172,16 @@ def _training(training: Mapping[str, Any]) -> str:
             ("Weight decay", optimizer.get("weight_decay")),
             ("Schedule", schedule.get("kind")),
             ("Seed", job.get("seed")),
+            ("Changed on the way", _changed(training)),
         )
     )
+
+
+def _changed(training: Mapping[str, Any]) -> str:
+    """What another config or environment was resumed with: the rows above are those of the last steps."""
+    done = training.get("steps")
+    starts = effective(start_of(record) for record in training.get("starts") or ())
+    return on_the_way([s for s in starts if done is None or s.first_step <= done])
 
 
 def _data(sources: Sequence[Mapping[str, Any]]) -> str:

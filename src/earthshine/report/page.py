@@ -60,7 +60,9 @@ def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
 
 def build(runs: Sequence[Run], compared: Sequence[Comparison], title: str = "") -> Document:
     """All that the report says."""
-    ran = Section("runs", "Runs", "What was run", (facts.what_was_run(runs), *facts.unknown_properties(runs)))
+    ran = Section(
+        "runs", "Runs", "What was run", (facts.what_was_run(runs), *facts.starts(runs), *facts.unknown_properties(runs))
+    )
     sections = (
         results.summary(runs, compared),
         ran,
@@ -96,7 +98,9 @@ def _lead(runs: Sequence[Run]) -> str:
         trained = f"{whole(steps)} step{'' if steps == 1 else 's'}" + (f" on {whole(tokens)} tokens" if tokens else "")
         said.append((run.name, trained if steps else "no recorded step"))
     if len(said) == 1:
-        return f"One training run: {said[0][1]}."
+        changed = [whole(s.first_step) for s in runs[0].starts if s.another_run]
+        later = f" Its config was changed at step {' and '.join(changed)}." if changed else ""
+        return f"One training run: {said[0][1]}.{later}"
     amounts = {trained for _, trained in said}
     count = _NUMBERS.get(len(said), str(len(said)))
     if len(amounts) == 1:
@@ -132,6 +136,7 @@ def _run_json(run: Run) -> dict[str, Any]:
         "config": run.config,
         "plan": run.plan,
         "environment": run.env,
+        "starts": [asdict(start) for start in run.starts],
         "steps": run.steps.step[-1] if run.steps.step else 0,
         "heldout": {"before": _heldout_json(before), "after": _heldout_json(after)},
         "heldout_during": [_heldout_json(h) for h in run.heldout_during],

@@ -14,7 +14,8 @@ from typing import Any
 
 from earthshine.console import log
 from earthshine.errors import ConfigError, DataError
-from earthshine.run_folder import CONFIG, EVAL, METRICS, json_lines
+from earthshine.report.starts import Start, read_starts
+from earthshine.run_folder import CONFIG, EVAL, METRICS, STARTS, json_lines
 
 # Columns of the step lines of metrics.jsonl that are numbers.
 ROUTING = ("balance", "balance_loss", "z_loss", "max_violation", "dead_experts", "drop_rate")
@@ -113,6 +114,7 @@ class Run:
     config: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     env: dict[str, Any] | None = None
+    starts: list[Start] = field(default_factory=list)
     steps: Steps = field(default_factory=Steps)
     heldout_during: list[Heldout] = field(default_factory=list)
     before: Heldout | None = None
@@ -167,6 +169,9 @@ def read_run(path: Path | str) -> Run:
         else:
             run.notes.append(f"{name}.json is absent.")
     run.name = str((run.config or {}).get("name") or run.name)
+    run.starts, damaged = read_starts(path / STARTS)
+    if damaged:
+        run.notes.append(f"{STARTS} is damaged in line {', '.join(map(str, damaged))} (not a JSON object); left out.")
     _read_metrics(path / METRICS, run)
     _read_evaluations(path / EVAL, run)
     return run

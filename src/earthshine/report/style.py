@@ -143,6 +143,7 @@ svg .spread{fill:var(--c);opacity:.16}
 svg .faint .spread{opacity:.1}
 .over .stroke,.dashed .stroke{stroke-dasharray:7 7;stroke-linecap:butt}.dashed .stroke{stroke-width:1.5;
 stroke-dasharray:5 4}
+.mark .stroke{stroke-width:1.5;stroke-dasharray:1 5}
 .ref{--c:var(--zero)}.reference .stroke{stroke-width:1.5;stroke-dasharray:5 4;stroke-linecap:butt}
 .wide-bar{stroke:var(--c);stroke-width:5;stroke-linecap:round;opacity:.4}
 svg .line g>*,svg .points g>*,svg .points>circle,svg .points>rect,svg .points>path:not(.wide-bar){fill:var(--c);

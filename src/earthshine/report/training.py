@@ -14,12 +14,14 @@ from earthshine.report.figures import (
     PANEL,
     WIDE,
     Chart,
+    Mark,
     Series,
     draw_chart,
     draw_heat,
 )
 from earthshine.report.runs import MEDIAN_LOAD, UPDATE_RMS, WORST_LOAD, Run
 from earthshine.report.scales import fixed, short, thin, whole
+from earthshine.report.starts import SHOWN, change_words
 from earthshine.report.statistics import moving_mean
 
 Format = Callable[[float], str]
@@ -87,7 +89,28 @@ def _table(caption: str, runs: Sequence[Run], columns: Sequence[tuple[str, str, 
 
 
 def _legend(runs: Iterable[tuple[int, Run]], *more: LegendItem) -> tuple[LegendItem, ...]:
-    return (*(LegendItem(run.name, i) for i, run in runs), *more)
+    drawn = list(runs)
+    changed = [LegendItem("changed on the way", i, "change") for i, run in drawn if any(s.changed for s in run.starts)]
+    return (*(LegendItem(run.name, i) for i, run in drawn), *more, *changed[:1])
+
+
+def _marks(runs: Sequence[Run]) -> tuple[Mark, ...]:
+    """Where a run's config, plan or environment changed: before the first step of that start."""
+    return tuple(
+        Mark(
+            s.first_step - 0.5,
+            f"{run.name}, from step {whole(s.first_step)}: {change_words(s, SHOWN)}".replace("`", ""),
+            i,
+        )
+        for i, run in enumerate(runs)
+        for s in run.starts
+        if s.changed
+    )
+
+
+def _said_marks(runs: Sequence[Run]) -> str:
+    """The marks for those who hear the drawing."""
+    return "".join(f" {m.label}." for m in _marks(runs))
 
 
 def _first_last(run: Run, column: str, form: Format) -> str:
@@ -114,7 +137,14 @@ def curves_section(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = []
     if series:
         said = "; ".join(filter(None, (_first_last(r, "loss", fixed) for r in runs)))
-        chart = Chart("Training loss by step", f"Training loss: {said}.", "step", "nats a token", tuple(series))
+        chart = Chart(
+            "Training loss by step",
+            f"Training loss: {said}.{_said_marks(runs)}",
+            "step",
+            "nats a token",
+            tuple(series),
+            marks=_marks(runs),
+        )
         wide, narrow = draw_chart(chart, WIDE, 380, "fig-loss-w"), draw_chart(chart, NARROW, 300, "fig-loss-n")
         caption = "Training loss of each step's own batch, which is why it jumps from step to step."
         more = []
@@ -164,7 +194,7 @@ def _panel(runs: Sequence[Run], column: str, title: str, unit: str, ident: str, 
         span = (min(r.steps.step[0] for r in runs if r.steps.step), max(r.steps.step[-1] for r in runs if r.steps.step))
         inside = [limit for limit in limits if 0.4 * min(values) <= limit <= 2.5 * max(values)]
         series += [Series(f"clipped at {short(v)}", span, (v, v), 0, "reference") for v in inside]
-    chart = Chart(title, f"{title}: {said}.", "step", unit, tuple(series), log_y=log, **options)
+    chart = Chart(title, f"{title}: {said}.", "step", unit, tuple(series), log_y=log, marks=_marks(runs), **options)
     return Drawing(draw_chart(chart, PANEL, 230, ident), title=title)
 
 
@@ -266,7 +296,7 @@ def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figu
             series.append(Series(f"{run.name}, middle layer", shown.x, smooth, i, "dashed"))
     said = "; ".join(_first_last(r, WORST_LOAD, lambda v: fixed(v, 2)) for _, r in sparse)
     title = "Most loaded expert over the steps"
-    chart = Chart(title, f"Worst layer: {said}.", "step", "load / fair share", tuple(series))
+    chart = Chart(title, f"Worst layer: {said}.", "step", "load / fair share", tuple(series), marks=_marks(runs))
     wide, narrow = draw_chart(chart, WIDE, 260, "fig-load-w"), draw_chart(chart, NARROW, 250, "fig-load-n")
     caption = "The tokens of the most chosen expert over the mean of its layer, in the worst layer of each step."
     more: tuple[LegendItem, ...] = ()
@@ -313,7 +343,14 @@ def update_section(runs: Sequence[Run]) -> Section:
         nominal_drawn = nominal_drawn or bool(references)
         series += references
         said = "; ".join(filter(None, (_first_last(r, column, short) for r in runs)))
-        chart = Chart(f"Update RMS, {name}", f"{said}.", "step", "update RMS, before the learning rate", tuple(series))
+        chart = Chart(
+            f"Update RMS, {name}",
+            f"{said}.",
+            "step",
+            "update RMS, before the learning rate",
+            tuple(series),
+            marks=_marks(runs),
+        )
         wide, narrow = (draw_chart(chart, w, 250, f"fig-rms-{algorithm}-{w}") for w in (HALF, NARROW))
         panels.append(Drawing(wide, narrow, f"{name} parameters"))
     if panels:

@@ -166,7 +166,8 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     if job.heldout.path:
         _check_heldout(job, folder, state, allow_change=allow_config_change or checkpoint is None)
     choices = {"compute_reason": compute.reason, "peak_flops": compute.peak_flops} | state.choices
-    run_folder.describe(folder, job, derived, state.model.config, environment(device) | choices)
+    where = environment(device) | choices
+    run_folder.describe(folder, job, derived, state.model.config, where, done=done, saved=saved)
     run_folder.remove_leftovers(folder)
     if checkpoint:
         run_store.tidy(folder, keep=job.checkpoint.keep, newest=checkpoint.folder)

@@ -1,5 +1,6 @@
 """The folder of a run: who may write in it, what run it belongs to, and where that run took place."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,11 @@ from typing import Any
 from earthshine.config import encode, read_json
 from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import try_lock, write_json
+from earthshine.files import to_json, try_lock, write_json
 from earthshine.model.config import ModelConfig
 from earthshine.run_folder import CONFIG, ENV, EVAL, METRICS, ORIGIN, PLAN
 from earthshine.train.job import Derived, TrainJob, changes_on_resume
+from earthshine.train.starts import PLACE, new_start, write_start
 
 __all__ = ["CONFIG", "ENV", "EVAL", "METRICS", "ORIGIN", "PLAN", "check_config", "claim", "describe"]
 _LOCK = ".lock"
@@ -94,25 +96,40 @@ def check_config(
     log(f"warning: going on with a changed config, as allowed; this run is no longer that of one config:\n{listed}")
 
 
-def describe(run_dir: Path, job: TrainJob, derived: Derived, model: ModelConfig, environment: dict[str, Any]) -> None:
-    """Write config.json, plan.json and, of the run's first start, origin.json and env.json.
+def describe(
+    run_dir: Path,
+    job: TrainJob,
+    derived: Derived,
+    model: ModelConfig,
+    environment: dict[str, Any],
+    *,
+    done: int = 0,
+    saved: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json and plan.json where they differ, a line of starts.jsonl, and at the first step origin.json and
+    env.json. What changed since an earlier start is said.
 
-    A later start elsewhere is said.
+    done: steps that are kept of earlier starts. saved: the job in the checkpoint that they end with.
     """
-    plan = asdict(derived) | {"state_bytes": derived.state_bytes, "model": encode(model)}
-    for name, content in ((CONFIG, encode(job)), (PLAN, plan)):
+    plan = json.loads(to_json(asdict(derived) | {"state_bytes": derived.state_bytes, "model": encode(model)}))
+    start = new_start(run_dir, job, plan, environment, done, saved)
+    if done:  # before what it tells of is overwritten
+        write_start(run_dir, start, finished=done >= job.num_steps)
+    for name, content in ((CONFIG, start["config"]), (PLAN, plan)):
         path = run_dir / name
         if not path.exists() or read_json(path) != content:
             write_json(path, content)
     origin = getattr(job.init, "path", "")
     if origin and not (run_dir / ORIGIN).exists():  # a relative path is meant from here, which an export may not be
         write_json(run_dir / ORIGIN, {"path": str(Path(origin).absolute())})
+    if not done:
+        write_start(run_dir, start, finished=False)
     path = run_dir / ENV
-    if not path.exists():
+    if not (done and path.exists()):
         write_json(path, environment)
         return
     then = read_json(path)
-    for key in ("versions", "cpu", "threads", "device", "device_name", "float32_matmul_precision"):
+    for key in PLACE:
         if then.get(key) != environment.get(key):
             log(
                 f"warning: this run began with {key} {then.get(key)}, now it is {environment.get(key)}: "

@@ -75,9 +75,9 @@ def test_another_place_is_said_and_the_first_one_kept(
 ) -> None:
     job = make_job()
     describe(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"})
-    describe(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"})
+    describe(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"}, done=1)
     assert capsys.readouterr().err == ""
-    describe(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"})
+    describe(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"}, done=1)
     assert "this run began with threads 2, now it is 4" in capsys.readouterr().err
     assert '"threads": 2' in (tmp_path / "env.json").read_text()
 

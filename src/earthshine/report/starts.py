@@ -1,0 +1,119 @@
+"""The starts of a run, out of starts.jsonl: what changed on the way, in words."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from earthshine.errors import DataError
+from earthshine.files import to_json
+from earthshine.report.document import Cell, Table
+from earthshine.report.scales import whole
+from earthshine.run_folder import STARTS, json_lines
+
+LONGEST = 80  # characters of a value
+SHOWN = 6  # of the changes of one start, where a line must do
+
+
+@dataclass(frozen=True)
+class Change:
+    """A leaf of the config, of the plan or of the environment."""
+
+    field: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        before, now = (v if v == "(absent)" else _short(to_json(v)) for v in (self.before, self.now))
+        return f"`{self.field}` {before} \u2192 {now}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """From `first_step` on. `another_run`: the fields with which it is no longer the run of one config."""
+
+    first_step: int
+    time: str = ""
+    config: tuple[Change, ...] = ()
+    plan: tuple[Change, ...] = ()
+    environment: tuple[Change, ...] = ()
+    another_run: tuple[str, ...] = ()
+    derived: Mapping[str, Any] = field(default_factory=dict)  # the whole plan of this start
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.config or self.environment or self.plan)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "\u2026"
+
+
+def read_starts(path: Path) -> tuple[list[Start], list[int]]:
+    """The starts that steps are kept of, and the numbers of damaged lines. Raises DataError as `start_of`."""
+    lines = list(json_lines(path))
+    found = effective(start_of(x.record, f"{path} line {x.number}") for x in lines if x.record is not None)
+    return found, [x.number for x in lines if x.record is None]
+
+
+def effective(starts: Iterable[Start]) -> list[Start]:
+    """By first step, without those whose first step a later start did again: they have left nothing."""
+    found: list[Start] = []
+    for start in starts:
+        found = [s for s in found if s.first_step < start.first_step] + [start]
+    return found
+
+
+def start_of(record: Mapping[str, Any], where: str = STARTS) -> Start:
+    """Raises DataError for a record that is no start."""
+    first, changes = record.get("first_step"), record.get("changes")
+    if isinstance(first, bool) or not isinstance(first, int) or not isinstance(changes, Mapping):
+        raise DataError(f"{where}: a start needs 'first_step' (an integer) and 'changes' (an object).")
+    try:
+        parts = {
+            part: tuple(Change(str(c["field"]), c["from"], c["to"]) for c in changes.get(part, ()))
+            for part in ("config", "plan", "environment")
+        }
+        another_run = tuple(map(str, record.get("another_run", ())))
+    except (TypeError, KeyError, AttributeError) as e:
+        raise DataError(f"{where}: 'changes' must be lists of {{field, from, to}}: {e}.") from e
+    plan = record.get("plan")
+    derived = plan if isinstance(plan, Mapping) else {}
+    return Start(first, str(record.get("time", "")), **parts, another_run=another_run, derived=derived)
+
+
+def change_words(start: Start, limit: int = 0) -> str:
+    """What changed at a start; at most `limit` changes (0: all) of the config and as many of the environment."""
+    words = []
+    for title, changes in (("config", start.config), ("environment", start.environment)):
+        if changes:
+            shown = changes[: limit or None]
+            more = f" and {len(changes) - len(shown)} more" if len(changes) > len(shown) else ""
+            words.append(f"{title}: {', '.join(map(str, shown))}{more}")
+    if start.plan and not start.config:  # else it follows from that
+        words.append(f"derived numbers: {', '.join(map(str, start.plan[: limit or SHOWN]))}")
+    return "; ".join(words)
+
+
+def on_the_way(starts: Sequence[Start]) -> str:
+    """All changes of a run in one text, "" for none: "from step 4 config: `optimizer.lr` 0.005 \u2192 0.05"."""
+    return ". ".join(f"From step {whole(s.first_step)} {change_words(s, SHOWN)}" for s in starts if s.changed)
+
+
+def starts_table(name: str, starts: Sequence[Start]) -> Table | None:
+    """Every start of a run that had more than one, or whose first one is not known."""
+    if not any(s.first_step > 1 for s in starts):
+        return None
+    rows = tuple(
+        (
+            whole(s.first_step),
+            s.time.replace("T", " ").removesuffix("+00:00") or "not recorded",
+            Cell(change_words(s) or ("\u2014" if s.first_step == 1 else "nothing"), "" if s.changed else "quiet"),
+        )
+        for s in starts
+    )
+    caption = (
+        f"Starts of {name}, and what had changed since the steps before. Config and plan on this page are those of the "
+        "last start, the environment is that of the first."
+    )
+    return Table(caption, ("First step", "Started (UTC)", "Changed"), rows, frozenset({0}))

@@ -1,0 +1,93 @@
+"""The starts of a run: one line each in starts.jsonl, with what had changed since the steps that were kept.
+
+config.json and plan.json are those of the last start, env.json that of the first. A run that resumed with another
+config, on another machine or by another version is told as what it was only by this file.
+"""
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from earthshine.config import differences, encode, read_json
+from earthshine.console import log
+from earthshine.files import append_line, atomic_write, to_json
+from earthshine.run_folder import CONFIG, ENV, PLAN, STARTS, json_lines
+from earthshine.train.job import TrainJob, changes_on_resume
+
+# What of an environment may change the last bits of a step.
+PLACE = ("versions", "cpu", "threads", "device", "device_name", "float32_matmul_precision")
+
+
+def new_start(
+    run_dir: Path,
+    job: TrainJob,
+    plan: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    done: int,
+    saved: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The line of a start after `done` steps, JSON-ready.
+
+    Args:
+        plan, environment: what plan.json and env.json would hold.
+        saved: the job in the checkpoint, for a folder from before there were such lines.
+
+    `changes` are relative to the start that did the last of those steps: lists of {field, from, to} under "config",
+    "plan" and "environment". `another_run` names the fields of the config that a resume refuses unless told otherwise:
+    with one of them the folder is no longer the run of one config.
+    """
+    before = _before(run_dir, done, saved) if done else {}
+    now = {"config": encode(job), "plan": dict(plan), "environment": dict(environment) | {"host": platform.node()}}
+    there, here = _place(before.get("environment", {})), _place(now["environment"])
+    if "host" not in there:  # not recorded by then
+        here.pop("host")
+    changes = {
+        "config": _changes(before.get("config"), now["config"]),
+        "plan": _changes(before.get("plan"), now["plan"]),
+        "environment": _changes(there, here),
+    }
+    refused = changes_on_resume(before["config"], job, done) if before.get("config") else []
+    return {
+        "kind": "start",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "first_step": done + 1,
+        **now,
+        "changes": changes,
+        "another_run": [line.partition(": ")[0] for line in refused],
+    }
+
+
+def write_start(run_dir: Path, start: Mapping[str, Any], *, finished: bool) -> None:
+    """Append the line; begin a new file at the first step. A finished run that is started as it was adds nothing."""
+    if start["first_step"] == 1:
+        atomic_write(run_dir / STARTS, to_json(start) + "\n")
+        return
+    last: dict[str, Any] = next((line.record for line in reversed([*json_lines(run_dir / STARTS)]) if line.record), {})
+    same = all(last.get(part) == start[part] for part in ("config", "plan"))
+    if not (finished and same):
+        append_line(run_dir / STARTS, to_json(start))
+    if fields := [change["field"] for change in start["changes"]["plan"]]:
+        log(f"{PLAN} changed after step {start['first_step'] - 1}, as {STARTS} tells: {', '.join(fields)}")
+
+
+def _before(run_dir: Path, done: int, saved: dict[str, Any] | None) -> dict[str, Any]:
+    """Config, plan and environment of the start that did step `done`; of an older folder, what its files say."""
+    starts = [line.record for line in json_lines(run_dir / STARTS) if line.record]
+    kept = [s for s in starts if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
+    if kept:
+        return kept[-1]
+    files = {"config": CONFIG, "plan": PLAN, "environment": ENV}
+    found = {part: read_json(run_dir / name) for part, name in files.items() if (run_dir / name).exists()}
+    return found | ({"config": saved} if saved else {})
+
+
+def _place(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of it that counts, with the host where it was recorded."""
+    return {key: environment[key] for key in (*PLACE, "host") if key in environment}
+
+
+def _changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """Nothing where nothing is known of before."""
+    return [{"field": f, "from": old, "to": new} for f, old, new in differences(before, now)] if before else []
