@@ -107,6 +107,16 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, or `x` itself where it is there already, without waiting for the device.
+
+    Out of memory that may be paged, the copy would wait for all that the device was told before.
+    """
+    if x.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 class Stopwatch:
     """Seconds spent inside `with stopwatch:`, of the device's own clock, without waiting for it until asked."""
 

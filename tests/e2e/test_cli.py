@@ -195,7 +195,7 @@ def test_doctor(run, tmp_path):
     code, out, _ = run("doctor", "--path", tmp_path, "--json")
     found = json.loads(out)
     assert code == 0
-    assert found["gemm_flops"]["float32"] > 1e6
+    assert found["gemm_flops"]["float32"] > 1e6 and found["attention"]["backend"] and found["attention"]["reason"]
     assert found["disk"]["write_bytes_per_second"] > 0
     assert list(tmp_path.iterdir()) == []
     code, out, _ = run("doctor", "--path", tmp_path)

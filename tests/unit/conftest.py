@@ -1,6 +1,8 @@
 """What several folders of tests need."""
 
+import math
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,3 +62,65 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def waits() -> Waits:
     return Waits()
+
+
+def varlen_by_formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """torch.nn.attention.varlen.varlen_attn by its documentation, and with its kernel's conditions on what it is given.
+
+    One sequence after the other; a query sees the keys up to its own place counted from the sequence's end.
+    """
+    assert query.shape[2] == key.shape[2] == value.shape[2] <= 256 and query.shape[2] % 8 == 0
+    assert all(x.stride(-1) == 1 for x in (query, key, value)) and window_size == (-1, 0)
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa == (groups > 1)
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
+    q_starts, k_starts = cu_seq_q.tolist(), cu_seq_k.tolist()
+    assert (q_starts[0], q_starts[-1], k_starts[-1]) == (0, len(query), len(key))
+    outputs = []
+    for q0, q1, k0, k1 in zip(q_starts, q_starts[1:], k_starts, k_starts[1:], strict=False):
+        assert 0 < q1 - q0 <= max_q and q1 - q0 <= k1 - k0 <= max_k
+        q, k, v = query[q0:q1], *(x[k0:k1].repeat_interleave(groups, 1) for x in (key, value))
+        scores = scale * torch.einsum("shc,phc->hsp", q, k)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + scores.shape[2] - scores.shape[1])
+        outputs.append(torch.einsum("hsp,phc->shc", scores.masked_fill(hidden, -math.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
+    """flash(): attention with documents, and of chunks after cached positions, takes "varlen" on the CPU too, by the
+    formula. Returns what it was called with, call by call."""
+    from torch.nn.attention import varlen
+
+    from earthshine.ops import attention
+
+    def use() -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
+
+        def varlen_attn(*args: Any, **options: Any) -> Tensor:
+            calls.append({"starts": args[3:5], "most": args[5:7], **options})
+            return varlen_by_formula(*args, **options)
+
+        choose = attention.choose_backend
+        as_on_a_gpu = torch.device("meta")
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+        monkeypatch.setattr(
+            attention,
+            "choose_backend",
+            lambda device, dtype, *args, **options: choose(as_on_a_gpu, torch.bfloat16, *args, **options),
+        )
+        return calls
+
+    return use

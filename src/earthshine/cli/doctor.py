@@ -39,6 +39,7 @@ def run(options: Options) -> None:
         ("memory", human_bytes(env["memory_bytes"])),
         ("compute type", f"{compute['dtype']}: {compute['reason']}"),
         ("expert products", f"{found['experts']['backend']}: {found['experts']['reason']}"),
+        ("attention", f"{found['attention']['backend']}: {found['attention']['reason']}"),
     ]
     rows += [(f"product in {name}", f"{flops / 1e9:,.1f} GFLOP/s") for name, flops in found["gemm_flops"].items()]
     rows += [
@@ -60,6 +61,7 @@ def _measure(path: Path) -> dict[str, Any]:
         "environment": devices.environment(),
         "compute": {"dtype": str(choice.dtype).removeprefix("torch."), "reason": choice.reason},
         "experts": _experts(choice.dtype, device),
+        "attention": _attention(choice.dtype, device),
         "gemm_flops": peaks,
         "disk": {
             "path": str(path.absolute()),
@@ -76,4 +78,12 @@ def _experts(dtype: Any, device: Any) -> dict[str, str]:
 
     rows, weights = (torch.empty(shape, dtype=dtype, device=device) for shape in ((16, 64), (2, 64, 64)))
     backend, reason = choose_backend(rows, weights, 0)
+    return {"backend": backend, "reason": reason}
+
+
+def _attention(dtype: Any, device: Any) -> dict[str, str]:
+    """What a job with documents takes for heads of 128, at 8,192 positions."""
+    from earthshine.ops.attention import choose_backend
+
+    backend, reason = choose_backend(device, dtype, (128, 128), 8192, 8192, documents=True)
     return {"backend": backend, "reason": reason}

@@ -61,7 +61,7 @@ def heldout_loss(
     device = model.embed.weight.device
     with _evaluating(model), progress("held-out loss", min(windows, max_sequences or windows), "sequences") as bar:
         for rows in batches:
-            documents_BS = rows.documents_BS.to(device) if document_attention else None
+            documents_BS = rows.documents_BS if document_attention else None
             losses_B = model.sequence_loss_sums(rows.tokens_BS.to(device), rows.targets_BS.to(device), documents_BS)
             targets_B = (rows.targets_BS != IGNORE).sum(1)
             for loss_sum, num_targets in zip(losses_B.tolist(), targets_B.tolist(), strict=True):

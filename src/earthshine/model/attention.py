@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from earthshine.device import to_device
 from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 from earthshine.model.layers import Linear, RMSNorm, at_least_float32, to_compute
 from earthshine.model.protocols import KeyValueGather, LocalKeyValueGather
-from earthshine.ops.attention import causal_attention
+from earthshine.ops.attention import Mask, causal_attention
 from earthshine.ops.rotary import rotate
 
 # Whatever `rms_norm_eps` says: DeepSeek's code, and so transformers', gives the norms of the latents this default.
@@ -111,8 +112,9 @@ class Attention(nn.Module):
         }
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: Cache | None
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Mask | Tensor | None, cache: Cache | None
     ) -> Tensor:
+        """`mask`: as in `ops.attention.causal_attention`."""
         q_BSHC, k_BSGC, v_BSGC = (part.unflatten(-1, (-1, self.head_dim)) for part in self._project(x_BSD))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
@@ -122,8 +124,8 @@ class Attention(nn.Module):
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC).chunk(2, -1)
         k_BGSC, v_BGSC = self.key_value_gather.gather(k_BGSC, v_BGSC)
         if self.logit_observer is not None:
-            self.logit_observer(q_BHSC, k_BGSC, 1 / math.sqrt(self.head_dim), documents_BS)
-        out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS)
+            self.logit_observer(q_BHSC, k_BGSC, 1 / math.sqrt(self.head_dim), _documents(mask))
+        out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, mask)
         result: Tensor = self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
         return result
 
@@ -196,8 +198,9 @@ class LatentAttention(nn.Module):
         }
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | None, cache: Cache | None
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Mask | Tensor | None, cache: Cache | None
     ) -> Tensor:
+        """`mask`: as in `ops.attention.causal_attention`."""
         q_BSHC = self._queries(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BHSC = rotate(q_BSHC, *rope, interleaved=self.interleaved)
         # A single split of each projection's output: autograd then writes its gradient once, where two slices would
@@ -214,8 +217,8 @@ class LatentAttention(nn.Module):
         shared_key_B1S, latent_B1SL = self.key_value_gather.gather(shared_key_B1S, latent_B1SL)
         k_BHPC, v_BHPV = self._expand(latent_B1SL.squeeze(1), shared_key_B1S)
         if self.logit_observer is not None:
-            self.logit_observer(q_BHSC, k_BHPC, self.scale, documents_BS)
-        return self._output(causal_attention(q_BHSC, k_BHPC, v_BHPV, documents_BS, scale=self.scale))
+            self.logit_observer(q_BHSC, k_BHPC, self.scale, _documents(mask))
+        return self._output(causal_attention(q_BHSC, k_BHPC, v_BHPV, mask, scale=self.scale))
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         """Of all heads, side by side; unrotated."""
@@ -272,6 +275,15 @@ class LatentAttention(nn.Module):
         return result
 
 
+def _documents(mask: Mask | Tensor | None) -> Tensor | None:
+    return mask.documents_BS if isinstance(mask, Mask) else mask
+
+
+def attention_widths(config: ModelConfig) -> tuple[int, int]:
+    """C and V: the widths of a head's queries and keys, and of its values."""
+    return config.head_dim, config.mla.v_head_dim if config.mla.kv_lora_rank else config.head_dim
+
+
 def make_attention(config: ModelConfig, layer: int) -> Attention | LatentAttention:
     """The attention of decoder layer `layer`."""
     return LatentAttention(config, layer) if config.mla.kv_lora_rank else Attention(config, layer)
@@ -288,9 +300,28 @@ def _latent_scale(config: ModelConfig) -> float:
 
 def rope_table(config: ModelConfig, positions_S: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of each pair's angles, float32, (S, R) each, for positions (S,); yarn's also scale."""
-    angles_SR = positions_S.float().unsqueeze(-1) * rope_frequencies(config).to(positions_S.device)
+    angles_SR = positions_S.float().unsqueeze(-1) * to_device(rope_frequencies(config), positions_S.device)
     scale = _rope_scale(config)
     return angles_SR.cos() * scale, angles_SR.sin() * scale
+
+
+class RopeTables:
+    """`rope_table` of all positions from 0, kept between forward passes: as many as were asked for, on one device."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def rows(self, start: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables of positions start to end, on the device of `like`, and fake where that is."""
+        kept = self._tables
+        if kept is None or len(kept[0]) < end or kept[0].device != like.device or type(kept[0]) is not type(like):
+            # Twice as many where they grow, so that tokens one by one do not each make them anew. Tensors made in
+            # inference mode could not be saved for the backward pass of a later forward.
+            with torch.inference_mode(False), torch.no_grad():
+                positions = torch.arange(1 << (end - 1).bit_length(), device=like.device)
+                kept = self._tables = rope_table(self._config, positions)
+        return kept[0][start:end], kept[1][start:end]
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from earthshine.errors import ConfigError
-from earthshine.model.attention import Cache, make_attention, make_cache, rope_table
+from earthshine.model.attention import Cache, RopeTables, attention_widths, make_attention, make_cache
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.layers import Embedding, Linear, RMSNorm, SwiGLU, at_least_float32, to_compute
 from earthshine.model.moe import MoE
 from earthshine.model.protocols import LocalLossReduce, LossReduce
+from earthshine.ops.attention import Mask, make_mask
 from earthshine.ops.cross_entropy import cross_entropy_sum
 from earthshine.ops.grouped_experts import Backend
 from earthshine.ops.routing import RoutingStats, bias_update
@@ -57,12 +58,12 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
-        documents_BS: Tensor | None,
+        mask: Mask,
         cache: Cache | None,
         step_counts_E: Tensor | None,
     ) -> tuple[Tensor, RoutingStats | None]:
         """The block's output, and what its routing adds to the losses. No side effects: it may be recomputed."""
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, documents_BS, cache)
+        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, mask, cache)
         if self.moe is not None:
             y_BSD, stats = self.moe(self.ffn_norm(x_BSD), step_counts_E)
             return x_BSD + y_BSD, stats
@@ -105,6 +106,7 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.loss_reduce: LossReduce = LocalLossReduce()
+        self._rope = RopeTables(config)
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -130,12 +132,20 @@ class Transformer(nn.Module):
             raise ConfigError(
                 "documents_BS cannot go with cached positions: which document those belong to is unknown."
             )
-        rope = rope_table(self.config, torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device))
+        (batch, length), end = tokens_BS.shape, start + tokens_BS.shape[1]
+        rope = self._rope.rows(start, end, tokens_BS)
+        mask = make_mask(
+            tokens_BS.device,
+            self.compute_dtype,
+            shape=(batch, length, end),
+            widths=attention_widths(self.config),
+            documents_BS=documents_BS,
+        )
         x_BSD = self.embed(tokens_BS).to(self.compute_dtype)
         found: dict[int, RoutingStats] = {}
         counting = self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            inputs = (x_BSD, rope, documents_BS, cache, (step_counts or {}).get(layer))
+            inputs = (x_BSD, rope, mask, cache, (step_counts or {}).get(layer))
             if self.recompute and counting:
                 # The forward pass draws no random numbers, so there is no random state to keep.
                 x_BSD, stats = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -157,7 +167,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: int64 token ids.
-            documents_BS: number of the document that each position belongs to, to keep attention within documents.
+            documents_BS: number of the document that each position belongs to, to keep attention within documents. For
+                an accelerator best left on the CPU: see `ops.attention.make_mask`.
             cache: keys and values of the positions before these; it is extended.
         """
         h_BSD = self.hidden(tokens_BS, documents_BS, cache)

@@ -3,6 +3,7 @@ and keys, V width of values; N = B*G, L = H/G queries per key-value head, R rows
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,16 +11,147 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Backend = Literal["auto", "sdpa", "blocks"]
+from earthshine.device import has_flash_attention, to_device
+
+Backend = Literal["auto", "sdpa", "blocks", "varlen"]
 
 _BLOCKS_MAX_POSITIONS = 1024  # beyond, at equal widths, SDPA is as fast: `benchmarks/attention.py`
+_WIDTHS = 8  # an accelerator's kernels take heads of multiples of this; zeros beyond change no score and no sum
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys each query sees, in the form that the kernel of one forward reads. Made once, for all its layers.
+
+    num_keys: P. documents_BS: on the device of the queries; None where there are no documents.
+    visible: "sdpa" where position alone does not say it, (B, 1, S, S) or (S, P); True for the keys that are seen, or,
+        on an accelerator, -inf for the others, which a bool would be turned into in every layer.
+    starts: "varlen", int32: where each sequence of queries, and of keys, starts among the B*S, or B*P, positions of all
+        rows, and where the last one ends.
+    """
+
+    backend: Backend
+    num_keys: int
+    documents_BS: Tensor | None = None
+    visible: Tensor | None = None
+    starts: tuple[Tensor, Tensor] | None = None
+
+
+def make_mask(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    shape: tuple[int, int, int],
+    widths: tuple[int, int],
+    documents_BS: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Mask:
+    """The mask of `causal_attention` for queries, keys and values on `device`.
+
+    Args:
+        shape: B, S, P. widths: C, V.
+        documents_BS: see `causal_attention`. For an accelerator best on the CPU, where the loader makes it: only there
+            can it be counted how many documents there are without waiting for the device.
+    """
+    (batch, num_queries, num_keys), documents = shape, documents_BS is not None
+    assert not documents or num_queries == num_keys, "documents of cached positions are not known"
+    if backend == "auto":
+        backend, _ = choose_backend(device, dtype, widths, num_queries, num_keys, documents=documents)
+    starts = None
+    if backend == "varlen":
+        starts = _starts(device, batch, num_queries, num_keys, documents_BS)
+        backend = "varlen" if starts else "sdpa"
+    if documents_BS is not None:
+        documents_BS = to_device(documents_BS, device)
+    visible = None
+    if backend == "sdpa":
+        visible = _visible(device, num_queries, num_keys, documents_BS)
+        if visible is not None and device.type != "cpu":
+            hidden = ~visible
+            visible = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+    return Mask(backend, num_keys, documents_BS, visible, starts)
+
+
+def choose_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    num_queries: int,
+    num_keys: int,
+    *,
+    documents: bool,
+) -> tuple[Backend, str]:
+    """The kernel that "auto" takes for heads of `widths` (queries and keys, values), and why.
+
+    On an accelerator none of them holds the scores, as SDPA's math kernel does: 8.6 GB a layer for Llama-3-8B at 8,192
+    positions, and what SDPA takes where a mask meets grouped heads. "sdpa" repeats the keys and values of grouped heads
+    where only the memory-efficient kernel is left. In float64 there is none but the math kernel.
+
+    On a CPU SDPA has no fused kernel for values of another width: it holds the whole square then. Whether there are
+    gradients plays no part: a pass without them must route tokens as the one with them does.
+    """
+    if device.type == "cpu":
+        if num_queries == num_keys and (num_queries <= _BLOCKS_MAX_POSITIONS or widths[0] != widths[1]):
+            return "blocks", "measured on CPUs: blocks of rows are faster up to 1,024 positions, or for narrow values"
+        return "sdpa", "measured on CPUs: SDPA's kernel is as fast beyond 1,024 positions"
+    if not documents and (num_queries == num_keys or num_queries == 1):
+        return "sdpa", "position alone says what is seen: SDPA's flash or memory-efficient kernel"
+    if has_flash_attention(device, dtype, _padded(max(widths))):
+        return "varlen", "flash attention of variable length, a document after the other"
+    return "sdpa", "no flash attention for this device, dtype or width: SDPA's memory-efficient kernel, with a mask"
+
+
+def _padded(width: int) -> int:
+    return -(-width // _WIDTHS) * _WIDTHS
+
+
+def _starts(
+    device: torch.device, batch: int, num_queries: int, num_keys: int, documents_BS: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """`Mask.starts`; None where a document's positions do not follow one another, which starts cannot say."""
+    if documents_BS is None:
+        q_starts, k_starts = (
+            torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device) for n in (num_queries, num_keys)
+        )
+        return q_starts, k_starts
+    starts = document_starts(documents_BS.cpu())
+    if starts is None:
+        return None
+    starts = to_device(starts, device)
+    return starts, starts
+
+
+def document_starts(documents_BS: Tensor) -> Tensor | None:
+    """Where each document of each row starts among the B*S positions, and B*S: int32 (N + 1,).
+
+    A document ends with its row. None where one of a row is interrupted by another.
+    """
+    first_BS = torch.ones_like(documents_BS, dtype=torch.bool)
+    first_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    sorted_BS = documents_BS.sort(1).values
+    num_documents = documents_BS.shape[0] + int((sorted_BS[:, 1:] != sorted_BS[:, :-1]).sum())
+    starts_N = first_BS.flatten().nonzero().flatten()
+    if len(starts_N) != num_documents:
+        return None
+    return torch.cat((starts_N, starts_N.new_tensor([documents_BS.numel()]))).to(torch.int32)
+
+
+def _visible(device: torch.device, num_queries: int, num_keys: int, documents_BS: Tensor | None) -> Tensor | None:
+    """True where a query sees a key, for what is more than SDPA's `is_causal`; else None."""
+    if documents_BS is not None:
+        same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
+        return same_BSS.tril().unsqueeze(1)
+    if not 1 < num_queries < num_keys:
+        return None
+    position_S = torch.arange(num_keys - num_queries, num_keys, device=device)
+    return torch.arange(num_keys, device=device) <= position_S.unsqueeze(1)
 
 
 def causal_attention(
     q_BHSC: Tensor,
     k_BGPC: Tensor,
     v_BGPV: Tensor,
-    documents_BS: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
     *,
     scale: float | None = None,
     backend: Backend = "auto",
@@ -29,23 +161,31 @@ def causal_attention(
     The S queries are the last S of the P positions (with a cache, P > S). Query head h uses key-value head h // (H/G).
 
     Args:
-        documents_BS: number of the document that each position belongs to; attention stays within a document. Only
-            without a cache (S == P).
+        mask: of `make_mask`; or, to make it here, the number of the document that each position belongs to, (B, S):
+            attention stays within a document. Documents only without a cache (S == P).
         scale: 1/sqrt(C) when None.
-        backend: "sdpa" is torch's scaled_dot_product_attention; "blocks" takes the queries in blocks of rows, each
-            against the keys up to its end, and keeps the probabilities for the backward pass; "auto" takes "blocks" on
-            a CPU, where sequences are short or values have another width than keys, else "sdpa". In bf16 "blocks"
-            rounds scores and probabilities to bf16, as transformers' eager attention does; SDPA is 2 to 7 times closer.
+        backend: of a mask made here. "sdpa" is torch's scaled_dot_product_attention; "varlen" its flash attention of
+            variable length, for accelerators: documents (or chunks after cached positions) one after the other, heads
+            padded with zeros to the wider of C and V, which latent attention needs (192 and 128); "blocks" takes the
+            queries in blocks of rows, each against the keys up to its end, and keeps the probabilities for the backward
+            pass; "auto" is `choose_backend`. In bf16 "blocks" rounds scores and probabilities to bf16, as transformers'
+            eager attention does; SDPA is 2 to 7 times closer.
     """
-    assert documents_BS is None or q_BHSC.shape[2] == k_BGPC.shape[2], "documents of cached positions are not known"
-    scale = 1 / math.sqrt(q_BHSC.shape[-1]) if scale is None else scale
-    if backend == "auto":
-        backend = "blocks" if _blocks_are_faster(q_BHSC, k_BGPC, v_BGPV) else "sdpa"
-    if backend == "blocks":
-        assert q_BHSC.shape[2] == k_BGPC.shape[2], "row blocks have no cache"
-        out_BHSV: Tensor = _RowBlocks.apply(q_BHSC, k_BGPC, v_BGPV, documents_BS, scale)  # type: ignore[no-untyped-call]
+    (B, _, S, C), (P, V) = q_BHSC.shape, v_BGPV.shape[2:]
+    scale = 1 / math.sqrt(C) if scale is None else scale
+    if not isinstance(mask, Mask) or mask.num_keys != P:  # keys of other ranks may have been gathered
+        documents_BS = mask.documents_BS if isinstance(mask, Mask) else mask
+        mask = make_mask(
+            q_BHSC.device, q_BHSC.dtype, shape=(B, S, P), widths=(C, V), documents_BS=documents_BS, backend=backend
+        )
+    if mask.backend == "blocks":
+        assert S == P, "row blocks have no cache"
+        out_BHSV: Tensor = _RowBlocks.apply(q_BHSC, k_BGPC, v_BGPV, mask.documents_BS, scale)  # type: ignore[no-untyped-call]
         return out_BHSV
-    return _sdpa(q_BHSC, k_BGPC, v_BGPV, documents_BS, scale)
+    if mask.backend == "varlen":
+        packed_BHSV: Tensor = _varlen(q_BHSC, k_BGPC, v_BGPV, mask, scale)
+        return packed_BHSV
+    return _sdpa(q_BHSC, k_BGPC, v_BGPV, mask.visible, scale)
 
 
 @torch.no_grad()
@@ -82,39 +222,68 @@ def max_logits(
     return largest_H
 
 
-def _blocks_are_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """On a CPU SDPA has no fused kernel for values of another width: it holds the whole square then.
-
-    Whether there are gradients plays no part: a pass without them must route tokens as the one with them does.
-    """
-    if q.device.type != "cpu" or q.shape[2] != k.shape[2]:
-        return False
-    return q.shape[2] <= _BLOCKS_MAX_POSITIONS or q.shape[3] != v.shape[3]
-
-
 def _block_rows(width: int) -> int:
     """Fewer rows waste less of the square; products of wide heads pay for more (`benchmarks/attention.py`)."""
     return 64 if width < 64 else 128
 
 
-def _sdpa(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, documents_BS: Tensor | None, scale: float) -> Tensor:
-    num_queries, num_keys = q_BHSC.shape[2], k_BGPC.shape[2]
-    mask = None
-    if documents_BS is not None:
-        same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-        mask = same_BSS.tril().unsqueeze(1)
-    elif 1 < num_queries < num_keys:
-        position_S = torch.arange(num_keys - num_queries, num_keys, device=q_BHSC.device)
-        mask = torch.arange(num_keys, device=q_BHSC.device) <= position_S.unsqueeze(1)
-    return F.scaled_dot_product_attention(
+def _sdpa(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    width = v_BGPV.shape[3]
+    if q_BHSC.device.type != "cpu":
+        device, dtype = q_BHSC.device, q_BHSC.dtype
+        flash = visible is None and q_BHSC.shape[3] == width and has_flash_attention(device, dtype, _padded(width))
+        q_BHSC, k_BGPC, v_BGPV = _for_fused_kernels(q_BHSC, k_BGPC, v_BGPV, grouped=flash)
+    out_BHSV = F.scaled_dot_product_attention(
         q_BHSC,
         k_BGPC,
         v_BGPV,
-        attn_mask=mask,
-        is_causal=mask is None and num_queries > 1,
+        attn_mask=visible,
+        is_causal=visible is None and q_BHSC.shape[2] > 1,
         scale=scale,
         enable_gqa=q_BHSC.shape[1] != k_BGPC.shape[1],
     )
+    return _cut(out_BHSV, width)
+
+
+def _for_fused_kernels(
+    q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, *, grouped: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With the widths that they take, and a key for each query's head unless `grouped`: only flash attention shares."""
+    q_BHSC, k_BGPC, v_BGPV = (_pad(x, _padded(x.shape[3])) for x in (q_BHSC, k_BGPC, v_BGPV))
+    times = q_BHSC.shape[1] // k_BGPC.shape[1]
+    if grouped or times == 1:
+        return q_BHSC, k_BGPC, v_BGPV
+    return q_BHSC, _repeat(k_BGPC, times), _repeat(v_BGPV, times)
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _cut(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else x[..., :width]
+
+
+def _repeat(x_BGPC: Tensor, times: int) -> Tensor:
+    """Each head `times` times, one after the other; the gradient is a sum, where repeat_interleave's is a scatter."""
+    return x_BGPC.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+# Not compiled: how many documents there are is data, and each number would be another graph.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _varlen(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, mask: Mask, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert mask.starts is not None
+    (B, H, S, C), (G, P, V) = q_BHSC.shape, v_BGPV.shape[1:]
+    width = _padded(max(C, V))
+    q_THC, k_TGC, v_TGC = (_pad(x.transpose(1, 2).flatten(0, 1), width) for x in (q_BHSC, k_BGPC, v_BGPV))
+    # No sequence is longer than a row: to know the longest would be to wait for the device.
+    out_THC: Any = varlen_attn(
+        q_THC, k_TGC, v_TGC, *mask.starts, S, P, scale=scale, window_size=(-1, 0), enable_gqa=H != G
+    )
+    out_BHSV: Tensor = _cut(out_THC, V).unflatten(0, (B, S)).transpose(1, 2)
+    return out_BHSV
 
 
 class _RowBlocks(torch.autograd.Function):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from earthshine.device import has_grouped_product
 from earthshine.ops.routing import count_tokens
 
 Backend = Literal["auto", "grouped", "padded", "loop"]
-_GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEGMENT_ROWS = 1024  # 3 MB of each product at a width of 704: a few of them fit the last cache of a small CPU
 
 
@@ -103,8 +103,9 @@ def swiglu_experts(
 
     Backends: "loop" is one expert after the other, the oracle; "padded" is a batched product over `capacity` rows of
     every expert (of the fullest one where 0), whose shapes do not depend on the routing; "grouped" on an accelerator is
-    torch's grouped matrix product (float32 and half types, widths in multiples of 16 bytes), and on a CPU, where that
-    is a loop too, `swiglu_segments`; "auto" is `choose_backend`.
+    torch's grouped matrix product (widths in multiples of 16 bytes), which waits for the device in each of its calls
+    where there is no kernel (`device.has_grouped_product`), and on a CPU, where that is a loop too, `swiglu_segments`;
+    "auto" is `choose_backend`.
 
     Args:
         x_RD: rows sorted by expert; experts without rows are allowed.
@@ -119,7 +120,8 @@ def swiglu_experts(
         return y_RD
     if backend == "grouped":
         return _grouped(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E)
-    return _loop(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E)
+    looped: Tensor = _loop(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts_E)
+    return looped
 
 
 def swiglu(x: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> Tensor:
@@ -133,13 +135,18 @@ def swiglu(x: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> 
 
 
 def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend, str]:
-    """The backend that "auto" takes, and why."""
+    """The backend that "auto" takes, and why.
+
+    Without torch's kernel on an accelerator (an A100, or float32) it is the loop: its sizes go to the host once for a
+    layer's forward and backward pass, not in each of the nine products; "padded" would wait as often, and multiply the
+    work by the fullest expert's load over the mean. Only a capacity needs no wait there.
+    """
     if x_RD.device.type == "cpu":
         return "grouped", "on a CPU a product per expert is at the rate of any batched one, and pads nothing"
     if capacity:
         return "padded", "with a capacity all shapes are known beforehand"
-    if x_RD.dtype not in _GROUPED_MM_DTYPES:
-        return "loop", f"torch's grouped product does not take {x_RD.dtype}"
+    if not has_grouped_product(x_RD.device, x_RD.dtype):
+        return "loop", f"torch has no grouped product in {str(x_RD.dtype).removeprefix('torch.')} for this device"
     if any(n * x_RD.element_size() % 16 for n in w_EFD.shape[1:]):
         return "loop", f"torch's grouped product wants widths of multiples of 16 bytes, not {list(w_EFD.shape[1:])}"
     return "grouped", "torch's grouped product takes these"
@@ -238,6 +245,8 @@ class _Segments(torch.autograd.Function):
         )
 
 
+# Not compiled either: the loads are data here, too.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _loop(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
     *parts, rest = x_RD.split([*(counts := counts_E.tolist()), x_RD.shape[0] - sum(counts)])
     experts = zip(parts, gate_EFD.unbind(), up_EFD.unbind(), down_EDF.unbind(), strict=True)

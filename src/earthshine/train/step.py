@@ -176,10 +176,12 @@ def _routing_counts(model: Transformer, parts: Sequence[Batch]) -> dict[int, Ten
 
 
 def _on_device(model: Transformer, part: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens, targets, and the documents' numbers where there is more than one document in a sequence."""
+    """Tokens, targets, and the documents' numbers where there is more than one document in a sequence.
+
+    Those stay on the host, where the model counts them without waiting for the device (`ops.attention.make_mask`).
+    """
     device = model.embed.weight.device
-    separate = bool(part.documents_BS.any())  # on the host, as all of a batch
-    documents_BS = part.documents_BS.to(device, non_blocking=True) if separate else None
+    documents_BS = part.documents_BS if bool(part.documents_BS.any()) else None
     return part.tokens_BS.to(device, non_blocking=True), part.targets_BS.to(device, non_blocking=True), documents_BS
 
 
