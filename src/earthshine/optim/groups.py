@@ -11,12 +11,9 @@ module that holds fused or stacked matrices says so by `logical_matrices() -> {p
 attention names the rows of each head by `query_key_heads()`, for heads="split". transformers' expert stacks and routers
 are read by the flags and sizes that these modules carry.
 
-A linear layer is one matrix as it is stored: also where it makes several things at once, as latent attention's q_proj
-(each head's part without and with rotary positions), kv_a_proj_with_mqa (latent and rotary key) and kv_b_proj (each
-head's keys and values) do. Moonlight's released weights are stored so; its paper does not say whether training split
-them, and its spectra take the parts one by one. heads="split" gives each head of q, k, v and kv_b, and each such part
-of it, its own norm, as GLM-5's training does (arXiv:2602.15763, "Muon Split"); kv_a_proj_with_mqa has no heads:
-`matrices={"*.kv_a_proj_with_mqa.weight": ("rows", (512, 64))}` would split it.
+A linear layer is one matrix as it is stored, latent attention's q_b_proj, kv_a_proj_with_mqa and kv_b_proj too, unless
+its name or shape shows that several are fused in it (`optim.fused`). That, what may be an output layer
+(`optim.output_layers`) and what no rule knows is asked about: one ConfigError lists it all, and how to answer.
 """
 
 import fnmatch
@@ -28,7 +25,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
+from earthshine.optim.fused import Fused, expert_factors, fused_layers, layout_of
 from earthshine.optim.matrices import Spec, logical_matrices, normalize
+from earthshine.optim.output_layers import EMBEDDINGS, ROUTER_NAMES, head_weights, is_router, possible_heads
 
 _NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
@@ -36,17 +35,12 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,  # batch and instance norms
 )
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHOICES = {"algorithm": ("muon", "adamw"), "rest": ("adamw", "scion"), "router": ("muon", "adamw")} | {
     "heads": ("whole", "split")
 }
 # Parts of a name that wrappers add (torch.compile, activation checkpointing, FSDP1): a checkpoint has none of them.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-# Names of a router beside a module named `experts`.
-_ROUTER_NAMES = ("gate", "router")
-# Last names of a language-model head that is a plain linear layer.
-_HEAD_NAMES = ("head", "lm_head", "unembed", "embed_out", "output_projection")
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,16 @@ class Assignment:
     matrices: Spec
     why: str
     lmo: str = ""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A parameter that no rule decides. text: with {} for its name. spec: what it may hold, where that is known."""
+
+    name: str
+    parameter: Tensor
+    text: str
+    spec: Spec | None
 
 
 def param_groups(
@@ -88,8 +92,8 @@ def param_groups(
         ...Router, or named `gate` or `router` beside `experts`.
     heads: "split" makes the rows of each attention head a matrix, where a module declares them by
         `query_key_heads() -> {"rows": {parameter name: (n, sizes)}, ...}`: n blocks of rows, each of parts of `sizes`.
-    Raises ConfigError for a parameter that none of the rules decides, and for a pattern or an option that matches
-    nothing.
+    Raises ConfigError for parameters that none of the rules decides (one error for all, with what to pass), and for a
+    pattern or an option that matches nothing.
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module  # names of groups, as of checkpoints, are the model's own
@@ -142,8 +146,8 @@ def assign(
     names = [name for name, *_ in places]
     _check_patterns(names, adamw=adamw, matrices=matrices)
     _check_patterns([*names, *(name for name, *_ in buffers)], freeze=freeze)
-    head_ids = _heads(model)
-    suspect = _suspected_head(model, head_ids)
+    heads_known = head_weights(model)
+    facts = _Facts(heads_known, possible_heads(model, heads_known), fused_layers(model), expert_factors(model))
     routers = _routers(model) if router == "adamw" else set()
     split = _split_heads(model) if heads == "split" else {}
     for name, _, _, p in places:
@@ -153,27 +157,33 @@ def assign(
         if _matches(name, freeze):
             module.freeze_buffer(local)
     found: dict[int, Assignment] = {}
+    asked: dict[int, _Question] = {}
+    answered: set[int] = set()
     for name, module, local, p in places:
         if not p.requires_grad:
             continue
-        if _matches(name, adamw):
-            new = Assignment(name, p, "adamw", (), "asked for")
-        elif given := [spec for pattern, spec in matrices.items() if fnmatch.fnmatchcase(name, pattern)]:
+        given = [spec for pattern, spec in matrices.items() if fnmatch.fnmatchcase(name, pattern)]
+        by_adamw = _matches(name, adamw)
+        if by_adamw or given:
+            answered.add(id(p))
+        if by_adamw:
+            new: Assignment | _Question = Assignment(name, p, "adamw", (), "asked for")
+        elif given:
             new = _muon(name, p, given[0], "asked for")
         elif id(p) in routers and p.ndim >= 2:
             new = Assignment(name, p, "adamw", (), "router")
         elif name in split and p.ndim >= 2:
             new = _muon(name, p, *split[name])
-        elif name == suspect:
-            raise ConfigError(
-                f"{name} {list(p.shape)} may be the head, as it has one row per embedding, or a hidden layer: decide "
-                f"by adamw=[{name!r}] or matrices={{{name!r}: ('matrix',)}}."
-            )
         else:
-            new = _decide(name, module, local, p, id(p) in head_ids)
+            new = _decide(name, module, local, p, facts)
+        if isinstance(new, _Question):
+            asked.setdefault(id(p), new)
+            continue
         if new.algorithm == "rest":
             new = replace(new, algorithm=rest)
         found[id(p)] = _tie(found[id(p)], new) if id(p) in found else new
+    if questions := [question for i, question in asked.items() if i not in answered]:
+        raise ConfigError(_ask(questions, [name for name, _, _, p in places if p.requires_grad]))
     return list(found.values())
 
 
@@ -185,7 +195,7 @@ def describe(groups: Sequence[Mapping[str, Any]], model: nn.Module | None = None
     lines: dict[tuple[str, ...], list[int]] = {}
 
     def add(name: str, p: Tensor, algorithm: str, holds: str, why: str) -> None:
-        key = (algorithm, re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name), holds, why)
+        key = (algorithm, _starred(name), holds, why)
         count = lines.setdefault(key, [0, 0])
         count[0] += 1
         count[1] += p.numel()
@@ -227,14 +237,25 @@ def _check_patterns(names: Sequence[str], **options: Iterable[str]) -> None:
                 raise ConfigError(f"{option} pattern {pattern!r} matches none of the {len(names)} parameters.")
 
 
-def _decide(name: str, module: nn.Module, local: str, p: Tensor, is_head: bool) -> Assignment:
+@dataclass(frozen=True)
+class _Facts:
+    """What the whole model shows of its linear layers, by id of the weight."""
+
+    heads: set[int]
+    possible_heads: dict[int, str]
+    fused: dict[int, Fused]
+    expert_factors: dict[int, Spec]
+
+
+def _decide(name: str, module: nn.Module, local: str, p: Tensor, facts: _Facts) -> Assignment | _Question:
     """By what the module is. The algorithm of what is not a hidden matrix is "rest" here."""
     kind = type(module).__name__
+    is_head = id(p) in facts.heads
     declare = getattr(module, "logical_matrices", None)
     declared: Mapping[str, Spec] = declare() if callable(declare) else {}
     if local in declared:
         return _muon(name, p, declared[local], f"declared by {kind}")
-    if isinstance(module, _EMBEDDINGS):
+    if isinstance(module, EMBEDDINGS):
         if is_head:
             return Assignment(name, p, "rest", (), f"embedding ({kind}), tied", "sign")
         return Assignment(name, p, "rest", (), f"embedding ({kind})", "row_rms")
@@ -247,21 +268,57 @@ def _decide(name: str, module: nn.Module, local: str, p: Tensor, is_head: bool) 
     if is_head:
         return Assignment(name, p, "rest", (), "head", "sign")
     if isinstance(module, nn.Linear) and local == "weight":
-        return _muon(name, p, ("matrix",), f"linear layer ({kind})")
+        return _decide_linear(name, kind, p, facts)
     if isinstance(module, _CONVOLUTIONS) and local == "weight":
         return _muon(name, p, ("flatten", module.groups), f"convolution ({kind})")
-    if local == "weight" and _is_router(module) and tuple(p.shape[:-1]) == (getattr(module, "num_experts", None),):
+    if local == "weight" and is_router(module) and tuple(p.shape[:-1]) == (getattr(module, "num_experts", None),):
         return _muon(name, p, ("matrix",), f"router ({kind})")
     stack = _expert_stack(module)
     if local in stack:
         return _muon(name, p, stack[local], f"experts ({kind})")
     if stack and local in (f"{weight}_bias" for weight in stack) and p.ndim == 2:
         return Assignment(name, p, "rest", (), f"biases of experts ({kind})", "rms")
-    raise ConfigError(
-        f"cannot tell which optimizer {name} {list(p.shape)} of {kind} needs: its rows and columns may be several "
-        f"fused matrices. Give {kind} a method logical_matrices(), or pass matrices={{{name!r}: specification}} or "
-        f"adamw=[{name!r}]."
+    text = (
+        f"cannot tell which optimizer {{}} of {kind} needs: its rows and columns may be several fused matrices, which "
+        f"{kind} can declare by a method logical_matrices()"
     )
+    return _Question(name, p, text, layout_of(module, local, p))
+
+
+def _decide_linear(name: str, kind: str, p: Tensor, facts: _Facts) -> Assignment | _Question:
+    if fused := facts.fused.get(id(p)):
+        unknown = "" if fused.known else ", divided in a way that is not known here (docs/muon.md has the usual ones)"
+        return _Question(name, p, f"{{}} seems to hold {fused.parts} in one weight{unknown}", fused.spec)
+    if spec := facts.expert_factors.get(id(p)):
+        return _muon(name, p, spec, "low-rank factors of experts")
+    if reason := facts.possible_heads.get(id(p)):
+        return _Question(name, p, f"{{}} may be the head ({reason}) or a hidden layer", ("matrix",))
+    return _muon(name, p, ("matrix",), f"linear layer ({kind})")
+
+
+def _ask(questions: Sequence[_Question], names: Sequence[str]) -> str:
+    """One message for all; what it says to pass is enough. names: of all trained parameters."""
+    alike: dict[tuple[str, str, tuple[int, ...], Spec | None], list[str]] = {}
+    for q in questions:
+        key = (_starred(q.name), q.text, tuple(q.parameter.shape), q.spec)
+        alike.setdefault(key, []).append(q.name)
+    texts, adamw, matrices = [], [], []
+    for (pattern, text, shape, spec), members in alike.items():
+        count = f" ({len(members)} of them)" if len(members) > 1 else ""
+        texts.append(text.format(f"{pattern if count else members[0]} {list(shape)}{count}"))
+        exact = set(fnmatch.filter(names, pattern)) <= set(members)
+        for name in [pattern] if exact and count else members:
+            adamw.append(name)
+            matrices.append(f"{name!r}: {'specification' if spec is None else spec}")
+    return (
+        f"{'; '.join(texts)}. Pass adamw={adamw} for AdamW, which is right for heads, or "
+        f"matrices={{{', '.join(matrices)}}} for Muon on these logical matrices, or some of them to each."
+    )
+
+
+def _starred(name: str) -> str:
+    """Numbers in a name as *: the pattern of all layers."""
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
 
 
 def _expert_stack(module: nn.Module) -> dict[str, Spec]:
@@ -309,17 +366,13 @@ def _tie(old: Assignment, new: Assignment) -> Assignment:
     return replace(side, name=old.name, matrices=(), why=f"{side.why}, tied", lmo=lmo)
 
 
-def _is_router(module: nn.Module) -> bool:
-    return getattr(module, "is_router", False) is True or type(module).__name__.endswith("Router")
-
-
 def _routers(model: nn.Module) -> set[int]:
     """ids of the parameters of routers; ConfigError where there is none."""
-    found = [m for m in model.modules() if _is_router(m)]
+    found = [m for m in model.modules() if is_router(m)]
     for parent in model.modules():
         children = dict(parent.named_children())
         if "experts" in children:
-            found += [children[name] for name in _ROUTER_NAMES if name in children]
+            found += [children[name] for name in ROUTER_NAMES if name in children]
     if not found:
         raise ConfigError(
             f"optimizer.router='adamw' finds no router in {type(model).__name__}: set is_router = True on its class, "
@@ -360,33 +413,6 @@ def _trained_buffers(model: nn.Module) -> Iterator[tuple[str, Any, str, bool]]:
         for local, moves in (listed() if callable(listed) else {}).items():
             name = f"{prefix}.{local}" if prefix else local
             yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module, local, moves
-
-
-def _heads(model: nn.Module) -> set[int]:
-    """ids of the weights of the language-model head: transformers' own answer, a linear layer of a head's name, or the
-    `head_weight_VD` of our own models, which is the embedding itself where they are tied."""
-    heads = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _HEAD_NAMES
-    }
-    heads |= {id(weight) for m in model.modules() if isinstance(weight := getattr(m, "head_weight_VD", None), Tensor)}
-    ask = getattr(model, "get_output_embeddings", None)
-    output = ask() if callable(ask) else None
-    return heads | ({id(output.weight)} if isinstance(output, nn.Linear | nn.Embedding) else set())
-
-
-def _suspected_head(model: nn.Module, heads: set[int]) -> str:
-    """The weight name of a last linear layer with one row per embedding, in a model that shows no head; else ""."""
-    embeddings = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    declared_tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    if heads or declared_tied or not linears:
-        return ""
-    name, last = linears[-1]
-    tied = any(last.weight is m.weight for m in embeddings)
-    per_embedding = any(last.out_features == m.num_embeddings for m in embeddings)
-    return f"{name}.weight" if per_embedding and not tied else ""
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -11,6 +11,8 @@ view, and a specification says where in it the matrices are:
     ("heads", n, sizes)          n equal blocks of rows, each cut into `sizes` (kv_b_proj: a head's keys, its values)
     ("interleaved", n, sizes)    n groups of rows, each of blocks of `sizes`: matrix j is block j of all groups, one
                                  under the other (Megatron's and NeoX's fused qkv)
+    ("interleaved_cols", n)      n matrices whose columns come in turns: matrix j is columns j, n + j, 2n + j, ...
+                                 (what PEFT's low-rank factors of n experts are stored as)
     ("flatten", groups)          a convolution kernel [out, in/groups, ...]: per group one matrix
                                  [out/groups, in/groups * ...]
 All but "matrix" and "flatten" take stacks [..., rows, cols] too: each matrix of the stack is divided so.
@@ -31,10 +33,14 @@ Runs = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class LogicalMatrix:
-    """Where a matrix is in its parameter's two-dimensional view: these rows in this order, these columns."""
+    """Where a matrix is in its parameter's two-dimensional view: these rows in this order, these columns.
+
+    step: from each column to the next, of range(*cols, step).
+    """
 
     rows: Runs
     cols: tuple[int, int]
+    step: int = 1
 
     @property
     def M(self) -> int:
@@ -44,7 +50,7 @@ class LogicalMatrix:
     @property
     def N(self) -> int:
         """Number of columns."""
-        return self.cols[1] - self.cols[0]
+        return len(range(*self.cols, self.step))
 
 
 def view_shape(shape: Sequence[int], spec: Spec) -> tuple[int, int]:
@@ -69,8 +75,8 @@ def logical_matrices(shape: Sequence[int], spec: Spec, name: str = "parameter") 
             f"{name} of shape {list(shape)} cannot be divided into logical matrices by {spec!r}: use ('matrix',) for "
             f"[rows, cols]; ('batch',) for a stack of three or more dimensions; ('rows', sizes) or ('cols', sizes) "
             f"with sizes that add up to the last but one or the last dimension; ('heads', n) or ('heads', n, sizes) "
-            f"with n blocks of rows, of `sizes` each; ('interleaved', n, sizes) with n * sum(sizes) rows; or "
-            f"('flatten', groups) for a convolution kernel."
+            f"with n blocks of rows, of `sizes` each; ('interleaved', n, sizes) with n * sum(sizes) rows; "
+            f"('interleaved_cols', n) with a multiple of n columns; or ('flatten', groups) for a convolution kernel."
         ) from None
 
 
@@ -100,6 +106,11 @@ def _find(shape: tuple[int, ...], spec: Spec) -> tuple[LogicalMatrix, ...] | Non
         starts = range(0, math.prod(shape[:-1]), rows) if rows and sizes else ()
         found = [LogicalMatrix(((top, top + rows),), span) for top in starts for span in _spans(sizes)]
         return tuple(found) if sizes else None
+    if kind == "interleaved_cols" and len(args) == 1:
+        if not _positive(args[0]) or cols % args[0]:
+            return None
+        starts = range(0, math.prod(shape[:-1]), rows) if rows and cols else ()
+        return tuple(LogicalMatrix(((top, top + rows),), (j, cols), args[0]) for top in starts for j in range(args[0]))
     blocks = _row_blocks(rows, kind, args)
     if blocks is None:
         return None

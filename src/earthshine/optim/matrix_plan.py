@@ -11,7 +11,7 @@ Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall ma
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,10 @@ _NOT_COMPARED = ("params", "param_names", "lr", "initial_lr")
 
 @dataclass(frozen=True)
 class Rect:
-    """`count` rectangles, one below the other, of rows x cols in the 2-D view of a parameter's share."""
+    """`count` rectangles, one below the other, of rows x cols in the 2-D view of a parameter's share.
+
+    step: from each of their columns to the next.
+    """
 
     param: int
     row: int
@@ -37,12 +40,14 @@ class Rect:
     rows: int
     cols: int
     count: int = 1
+    step: int = 1
 
     def of(self, views: Mapping[int, Tensor]) -> Tensor:
         """[count, rows, cols], the same memory."""
         view, height = views[self.param], self.count * self.rows
         if view.shape != (height, self.cols):
-            view = view.narrow(0, self.row, height).narrow(1, self.col, self.cols)
+            stop = self.col + (self.cols - 1) * self.step + 1
+            view = view[self.row : self.row + height, self.col : stop : self.step]
         return view.view(self.count, self.rows, self.cols)
 
     def rows_of(self, views: Mapping[int, Tensor]) -> Tensor:
@@ -199,7 +204,7 @@ class MatrixPlan:
         for k in order:
             for task in by_owner.get(k, ()):
                 for b in plan.pieces(task, me):
-                    rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols)
+                    rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols, step=b.step)
                     outgoing.append((rect, Segment(at, rider_at, b.rows, b.cols, (task.M, task.N))))
                     at, rider_at = at + b.rows * b.cols, rider_at + self._rider_size(b.rows)
                     sends[k] += b.rows * b.cols
@@ -247,14 +252,13 @@ def _batch(tasks: Sequence[tuple[Task, Sequence[Block]]]) -> Batch:
     sources: list[tuple[Rect, Place]] = []
     for slot, (task, found) in enumerate(tasks):
         for b in found:
-            rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols)
+            rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols, step=b.step)
             last, place = sources[-1] if sources else (None, None)
             if last is not None and place is not None and (b.rows, b.cols) == (task.M, task.N):
                 follows = last.row + last.count * last.rows == rect.row and place.slot + last.count == slot
-                same = (last.param, last.col, last.rows, last.cols) == (rect.param, rect.col, rect.rows, rect.cols)
-                if follows and same and (place.row, place.col) == (0, 0):
-                    rows_above = last.count
-                    sources[-1] = (Rect(last.param, last.row, last.col, last.rows, last.cols, rows_above + 1), place)
+                alike = replace(rect, row=last.row, count=last.count) == last and (place.row, place.col) == (0, 0)
+                if follows and alike:
+                    sources[-1] = (replace(last, count=last.count + 1), place)
                     continue
             sources.append((rect, Place(slot, b.row, b.col)))
     return Batch(shapes, tuple(sources))

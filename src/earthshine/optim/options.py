@@ -161,7 +161,7 @@ def _check_matrices(group: Mapping[str, Any]) -> None:
                 f"{name_of(group, i)} of shape {list(p.shape)} is not one matrix: give it algorithm='adamw' or say in "
                 f"'matrices' what it holds; param_groups(model) does both."
             )
-        if group["normuon_beta2"] and spec[:1] == ("cols",):
+        if group["normuon_beta2"] and spec[:1] in (("cols",), ("interleaved_cols",)):
             raise ConfigError(
                 f"{name_of(group, i)} is divided by columns ({spec!r}): NorMuon keeps one number per row of a "
                 f"parameter, which would belong to several matrices. Divide it by rows, or leave normuon_beta2 out."

@@ -23,7 +23,8 @@ from earthshine.optim.matrices import LogicalMatrix, Runs
 class Block:
     """A rectangle of rows x cols elements that a holder's local two-dimensional tensor and a matrix have in common.
 
-    It begins at [local_row, local_col] of the former, at [row, col] of the latter.
+    It begins at [local_row, local_col] of the former, at [row, col] of the latter. step: between its columns in the
+    former.
     """
 
     local_row: int
@@ -32,6 +33,7 @@ class Block:
     col: int
     rows: int
     cols: int
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -266,12 +268,25 @@ class _Balance:
 
 def blocks(matrix: LogicalMatrix, rows: Runs, cols: Runs) -> tuple[Block, ...]:
     """What a holder of these rows and columns of the view has of a matrix, ordered by row and column; maybe ()."""
-    across = list(_common(cols, (matrix.cols,)))
+    across = list(_common_cols(cols, matrix))
     return tuple(
-        Block(local_row, local_col, row, col, height, width)
+        Block(local_row, local_col, row, col, height, width, matrix.step)
         for local_row, row, height in _common(rows, matrix.rows)
         for local_col, col, width in across
     )
+
+
+def _common_cols(held: Runs, matrix: LogicalMatrix) -> Iterator[tuple[int, int, int]]:
+    """(offset among the held columns, offset among the matrix's, number) of each range that is in both."""
+    if matrix.step == 1:
+        yield from _common(held, (matrix.cols,))
+        return
+    wanted, before = range(*matrix.cols, matrix.step), 0
+    for start, stop in held:
+        first, last = (max(0, -((wanted.start - edge) // matrix.step)) for edge in (start, stop))
+        if first < min(last, len(wanted)):
+            yield before + wanted[first] - start, first, min(last, len(wanted)) - first
+        before += stop - start
 
 
 def _common(held: Runs, wanted: Runs) -> Iterator[tuple[int, int, int]]:
@@ -301,7 +316,7 @@ def _near(runs: Runs, start: int, stop: int) -> tuple[int, int]:
 
 
 def _elements(matrix: LogicalMatrix, rows: Runs, cols: Runs) -> int:
-    wide = _overlap(cols, (matrix.cols,))
+    wide = sum(n for *_, n in _common_cols(cols, matrix)) if matrix.step > 1 else _overlap(cols, (matrix.cols,))
     return wide * _overlap(rows, matrix.rows) if wide else 0
 
 

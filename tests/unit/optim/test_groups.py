@@ -44,13 +44,14 @@ class Adapted(nn.Linear):
 
 
 class Language(nn.Module):
-    def __init__(self, *, vocab: int = 12, tied: bool = False, head: str = "lm_head") -> None:
+    def __init__(self, *, vocab: int = 40, tied: bool = False, head: str = "lm_head") -> None:
         super().__init__()
         self.wte = nn.Embedding(vocab, 8)
         self.norm = nn.RMSNorm(8)
         self.router = nn.Linear(8, 4, bias=False)
         self.shared_gate = nn.Linear(8, 1, bias=False)
         self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8, bias=False)
         self.add_module(head, nn.Linear(8, vocab, bias=False))
         if tied:
             getattr(self, head).weight = self.wte.weight
@@ -64,6 +65,7 @@ def test_language_model() -> None:
     assert chosen(Language()) == {
         "router.weight": "muon",
         "up.weight": "muon",
+        "down.weight": "muon",
         "wte.weight": "adamw",
         "norm.weight": "adamw",
         "shared_gate.weight": "adamw",  # one row
@@ -98,7 +100,7 @@ def test_convolutions_norms_and_plain_linears() -> None:
         nn.PReLU(),
         nn.Linear(8, 5),
     )
-    groups = param_groups(model)
+    groups = param_groups(model, matrices={"6.weight": ("matrix",)})  # the last layer is asked about
     assert dict(zip([n for n, _ in groups[0]["params"]], groups[0]["matrices"], strict=True)) == {
         "0.weight": ("flatten", 1),
         "2.weight": ("flatten", 2),
@@ -133,7 +135,7 @@ def test_a_refusal_can_be_answered() -> None:
 
 
 def test_a_head_without_a_heads_name_is_refused_not_guessed() -> None:
-    with pytest.raises(ConfigError, match=r"final\.weight \[12, 8\] may be the head.*adamw=\['final\.weight'\]"):
+    with pytest.raises(ConfigError, match=r"final\.weight \[40, 8\] may be the head.*adamw=\['final\.weight'\]"):
         param_groups(Language(head="final"))
     assert chosen(Language(head="final"), adamw=["final.weight"])["final.weight"] == "adamw"
     assert chosen(Language(head="final"), matrices={"final.weight": ("matrix",)})["final.weight"] == "muon"
@@ -156,10 +158,10 @@ def test_adamw_takes_everything_without_questions() -> None:
 
 def test_freezing_by_pattern() -> None:
     model = Language(tied=True)
-    assert set(chosen(model, freeze=["wte.*", "norm.weight", "up.*", "shared*"])) == {"router.weight"}
+    assert set(chosen(model, freeze=["wte.*", "norm.weight", "up.*", "down.*", "shared*"])) == {"router.weight"}
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["router.weight"]
     assert set(chosen(model)) == {"router.weight"}  # frozen before stays frozen
-    with pytest.raises(ConfigError, match="freeze pattern 'blocks.*' matches none of the 7 parameters"):
+    with pytest.raises(ConfigError, match="freeze pattern 'blocks.*' matches none of the 8 parameters"):
         param_groups(Language(), freeze=["blocks.*"])
     with pytest.raises(ConfigError, match="no parameter is left to train"):
         param_groups(Language(), freeze=["*"])
@@ -194,8 +196,8 @@ def test_what_scion_takes_from_adamw() -> None:
     }
     assert lmos["b.wte.weight"] == lmos["c.wte.weight"] == "sign"  # an embedding that is the head too
     lines = [" ".join(line.split()) for line in describe([muon, scion, adamw], model).splitlines()]
-    assert "scion b.wte.weight 1 96 12 x 8, sign embedding (Embedding), tied" in lines
-    assert "scion in all 12 460" in lines
+    assert "scion b.wte.weight 1 320 40 x 8, sign embedding (Embedding), tied" in lines
+    assert "scion in all 12 1,356" in lines
     with pytest.raises(ConfigError, match="rest='scion' leaves nothing to algorithm='adamw'"):
         param_groups(model, rest="scion", algorithm="adamw")
     with pytest.raises(ConfigError, match="rest='sgd' must be one of adamw, scion"):
@@ -218,10 +220,14 @@ def test_scion_s_rule_for_the_embedding_of_our_own_models(tied: bool) -> None:
 
 def test_scion_s_rule_for_an_embedding_that_a_model_names_as_its_output() -> None:
     class Tied(Language):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.lm_head
+
         def get_output_embeddings(self) -> nn.Module:
             return self.wte
 
-    scion = next(g for g in param_groups(Tied(head="tail"), rest="scion") if g["algorithm"] == "scion")
+    scion = next(g for g in param_groups(Tied(), rest="scion") if g["algorithm"] == "scion")
     assert dict(zip([n for n, _ in scion["params"]], scion["lmo"], strict=True))["wte.weight"] == "sign"
 
 

@@ -16,7 +16,7 @@ def extract(whole: Tensor, spec: Spec) -> list[Tensor]:
     """The matrices of a parameter, by the rows and columns that the plan says."""
     view = whole.reshape(view_shape(whole.shape, spec))
     return [
-        torch.cat([view[a:b, slice(*matrix.cols)] for a, b in matrix.rows])
+        torch.cat([view[a:b, slice(*matrix.cols, matrix.step)] for a, b in matrix.rows])
         for matrix in logical_matrices(whole.shape, spec)
     ]
 
@@ -47,6 +47,10 @@ def numbered(*shape: int) -> Tensor:
         ((6, 4), ("interleaved", 1, (4, 2)), lambda w: list(w.split((4, 2)))),
         ((6, 4), ("interleaved", 3, (2,)), lambda w: [w]),
         ((2, 6, 4), ("interleaved", 3, (1, 1)), lambda w: [m[i::2] for m in w for i in (0, 1)]),
+        # PEFT's second factor of a stack of experts, [out, rank x experts]
+        ((4, 6), ("interleaved_cols", 3), lambda w: list(w.reshape(4, 2, 3).permute(2, 0, 1))),
+        ((2, 4, 6), ("interleaved_cols", 2), lambda w: [m[:, i::2] for m in w for i in (0, 1)]),
+        ((4, 6), ("interleaved_cols", 6), lambda w: list(w.T[:, :, None])),
         ((6, 2, 3, 3), ("flatten", 2), lambda w: [w[:3].reshape(3, 18), w[3:].reshape(3, 18)]),
         ((6, 4), ("flatten", 1), lambda w: [w]),
         ((0, 4), ("matrix",), lambda w: []),
@@ -85,7 +89,9 @@ def divisions(draw: st.DrawFn) -> tuple[tuple[int, ...], Spec]:
     stack = draw(st.lists(st.integers(1, 3), max_size=2))
     sizes = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     n, other = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    kind = draw(st.sampled_from(["rows", "cols", "heads", "parts of heads", "interleaved", "flatten", "batch"]))
+    kind = draw(
+        st.sampled_from(["rows", "cols", "heads", "parts of heads", "interleaved", "flatten", "batch", "in turns"])
+    )
     rows, spec = {
         "rows": (sum(sizes), ("rows", sizes)),
         "cols": (other, ("cols", sizes)),
@@ -93,9 +99,10 @@ def divisions(draw: st.DrawFn) -> tuple[tuple[int, ...], Spec]:
         "parts of heads": (n * sum(sizes), ("heads", n, sizes)),
         "interleaved": (n * sum(sizes), ("interleaved", n, sizes)),
         "flatten": (n * other, ("flatten", n)),
+        "in turns": (other, ("interleaved_cols", n)),
         "batch": (other, ("batch",)),
     }[kind]
-    cols = sum(sizes) if kind == "cols" else other
+    cols = {"cols": sum(sizes), "in turns": n * other}.get(kind, other)
     if kind == "flatten":
         return (rows, cols, *stack), spec
     return (*([2] if kind == "batch" and not stack else stack), rows, cols), spec
@@ -134,6 +141,9 @@ def test_matrices_cover_their_parameter_exactly_once(division: tuple[tuple[int, 
         ((6, 4), ("interleaved", 2)),
         ((6, 4), ("interleaved", 2, (1, 1))),
         ((6, 4), ("interleaved", 4, (1, 1))),
+        ((6, 4), ("interleaved_cols", 3)),
+        ((6, 4), ("interleaved_cols", 2, (1, 1))),
+        ((6, 4), ("interleaved_cols", 0)),
         ((5, 2, 3), ("flatten", 2)),
         ((6,), ("flatten", 2)),
         ((4, 6), ("columns", (3, 3))),

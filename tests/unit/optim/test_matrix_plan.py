@@ -93,12 +93,13 @@ def held_by(view: Tensor, layout: Layout, position: int) -> Tensor:
 
 
 def cut_out(view: Tensor, matrix: LogicalMatrix) -> Tensor:
-    return view[indices(matrix.rows)][:, slice(*matrix.cols)]
+    return view[indices(matrix.rows)][:, slice(*matrix.cols, matrix.step)]
 
 
 # ------------------------------------------------------------------------------------------------- one process: batches
 
 SHAPES: list[tuple[int, ...]] = [(6, 4), (4, 6), (3, 4, 6), (10, 4), (4, 16), (12, 6), (6, 2, 2), (1, 6), (0, 4)]
+SHAPES += [(2, 4, 6)]
 SPECS: list[Spec] = [
     ("matrix",),
     ("matrix",),
@@ -109,6 +110,7 @@ SPECS: list[Spec] = [
     ("flatten", 1),
     ("matrix",),
     ("matrix",),
+    ("interleaved_cols", 3),
 ]
 
 

@@ -52,6 +52,11 @@ def local(whole: Tensor, layout: Layout, position: int) -> Tensor:
     return whole.reshape(layout.view)[indices(layout.rows[position])][:, indices(layout.cols[position])]
 
 
+def within(b: Block) -> tuple[slice, slice]:
+    """Where a block is in the local tensor."""
+    return slice(b.local_row, b.local_row + b.rows), slice(b.local_col, b.local_col + b.cols * b.step, b.step)
+
+
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[list[Parameter], int]:
     """Parameters spread over one mesh of up to three dimensions, each in its own way, and the size of the mesh."""
@@ -64,6 +69,7 @@ def groups(draw: st.DrawFn) -> tuple[list[Parameter], int]:
         ("interleaved", 3, (2, 1)): (9, 4),
         ("batch",): (5, 3, 2),
         ("flatten", 2): (6, 2, 3),
+        ("interleaved_cols", 3): (3, 4, 12),
     }
     parameters = []
     for spec in draw(st.lists(st.sampled_from(list(specs)), min_size=1, max_size=5)):
@@ -100,12 +106,8 @@ def test_matrices_travel_whole_and_return_and_the_counts_are_what_travels(
         seen.append((task.param, task.index))
         loads[task.owner] += task.cost
         for block in plans[0].pieces(task, task.owner):
-            part = back[task.param][task.owner]
-            part[block.local_row : block.local_row + block.rows, block.local_col : block.local_col + block.cols] = (
-                local(whole[task.param], layouts[task.param], task.owner)[
-                    block.local_row : block.local_row + block.rows, block.local_col : block.local_col + block.cols
-                ]
-            )
+            here = within(block)
+            back[task.param][task.owner][here] = local(whole[task.param], layouts[task.param], task.owner)[here]
     moved = [0] * size
     for bucket in plans[0].buckets:
         sent = [[0] * size for _ in range(size)]
@@ -122,7 +124,7 @@ def test_matrices_travel_whole_and_return_and_the_counts_are_what_travels(
                 assert sum(b.rows * b.cols for b in pieces) == plans[0].elements(task, position) > 0
                 assert [(b.row, b.col) for b in pieces] == sorted((b.row, b.col) for b in pieces)
                 for b in pieces:
-                    here = (slice(b.local_row, b.local_row + b.rows), slice(b.local_col, b.local_col + b.cols))
+                    here = within(b)
                     there = (slice(b.row, b.row + b.rows), slice(b.col, b.col + b.cols))
                     assert (full[there] == -1).all()  # nobody else sent it
                     full[there] = mine[here]
@@ -130,7 +132,7 @@ def test_matrices_travel_whole_and_return_and_the_counts_are_what_travels(
                     sent[position][task.owner] += b.rows * b.cols
             matrix = matrices[task.param][task.index]
             view = whole[task.param].reshape(layouts[task.param].view)
-            assert torch.equal(full, view[indices(matrix.rows)][:, slice(*matrix.cols)])
+            assert torch.equal(full, view[indices(matrix.rows)][:, slice(*matrix.cols, matrix.step)])
         for position in range(size):
             assert plans[0].sends(bucket, position) == tuple(sent[position])
             assert plans[0].receives(bucket, position) == tuple(row[position] for row in sent)
@@ -156,6 +158,12 @@ def test_blocks_by_hand() -> None:
     assert blocks(matrix, (), ((3, 6),)) == ()
     assert blocks(matrix, ((3, 5),), ((3, 6),)) == ()
     assert blocks(matrix, ((0, 20),), ((6, 9),)) == ()
+    every_third = LogicalMatrix(((0, 2),), (1, 12), 3)  # columns 1, 4, 7, 10
+    assert blocks(every_third, ((0, 2),), ((2, 5), (6, 12))) == (
+        Block(0, 2, 0, 1, 2, 1, 3),
+        Block(0, 4, 0, 2, 2, 2, 3),
+    )
+    assert blocks(every_third, ((0, 2),), ((2, 4),)) == ()
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -1,0 +1,191 @@
+"""Which linear layers make the model's output: those that are known to, and those that may.
+
+Known are what the model itself names as its output, an adaptive softmax, and a linear layer of a head's name. May be
+output layers, by shape and place, all others with as many rows as the vocabulary or more that are in no block, and
+those at a branch's end whose output no other layer takes: classifiers, further heads.
+
+A *block* is what a ModuleList, or two or more of what a ModuleDict or a Sequential, holds: a child with two or more
+matrices. Not so a whole model with a table of tokens of its own, nor a small network at whose end such an output layer
+stands, as multi-token heads do that have a hidden layer each.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+ROUTER_NAMES = ("gate", "router")
+_HEAD_NAMES = ("head", "lm_head", "unembed", "embed_out", "output_projection")
+_PARALLEL = (nn.ModuleList, nn.ModuleDict)
+# What PEFT puts into the name of a layer that it copies or wraps.
+_PEFT = re.compile(r"\.(?:modules_to_save\.[^.]+|original_module|base_layer)(?=\.|$)")
+# A table of fewer rows holds positions, segments or the like rather than a vocabulary.
+_SMALLEST_VOCABULARY = 17
+
+
+def layer_name(path: str) -> str:
+    """The layer's own name: the last part of its path, without what PEFT adds."""
+    return _PEFT.sub("", f".{path}").rpartition(".")[2]
+
+
+def is_router(module: nn.Module) -> bool:
+    """A router says so by `is_router = True`, or by its class's name."""
+    return getattr(module, "is_router", False) is True or type(module).__name__.endswith("Router")
+
+
+def head_weights(model: nn.Module) -> set[int]:
+    """ids of the weights that make the output: of what a model names by `get_output_embeddings()`, of a linear layer of
+    a head's name, of an adaptive softmax, and the `head_weight_VD` of our own models, which is the embedding where they
+    are tied."""
+    heads: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and layer_name(path) in _HEAD_NAMES:
+            heads.add(id(module.weight))
+        if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
+            heads |= {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+        if isinstance(weight := getattr(module, "head_weight_VD", None), Tensor):
+            heads.add(id(weight))
+        for part in _answer(module, "get_output_embeddings") or ():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                heads.add(id(part.weight))
+    return heads
+
+
+def possible_heads(model: nn.Module, heads: set[int]) -> dict[int, str]:
+    """id of the weight -> why it may belong to an output layer, of each linear layer that is not among `heads`."""
+    survey = _Survey(model)
+    reasons = {id(linear.weight): "nothing in the model takes its output" for linear in survey.ends()}
+    if rows := survey.vocabulary:
+        large = [linear for linear in survey.outside() if linear.out_features >= rows]
+        reasons |= {id(linear.weight): f"it has no fewer rows than an embedding, {rows}" for linear in large}
+    known = heads | {id(m.weight) for m in model.modules() if isinstance(m, EMBEDDINGS)}
+    known |= {
+        id(m.weight)
+        for path, m in model.named_modules()
+        if isinstance(m, nn.Linear) and (is_router(m) or layer_name(path) in ROUTER_NAMES)
+    }
+    return {weight: reason for weight, reason in reasons.items() if weight not in known}
+
+
+def _answer(module: nn.Module, question: str) -> list[nn.Module] | None:
+    """The layers that transformers' get_..._embeddings() names, also where PEFT wraps them; None where it does not."""
+    ask = getattr(module, question, None)
+    try:
+        answer = ask() if callable(ask) else None
+    except (AttributeError, NotImplementedError):  # transformers' default, and models without the part that they ask
+        return None
+    if not isinstance(answer, nn.Module):
+        return None
+    several = isinstance(answer, nn.ModuleList) or hasattr(answer, "base_layer") or hasattr(answer, "original_module")
+    return list(answer.modules()) if several else [answer]
+
+
+class _Survey:
+    """The linear layers of a model by place: in a block or not, followed by others or not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.linears = _linears(model)
+        self.taken = Counter(m.in_features for m in self.linears)
+        known = (nn.Linear, *EMBEDDINGS, nn.modules.conv._ConvNd)
+        bare = [p for m in model.modules() if not isinstance(m, known) for p in m.parameters(recurse=False)]
+        self.taken.update(size for p in bare if p.ndim > 1 for size in p.shape[-2:])
+        tables = self._tables()
+        self.vocabulary = min((m.num_embeddings for m in tables), default=0)
+        self._tables_of_tokens = {id(m) for m in tables}
+        self.blocks = {id(child) for m in model.modules() for child in self._blocks(m)}
+        self._with_blocks = {
+            id(m) for m in model.modules() if any(id(inner) in self.blocks for inner in m.modules() if inner is not m)
+        }
+
+    def _tables(self) -> list[nn.Embedding]:
+        """The embeddings of tokens: what the model names, else those with rows enough that some layer takes.
+
+        Not what a ModuleList repeats: positions in attention.
+        """
+        answers = [named for m in self.model.modules() if (named := _answer(m, "get_input_embeddings")) is not None]
+        if answers:
+            return [m for named in answers for m in named if isinstance(m, nn.Embedding)]
+        repeated = {
+            id(inner)
+            for m in self.model.modules()
+            if isinstance(m, nn.ModuleList)
+            for child in m.children()
+            for inner in child.modules()
+            if inner is not child
+        }
+        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and id(m) not in repeated]
+        return [m for m in tables if m.num_embeddings >= _SMALLEST_VOCABULARY and self.taken[m.embedding_dim]]
+
+    def _blocks(self, parent: nn.Module) -> list[nn.Module]:
+        if not isinstance(parent, (*_PARALLEL, nn.Sequential)):
+            return []
+        several = [child for child in parent.children() if sum(p.ndim > 1 for p in child.parameters()) > 1]
+        if len(several) < 2 and not isinstance(parent, nn.ModuleList):
+            return []
+        return [child for child in several if self._is_block(child)]
+
+    def _is_block(self, child: nn.Module) -> bool:
+        if any(id(m) in self._tables_of_tokens for m in child.modules()):
+            return False
+        linears = _linears(child)
+        if len(linears) < sum(p.ndim > 1 for p in child.parameters()):
+            return True
+        first, last = linears[0], linears[-1]
+        chain = all(a.out_features == b.in_features for a, b in pairwise(linears))
+        large = 0 < self.vocabulary <= last.out_features
+        ends = last.out_features != first.in_features and (large or not self._is_taken(last))
+        return not (chain and ends)
+
+    def _is_taken(self, linear: nn.Linear) -> bool:
+        """Whether another layer takes as many features as this one makes."""
+        own = linear.in_features == linear.out_features
+        return self.taken[linear.out_features] > own
+
+    def outside(self) -> list[nn.Linear]:
+        """The linear layers that no block contains."""
+        return list(self._walk(self.model))
+
+    def _walk(self, module: nn.Module) -> Iterator[nn.Linear]:
+        if isinstance(module, nn.Linear):
+            yield module
+        for child in module.children():
+            if id(child) not in self.blocks:
+                yield from self._walk(child)
+
+    def ends(self) -> list[nn.Linear]:
+        """The last linear layers of each branch whose output no other layer takes.
+
+        A branch is what stands beside the blocks; without blocks, and where it is not alone, the whole model.
+        """
+        if id(self.model) in self._with_blocks:
+            return [linear for branch in self._branches(self.model) for linear in self._ends_of(branch)]
+        alone = sum(p.ndim > 1 for p in self.model.parameters()) < 2
+        return [] if alone else list(self._ends_of(self.model))
+
+    def _branches(self, module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if id(child) in self._with_blocks:
+                if id(child) not in self.blocks:
+                    yield from self._branches(child)
+            elif id(child) not in self.blocks:
+                yield child
+
+    def _ends_of(self, branch: nn.Module) -> Iterator[nn.Linear]:
+        if isinstance(branch, _PARALLEL):
+            for child in branch.children():
+                yield from self._ends_of(child)
+            return
+        for linear in reversed(list(self._walk(branch))):
+            if min(linear.in_features, linear.out_features) == 1:
+                continue  # of a value, a gate: no matrix
+            if self._is_taken(linear):
+                return
+            yield linear
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)]
