@@ -102,7 +102,7 @@ def _describe(job: Any, options: Options) -> None:
     if options.json:
         print_json({"job": encode(job), "derived": asdict(plan), "gemm_peak_flops": compute.peak_flops})
         return
-    print(json.dumps(encode(job), indent=1))
+    print(json_text(encode(job)))
     print(f"\n{plan.table(compute.peak_flops)}")
     print(f"\ncomputing in {str(compute.dtype).removeprefix('torch.')}: {compute.reason}; no run reaches its rate")
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from shlex import quote
 from typing import Any
 
+from earthshine.config import encode
 from earthshine.console import human_bytes
+from earthshine.files import to_json
 from earthshine.report.document import Block, Bullets, Cell, Code, Section, Table, Text
 from earthshine.report.runs import CheckRow, Run, Verification
 from earthshine.report.scales import flops, short, whole
@@ -106,7 +108,7 @@ def environment_section(runs: Sequence[Run]) -> Section:
         rows = tuple((_env_name(p), *(_env_value(p, leaves.get(p)) for leaves in columns)) for p in paths)
         headers = ("", "all runs" if len(known) > 1 else known[0].name) if same else ("", *(r.name for r in known))
         caption = "Where it ran, as recorded in env.json" + ("." if same else "; the runs differ.")
-        if moved := [r.name for r in known if any(s.environment for s in r.starts)]:
+        if moved := [r.name for r in known if any(s.moved for s in r.starts)]:
             caption += f" That is where {_listed(moved)} began, and later went on elsewhere: see What was run."
         blocks.append(Table(caption, headers, rows))
     for run in runs:
@@ -144,7 +146,7 @@ def reproduce_section(runs: Sequence[Run]) -> Section:
         if run.config is None:
             blocks.append(Text(f"{run.name} has no config.json, so it cannot be repeated from its folder.", "absent"))
         else:
-            text = json.dumps(run.config, indent=1, ensure_ascii=False)
+            text = to_json(encode(run.config), indent=1)
             blocks.append(Code(text, "json", f"config.json of {run.name}"))
     notes = [(f"{run.name}: {note}", "quiet") for run in runs for note in run.notes]
     if notes:
@@ -155,7 +157,7 @@ def reproduce_section(runs: Sequence[Run]) -> Section:
 
 def _what_the_commands_do(runs: Sequence[Run]) -> str:
     changed = [r.name for r in runs if any(s.another_run for s in r.starts)]
-    moved = [r.name for r in runs if any(s.environment for s in r.starts)]
+    moved = [r.name for r in runs if any(s.moved for s in r.starts)]
     words = "Each run folder holds the whole job: these commands repeat it, on the environment above."
     if changed:
         words = (

@@ -41,8 +41,13 @@ class Start:
     derived: Mapping[str, Any] = field(default_factory=dict)  # the whole plan of this start
 
     @property
+    def moved(self) -> bool:
+        """Whether last bits may differ from here on: another host alone changes none."""
+        return any(c.field != "host" for c in self.environment)
+
+    @property
     def changed(self) -> bool:
-        return bool(self.config or self.environment or self.plan)
+        return bool(self.config or self.plan) or self.moved
 
 
 def _short(text: str) -> str:
@@ -116,4 +121,4 @@ def starts_table(name: str, starts: Sequence[Start]) -> Table | None:
         f"Starts of {name}, and what had changed since the steps before. Config and plan on this page are those of the "
         "last start, the environment is that of the first."
     )
-    return Table(caption, ("First step", "Started (UTC)", "Changed"), rows, frozenset({0}))
+    return Table(caption, ("First step", "Started (UTC)", "Changed"), rows)

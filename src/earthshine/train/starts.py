@@ -12,7 +12,7 @@ from typing import Any
 
 from earthshine.config import differences, encode, read_json
 from earthshine.console import log
-from earthshine.files import append_line, atomic_write, to_json
+from earthshine.files import atomic_write, to_json
 from earthshine.run_folder import CONFIG, ENV, PLAN, STARTS, json_lines
 from earthshine.train.job import TrainJob, changes_on_resume
 
@@ -60,14 +60,16 @@ def new_start(
 
 
 def write_start(run_dir: Path, start: Mapping[str, Any], *, finished: bool) -> None:
-    """Append the line; begin a new file at the first step. A finished run that is started as it was adds nothing."""
-    if start["first_step"] == 1:
-        atomic_write(run_dir / STARTS, to_json(start) + "\n")
-        return
-    last: dict[str, Any] = next((line.record for line in reversed([*json_lines(run_dir / STARTS)]) if line.record), {})
-    same = all(last.get(part) == start[part] for part in ("config", "plan"))
-    if not (finished and same):
-        append_line(run_dir / STARTS, to_json(start))
+    """Append the line; begin a new file at the first step. A finished run that is started as it was adds nothing.
+
+    The file is on the disk before config.json, which it tells of, is written.
+    """
+    path = run_dir / STARTS
+    earlier = [*json_lines(path)] if start["first_step"] > 1 else []
+    last: dict[str, Any] = next((line.record for line in reversed(earlier) if line.record), {})
+    if not (finished and all(last.get(part) == start[part] for part in ("config", "plan"))):
+        lines = [line.raw.removesuffix(b"\n") for line in earlier]
+        atomic_write(path, b"\n".join([*lines, to_json(start).encode()]) + b"\n")
     if fields := [change["field"] for change in start["changes"]["plan"]]:
         log(f"{PLAN} changed after step {start['first_step'] - 1}, as {STARTS} tells: {', '.join(fields)}")
 

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from earthshine.errors import ConfigError, DataError
+from earthshine.report.facts import compute_done
 from earthshine.report.runs import MEDIAN_LOAD, WORST_LOAD, read_run, read_runs
 
 
@@ -67,6 +68,31 @@ def test_a_damaged_line_is_left_out_and_said(pair, line, capsys):
     assert f"warning: {path} is damaged in line 3" in capsys.readouterr().err
 
 
+def test_starts_are_those_that_steps_are_kept_of(pair):
+    """A damaged line is noted; another host alone is no change of a run."""
+    start = {"first_step": 1, "changes": {}}
+    tried = {"first_step": 3, "changes": {"config": [{"field": "seed", "from": 0, "to": 1}]}, "another_run": ["seed"]}
+    host = {"first_step": 3, "changes": {"environment": [{"field": "host", "from": "a", "to": "b"}]}}
+    lines = [json.dumps(start), json.dumps(tried), "nonsense", json.dumps(host)]
+    pair[0].write("starts.jsonl", "\n".join(lines) + "\n")
+    run = read_run(pair[0].path)
+    assert [s.first_step for s in run.starts] == [1, 3]
+    last = run.starts[1]
+    assert not last.config and not last.another_run and not last.changed and not last.moved
+    assert [str(c) for c in last.environment] == ['`host` "a" \u2192 "b"']
+    assert "starts.jsonl is damaged in line 3 (not a JSON object); left out." in run.notes
+
+
+def test_compute_is_the_sum_over_the_starts(pair):
+    """Two steps by another plan, then two by the present one; before the first recorded start by what it changed."""
+    key = "forward_backward_flops_per_step"
+    now = read_run(pair[0].path).plan[key]
+    changed = {"first_step": 3, "plan": {key: now}, "changes": {"plan": [{"field": key, "from": 10.0, "to": now}]}}
+    for lines in ([changed], [{"first_step": 1, "plan": {key: 10.0}, "changes": {}}, changed]):
+        pair[0].write("starts.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
+        assert compute_done(read_run(pair[0].path), "forward_backward") == pytest.approx(2 * 10.0 + 2 * now)
+
+
 def test_absent_files_are_noted(pair):
     pair[0].remove("plan.json", "env.json", "metrics.jsonl", "eval/heldout-before.json")
     run = read_run(pair[0].path)
@@ -117,6 +143,13 @@ DAMAGED = {
     "samples no list": ("eval/samples-after.json", {"samples": "x"}, "must be a list"),
     "check without ok": ("eval/verify-x.json", {"rows": []}, "needs 'ok'"),
     "row without ok": ("eval/verify-x.json", {"ok": True, "rows": [{"name": "a"}]}, "rows[0] needs"),
+    "ok by nothing": (
+        "eval/verify-x.json",
+        '{"ok": true, "rows": [{"name": "a", "measured": Infinity, "tolerance": Infinity, "ok": true}]}',
+        "rows[0] says ok=true of numbers that are not finite",
+    ),
+    "start without a step": ("starts.jsonl", {"changes": {}}, "line 1: a start needs 'first_step'"),
+    "start of other changes": ("starts.jsonl", {"first_step": 2, "changes": {"config": [1]}}, "must be lists of"),
     "ok in spite of a row": ("eval/verify-x.json", {"ok": True, "rows": [{"name": "a", "ok": False}]}, "does not hold"),
 }
 
