@@ -73,8 +73,8 @@ def run(options: Options) -> None:
         differ = unlike(shards.tokenization, [rule.tokenization] if rule.tokenization else [])
         if differ:
             log(f"warning: {options.shards} was prepared otherwise than the run's data: {differ}.")
-    if shards.lost():
-        log(f"warning: {options.shards}: {shards.lost()}; bits per byte are over text that the tokenizer cannot spell.")
+    for line in shards.notes():
+        log(line)
     model = load(options.model, options.precision, options.trust)
     result = heldout_loss(
         model,

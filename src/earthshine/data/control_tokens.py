@@ -31,7 +31,7 @@ def control_tokens(backend: "Backend", folder: Path) -> dict[int, str]:
             number = backend.token_to_id(content)
             if number is not None:
                 found[number] = content
-    return found
+    return {i: content for i, content in found.items() if content}
 
 
 def _named(file: Path) -> list[str]:

@@ -215,17 +215,7 @@ class Loader:
     def notes(self) -> list[str]:
         """What a user should know of the data before the first step, as lines of a log."""
         shards = [s.shards for s in self._sources]
-        found = [
-            f"warning: {s.path}: {s.lost()}: what was lost is not learned, and bits per byte are lossy."
-            for s in shards
-            if s.lost()
-        ]
-        old = [str(s.path) for s in shards if not s.tokenization.recorded]
-        if old:
-            found.append(
-                f"{', '.join(old)} does not record how its texts became ids: as before it did, a document ends at "
-                f"each end token (id {shards[0].eod}), one inside a text included."
-            )
+        found = [note for s in shards for note in s.notes()]
         if len({s.tokenization.bos_ids for s in shards}) > 1:
             found.append(
                 "warning: data.sources: the documents of some begin with a beginning token and those of others do not; "

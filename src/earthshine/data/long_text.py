@@ -9,6 +9,9 @@ end as the context does. The next piece is encoded behind that context, whose to
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 
+import numpy as np
+from numpy.typing import NDArray
+
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 _CONTEXT_CHARS = 256
@@ -16,20 +19,20 @@ _AT_EACH_MARK = 12  # places to try after newlines, before spaces, and anywhere
 _PIECES_TRIED = 6
 
 
-def encode_in_pieces(text: str, limit: int, encode: Encode) -> list[list[int]]:
+def encode_in_pieces(text: str, limit: int, encode: Encode) -> list[NDArray[np.uint32]]:
     """The ids of a text in pieces of about `limit` characters at most; in one where no cut can be confirmed."""
-    pieces: list[list[int]] = []
+    pieces: list[NDArray[np.uint32]] = []  # a Python int takes nine times the memory
     start, context_ids = 0, list[int]()
     while len(text) - start > limit:
         step = _next_piece(text, start, limit, context_ids, encode)
         if step is None:
             break
         ids, start, context_ids = step
-        pieces.append(ids)
+        pieces.append(np.array(ids, dtype=np.uint32))
     rest = encode([text[max(0, start - _CONTEXT_CHARS) :]])[0]
     if rest[: len(context_ids)] != context_ids:  # what comes later does reach back further than was looked
-        return encode([text])
-    return [*pieces, rest[len(context_ids) :]]
+        return [np.array(encode([text])[0], dtype=np.uint32)]
+    return [*pieces, np.array(rest[len(context_ids) :], dtype=np.uint32)]
 
 
 def _next_piece(

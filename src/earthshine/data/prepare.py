@@ -124,7 +124,7 @@ class Encoder:
 
     def _encode_long(self, text: str) -> list[NDArray[Any]]:
         pieces = encode_in_pieces(text, _PIECE_CHARS, self._encode_batch)
-        return [np.array(ids, dtype=self._dtype) for ids in pieces]
+        return [ids.astype(self._dtype) for ids in pieces]
 
     def _encode_batch(self, given: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode_batch(given, special=self.special_tokens)

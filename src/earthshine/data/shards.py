@@ -187,6 +187,18 @@ class TokenShards:
         words = [f"{unknown / self.num_tokens:.2%} of the tokens are unknown (<unk>)"] if unknown else []
         return ", ".join(words + ([f"{dropped:,} characters were left out as unknown (no <unk>)"] if dropped else []))
 
+    def notes(self) -> list[str]:
+        """What a user should know of the shards before they are trained or evaluated on, as lines of a log."""
+        lost, found = self.lost(), []
+        if lost:
+            found.append(f"warning: {self.path}: {lost}; what was lost is not learned, and bits per byte are lossy.")
+        if not self.tokenization.recorded:
+            found.append(
+                f"{self.path} does not record how its texts became ids: as before it was recorded, a document ends at "
+                f"each end token (id {self.eod}), one inside a text included."
+            )
+        return found
+
     def document_bytes(self, stop: int) -> int:
         """UTF-8 bytes of the texts of documents 0 to stop - 1."""
         parts = zip(self._idx, self._first_document.tolist(), strict=False)

@@ -46,5 +46,5 @@ class Prompts:
         """The ids of a prompt."""
         spelled = self.tokenizer.spelled(text)
         if spelled and not self.special_tokens:
-            log(f"the prompt spells {spelled!r}: text, as in the data; --special-tokens makes it the special token.")
+            log(f"the prompt spells {spelled!r}, which is text; --special-tokens makes it the special token.")
         return self.tokenizer.encode_prompt(text, special=self.special_tokens, bos_ids=self._bos_ids)

@@ -65,7 +65,7 @@ def test_marks_can_be_asked_for_and_what_they_are_is_said(
     t = load_tokenizer(tokenizer)
     run = make_run(Tokenization(tokenizer_sha256=t.sha256, eod=0, bos_ids=(1,)))
     assert 0 not in Prompts(run, tokenizer).encode("a</s>")
-    assert "the prompt spells '</s>': text, as in the data" in capsys.readouterr().err
+    assert "the prompt spells '</s>', which is text" in capsys.readouterr().err
     assert Prompts(run, tokenizer, special_tokens=True).encode("a</s>") == [1, *t.encode("a"), 0]
     assert capsys.readouterr().err == ""
 
