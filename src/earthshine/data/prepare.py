@@ -89,15 +89,18 @@ class Encoder:
         documents = [item for item in found if isinstance(item, Document)]
         ids = self._encode([document.text for document in documents if len(document.text) <= _PIECE_CHARS])
         for document in documents:
-            own = [next(ids)] if len(document.text) <= _PIECE_CHARS else self._encode_long(document.text)
-            length = sum(map(len, own))
-            if length == 0:  # a normalizer may leave nothing of a text
+            pieces = [next(ids)] if len(document.text) <= _PIECE_CHARS else self._encode_long(document.text)
+            own = [piece for piece in pieces if len(piece)]
+            if not own:  # a normalizer may leave nothing of a text
                 skipped.append(Skipped(document.name, "no tokens"))
                 continue
-            if len(beginning) and not (self.special_tokens and np.array_equal(own[0][: len(beginning)], beginning)):
-                own, length = [beginning, *own], length + len(beginning)
-            parts += [*own, end]
-            lengths.append(length + 1)
+            # A text may spell its own beginning and end where special tokens are tokens: neither stands there twice.
+            if not (self.special_tokens and np.array_equal(own[0][: len(beginning)], beginning)):
+                own.insert(0, beginning)
+            if not (self.special_tokens and own[-1][-1] == self.eod):
+                own.append(end)
+            parts += own
+            lengths.append(sum(map(len, own)))
             sizes.append(len(document.text.encode()))
             in_pieces += len(document.text) > _PIECE_CHARS
         tokens = np.concatenate(parts) if parts else end[:0]
@@ -346,12 +349,16 @@ def _say_counts(encoder: Encoder, index: dict[str, Any]) -> None:
             f"token (<unk>). Take a tokenizer made for these texts, or one that falls back on bytes."
         )
     if inside:
-        log(
-            f"warning: {inside:,} tokens inside the texts are the end token (id {encoder.eod}). Documents end where "
-            f"their lengths say, but a model learns to continue after it: choose one that no text spells (--eod)."
-        )
+        spelled = f"{inside:,} tokens inside the texts are the end token (id {encoder.eod}); documents end where their "
+        if encoder.special_tokens:
+            log(f"prepare: {spelled}lengths say.")
+        else:
+            log(
+                f"warning: {spelled}lengths say, but a model learns to continue after it: choose one that no text "
+                f"spells (--eod)."
+            )
     if spelling:
-        how = "became the tokens" if encoder.special_tokens else "are text (special_tokens makes them the tokens)"
+        how = "became the tokens" if encoder.special_tokens else "are text (--special-tokens makes them the tokens)"
         log(f"prepare: {spelling:,} documents spell special tokens, which {how}; prompts are encoded alike.")
 
 

@@ -214,6 +214,7 @@ def merged() -> Tokenizer:
     for a, b in (("<", "/"), ("s", ">"), ("</", "s>")):
         vocab[a + b] = len(vocab)
         merges.append([a, b])
+    spec["pre_tokenizer"]["use_regex"] = False
     t = Tokenizer.from_str(json.dumps(spec))
     t.add_special_tokens(["</s>"])
     return t

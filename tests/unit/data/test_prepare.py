@@ -104,11 +104,11 @@ def test_spellings_become_tokens_where_that_is_asked_for(
 ) -> None:
     """As in chats that are written out with their marks: an end inside is a token, and no end of the document."""
     t = load_tokenizer(tokenizer_of("llama3"))
-    text = "<s>the moon</s> is lit"
+    text = "<s>the moon</s> is lit</s>"
     shards = prepared(tmp_path, tokenizer_of("llama3"), text, "the sun", special_tokens=True)
-    assert shards.document(0).tolist() == [*t.encode(text), t.eod]  # the beginning token is not doubled
+    assert shards.document(0).tolist() == t.encode(text)  # neither its beginning nor its end is doubled
     assert shards.document(1).tolist() == [*t.bos_ids, *t.encode("the sun"), t.eod]
-    assert shards.lengths().tolist() == [len(t.encode(text)) + 1, len(t.encode("the sun")) + 2]
+    assert shards.lengths().tolist() == [len(t.encode(text)), len(t.encode("the sun")) + 2]
     assert shards.tokenization.special_spellings == "tokens"
     err = capsys.readouterr().err
     assert "1 documents spell special tokens, which became the tokens" in err
