@@ -13,6 +13,7 @@ CONFIG, PLAN, ENV, METRICS, STARTS, EVAL = (
     "config.json", "plan.json", "env.json", "metrics.jsonl", "starts.jsonl", "eval",
 )  # fmt: skip
 ORIGIN = "origin.json"  # where the weights began, when not at random
+HELDOUT_BEFORE = "heldout-before.json"  # in EVAL: the held-out loss at step 0
 DAMAGED = "metrics.damaged"  # lines of metrics.jsonl that are no JSON, set aside
 
 

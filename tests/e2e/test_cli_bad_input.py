@@ -218,3 +218,22 @@ def test_a_full_disk(command, dense_dir, tokenizer_dir, tmp_path, earthshine_env
     assert str(small) in lines[0]
     assert "Traceback" not in done.stderr
     assert done.stdout.strip() == "left:"
+
+
+@pytest.mark.parametrize("command", ["eval", "verify hf", "verify upcycle", "verify checkpoint"])
+@pytest.mark.parametrize("out", ["a folder", "a file/below.json"])
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(run, tmp_path, command, out):
+    """Before: the model that is named is not even there."""
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "a file").write_text("")
+    options = {"eval": ["--shards", tmp_path], "verify upcycle": [tmp_path / "moe"]}.get(command, [])
+    assert_refused(run(*command.split(), tmp_path / "none", *options, "--out", tmp_path / out), 2, "out=", out)
+
+
+def test_a_report_is_no_other_file(run, tmp_path):
+    assert visible(tmp_path) == []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for name in ("page.json", "page.md", "PAGE.PDF"):
+        assert_refused(run("report", tmp_path / "run", "--out", tmp_path / name), 2, name, ".html")
+    assert visible(tmp_path) == ["run"]

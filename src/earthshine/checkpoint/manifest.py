@@ -24,7 +24,7 @@ from typing import Any
 from earthshine.config import decode, encode, read_json
 from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError
-from earthshine.files import sha256_file, sync_folder, write_json
+from earthshine.files import expand_home, sha256_file, sync_folder, write_json
 from earthshine.model.config import ModelConfig
 
 FORMAT = 1
@@ -174,7 +174,11 @@ def require_trust(manifest: Manifest, trust: bool) -> None:
 
 def key_path() -> Path:
     """Where this user's signing key lies: in XDG_CONFIG_HOME, or ~/.config."""
-    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    base = expand_home(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
+    if base.startswith("~"):  # a container's user may have none
+        raise ConfigError(
+            "the key that signs checkpoints has no place, for this user has no home: set XDG_CONFIG_HOME."
+        )
     return Path(base) / "earthshine" / "checkpoint.key"
 
 

@@ -6,6 +6,7 @@ of every file before anything is unpickled; a damaged checkpoint is passed over,
 """
 
 import shutil
+import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from earthshine.checkpoint.manifest import CHECKPOINTS, Manifest
 from earthshine.config import encode, read_json
 from earthshine.console import human_bytes, log
 from earthshine.data.tokenization import Tokenization
-from earthshine.errors import CheckpointError, DiskFullError
+from earthshine.errors import CheckpointError, ConfigError, DiskFullError
 from earthshine.files import naming_full_disk, sync_folder, write_json
 from earthshine.model.config import ModelConfig
 
@@ -94,6 +95,36 @@ def save(
         raise
     _discard_old(run_dir, keep, final)
     return final
+
+
+def check_can_save(run_dir: Path, tensors: Mapping[str, Tensor], *, saves: int, keep: int) -> None:
+    """Find out, before there is anything to lose, whether `save` could write a checkpoint of `tensors`.
+
+    saves: how many are planned. Warns when there is room for one and not for all that will lie there at once. Leaves
+    nothing behind but the signing key. Raises ConfigError for the key, the folder or names in it, DiskFullError.
+    """
+    manifests.signing_key()
+    parent = run_dir / CHECKPOINTS
+    for path in (parent, *parent.glob("step-*")):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file where a checkpoint's folder belongs: move it away.")
+    where = parent if parent.exists() else run_dir
+    try:
+        remove_leftovers(run_dir)
+        with tempfile.TemporaryFile(dir=where):
+            free = shutil.disk_usage(where).free
+    except OSError as e:
+        raise ConfigError(f"{where} cannot hold checkpoints: {e}. Make it writable, or choose another --run.") from e
+    there = len(manifests.step_folders(run_dir))
+    needed = sum(t.nbytes for t in tensors.values()) + _SLACK_BYTES
+    if free < needed:
+        raise DiskFullError(_full(parent, needed, free))
+    most = min(there + saves, keep + 1) if keep else there + saves  # the oldest goes when the newest is complete
+    if free < needed * (most - there):
+        log(
+            f"warning: {most} checkpoints of {human_bytes(needed)} will lie in {parent} at once; {human_bytes(free)} "
+            f"are free there, enough for {free // needed} more. Free some space, or lower checkpoint.keep."
+        )
 
 
 def latest(path: Path, *, trust: bool = False) -> Checkpoint | None:
@@ -170,7 +201,10 @@ def load_model_state(path: str | Path, *, trust: bool = False) -> tuple[ModelCon
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed save or deletion left behind. Only for the process that owns the run folder."""
     for path in (run_dir / CHECKPOINTS).glob(f"{_HIDDEN}step-*"):
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def tidy(run_dir: Path, *, keep: int, newest: Path) -> None:

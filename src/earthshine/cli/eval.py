@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from earthshine.cli.options import ModelPath, Precision, load, print_json
+from earthshine.cli.options import ModelPath, Precision, check_out, load, print_json
 from earthshine.console import table
 
 DESCRIPTION = "Held-out loss of a model on token shards: nats per token with its standard error, and bits per byte."
@@ -60,6 +60,7 @@ def run(options: Options) -> None:
     from earthshine.evaluate.perplexity import heldout_loss
     from earthshine.files import write_json
 
+    check_out(options.out)
     shards, rule = TokenShards(options.shards, verify=False), run_rule(options.model)
     within = not options.across_documents
     if rule is None:

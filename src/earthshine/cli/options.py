@@ -1,6 +1,7 @@
 """Parsing of one command's options by tyro, and what commands share."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,17 @@ def _usable(name: str, value: Any) -> Any:
             option = name.replace("_", "-")
             raise ConfigError(f"{option}={value!r} has bytes that are not UTF-8: give it in that encoding.") from e
     return value
+
+
+def check_out(out: Path | None) -> None:
+    """Raise ConfigError when the file of `--out` could not be written, before the work whose result goes there."""
+    if out is None:
+        return
+    place = next(p for p in out.absolute().parents if p.exists())
+    if out.is_dir():
+        raise ConfigError(f"out={out} is a folder: give the name of a file.")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"out={out} cannot be written: {place} is no folder that you can write to.")
 
 
 def shell_quoted(path: str | Path) -> str:

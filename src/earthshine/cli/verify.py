@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg, subcommand
 
-from earthshine.cli.options import print_json
+from earthshine.cli.options import check_out, print_json
 from earthshine.console import table
 from earthshine.files import write_json
 
@@ -94,6 +94,7 @@ Options = (
 
 
 def run(options: Upcycle | HuggingFace | Checkpoint) -> int:
+    check_out(options.out)
     result = _check(options)
     if options.out:
         write_json(options.out, result)

@@ -146,7 +146,7 @@ class TokenShards:
         says, or a token id that the model has no embedding for.
         """
         self.path = Path(path)
-        self.index, self.fingerprint = _read_index(self.path)
+        self.index, self.fingerprint = read_index(self.path)
         self.num_documents = int(self.index["documents"])
         self.num_tokens = int(self.index["tokens"])
         self.num_bytes = int(self.index["bytes"])
@@ -249,14 +249,19 @@ class TokenShards:
         return ends_S
 
     def _refuse_token(self, shard: dict[str, Any], token: int) -> None:
+        fix = "run prepare again with the tokenizer of the model."
+        if self._limit < self.vocab_size:
+            fix += (
+                f" A model that is trained from scratch needs init.model.vocab_size={self.vocab_size} or more. Another "
+                f"one whose own tokenizer was used has fewer rows than that has ids: {MORE_IDS_THAN_ROWS}"
+            )
         raise DataError(
             f"{self.path / shard['file']} holds token id {token}, but the vocabulary has {self._limit} ids "
-            f"(0 to {self._limit - 1}); run prepare again with the tokenizer of the model. Where it was used, "
-            f"it has more ids than the model has rows: {MORE_IDS_THAN_ROWS}"
+            f"(0 to {self._limit - 1}); {fix}"
         )
 
 
-def _read_index(folder: Path) -> tuple[dict[str, Any], str]:
+def read_index(folder: Path) -> tuple[dict[str, Any], str]:
     """index.json, checked for what reading needs; and its sha256."""
     file = folder / "index.json"
     try:

@@ -13,6 +13,7 @@ from earthshine.report.starts import on_the_way, starts_table
 
 UNKNOWN = "not recorded"
 NOTHING = "nothing"  # changed between starts
+_MANY_EPOCHS = 4  # as `data.usage`, beyond which training warns; report reads run folders only
 
 
 def dig(data: Any, *keys: str) -> Any:
@@ -65,6 +66,30 @@ def tokens_done(run: Run) -> float | None:
     """Target tokens trained on so far."""
     total = run.steps.finite("total_tokens")
     return total[-1] if total else None
+
+
+def _epochs_per_step(plan: Any) -> dict[str, float]:
+    """Of each source, by the name of its folder."""
+    planned, sources = dig(plan, "num_steps"), dig(plan, "sources")
+    if not isinstance(planned, int) or not planned or not isinstance(sources, list):
+        return {}
+    return {str(dig(s, "path")).rstrip("/").rpartition("/")[2]: (dig(s, "epochs") or 0) / planned for s in sources}
+
+
+def epochs_words(run: Run) -> str:
+    """How often each source has been gone through so far, by the plan that each step was made under."""
+    own = _epochs_per_step(run.plan)
+    if not own or not run.steps.step:
+        return UNKNOWN
+    total, end = dict.fromkeys(own, 0.0), run.steps.step[-1]
+    for start in [*reversed(run.starts), None]:
+        own = _epochs_per_step(start.derived) or own if start else own
+        done = max(0, end + 1 - start.first_step) if start else end
+        for name, epochs in own.items():
+            total[name] = total.get(name, 0.0) + done * epochs
+        end -= done
+    words = {name: fixed(n, 2) + (" (many times over)" if n > _MANY_EPOCHS else "") for name, n in total.items()}
+    return "; ".join(f"{name}: {n}" for name, n in words.items()) if len(words) > 1 else "".join(words.values())
 
 
 def compute_done(run: Run, part: str) -> float | None:
@@ -163,6 +188,7 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Steps", [steps_words(r) for r in runs]),
         ("Sequences a step \N{MULTIPLICATION SIGN} tokens", [_batch(r) for r in runs]),
         ("Tokens trained on", [_show(tokens_done(r)) for r in runs]),
+        ("Epochs", [epochs_words(r) for r in runs]),
         ("Compute, forward and backward", [_show(compute_done(r, "forward_backward"), flops) for r in runs]),
         ("Compute, forward once more", [_show(compute_done(r, "repeated_forward"), flops) for r in runs]),
         ("Compute, Newton-Schulz", [_show(compute_done(r, "newton_schulz"), flops) for r in runs]),

@@ -16,6 +16,7 @@ from earthshine.report.scales import thin, whole
 from earthshine.report.statistics import BAR, Difference, ratio
 
 FORMAT = 1  # of report.json
+_NO_FOLDER = {".json", ".md", ".htm", ".pdf", ".txt", ".png", ".svg", ".csv"}  # what such a name asks for is a file
 
 
 def write_report(runs: Sequence[Path | str], out: Path | str | None = None, title: str = "") -> Path:
@@ -53,8 +54,11 @@ def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
         if out.is_dir():
             raise ConfigError(f"out={out} is a folder; give another name for the page, or a folder without .html.")
         return out
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is a file that is not .html; give a folder, or a name ending in .html.")
+    if (out.exists() and not out.is_dir()) or (out.suffix.lower() in _NO_FOLDER and not out.is_dir()):
+        raise ConfigError(
+            f"out={out} is a file that is not .html: give the page a name ending in .html, or a folder. "
+            f"Its .md and .json are written beside it."
+        )
     return out / "report.html"
 
 

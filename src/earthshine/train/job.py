@@ -4,15 +4,18 @@ Names: B sequences, S positions; a step is one update of the parameters, made of
 """
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from earthshine.checkpoint import manifest as manifests
-from earthshine.config import diff, encode
+from earthshine.config import decode, diff, encode
 from earthshine.console import human_bytes, human_count, human_seconds, table
 from earthshine.data.config import DataConfig
+from earthshine.data.usage import MANY_EPOCHS, SourceUse, fingerprint, source_uses
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.files import expand_home
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
@@ -81,8 +84,8 @@ class TrainJob:
     """One training run. Raises ConfigError where the fields contradict each other.
 
     On resume only these may differ from the run's config, because none changes a bit of a step: `name`, `tracker`,
-    `checkpoint.*`, `heldout.every_steps`, `recompute`, `log_every`; and `num_steps`, if every learning rate used so far
-    stays what it was (a longer constant schedule, or WSD before its decay).
+    `checkpoint.*`, `heldout.every_steps`, `recompute`, `log_every`; `num_steps`, if every learning rate used so far
+    stays what it was (a longer constant schedule, or WSD before its decay); and where data lie that are the same.
 
     Args:
         sequences_per_step: sequences in one update; the gradient is that of their mean loss per target token, and with
@@ -235,19 +238,50 @@ def _checkpoint_model(path: str) -> ModelConfig:
 _MAY_CHANGE = ("name", "tracker", "checkpoint", "heldout.every_steps", "recompute", "log_every")
 
 
-def changes_on_resume(old: dict[str, Any], job: TrainJob, steps_done: int) -> list[str]:
+def changes_on_resume(
+    old: dict[str, Any], job: TrainJob, steps_done: int, same_data: frozenset[str] = frozenset()
+) -> list[str]:
     """The differences between a run's saved config and `job` that would make it another run, as 'path: old -> new'.
 
     Args:
-        old: the encoded job of the run folder.
+        old: the encoded job of the run folder. A field that it lacks, because it was added since, had its default.
         steps_done: steps of the checkpoint that would be resumed from.
+        same_data: "data" and "heldout" where the data are the same, if in another place.
     """
-    lines = diff(old, encode(job))
+    old = completed(old)
+    lines = diff(_in_their_old_place(old, encode(job), same_data), encode(job))
     refused = [line for line in lines if not _allowed(line.partition(": ")[0])]
     only_length = [line.partition(": ")[0] for line in refused] == ["num_steps"]
     if only_length and job.num_steps >= steps_done and _same_rates(job, old["num_steps"], steps_done):
         return []
     return refused
+
+
+def completed(old: dict[str, Any]) -> dict[str, Any]:
+    """A saved job, encoded, with the defaults of the fields that were added since."""
+    with suppress(ConfigError):  # a field that is no more, or a job that is none: the differences say it
+        return dict(encode(decode(TrainJob, old)))
+    return old
+
+
+def _in_their_old_place(old: dict[str, Any], new: dict[str, Any], same_data: frozenset[str]) -> dict[str, Any]:
+    """`old` with the paths of `new` where they lead to the same: another spelling, or data that were moved."""
+
+    def settle(then: Any, now: Any, moved: bool) -> Any:
+        if not isinstance(then, dict) or not isinstance(now, dict) or not (then.get("path") and now.get("path")):
+            return then
+        same = moved or Path(then["path"]).resolve() == Path(now["path"]).resolve()
+        return {**then, "path": now["path"]} if same else then
+
+    if not all(isinstance(old.get(key), dict) for key in ("init", "heldout", "data")):
+        return old  # no job
+    old = {**old, "init": settle(old["init"], new["init"], False)}
+    old["heldout"] = settle(old["heldout"], new["heldout"], "heldout" in same_data)
+    then = old["data"].get("sources")
+    if isinstance(then, list) and len(then) == len(new["data"]["sources"]):
+        pairs = zip(then, new["data"]["sources"], strict=True)
+        old["data"] = {**old["data"], "sources": [settle(a, b, "data" in same_data) for a, b in pairs]}
+    return old
 
 
 def _allowed(path: str) -> bool:
@@ -273,7 +307,9 @@ class Derived:
     Bytes are of one process that holds everything, without activations, which depend on the micro-batch.
     Frozen parameters are neither in gradients and optimizer nor in the FLOPs of their gradients; in the layers of
     `frozen_router_biases` the choice bias stays, too. `repeated_forward_flops_per_step` are those of recomputation and
-    of the routing pass of balance.scope="step". `warnings` name what is allowed and probably not meant.
+    of the routing pass of balance.scope="step". `sources` is what the run takes of its data, () where they cannot be
+    read here, and `heldout_sha256` the fingerprint of the held-out ones, "" likewise. `warnings` name what is allowed
+    and probably not meant.
     """
 
     world: int
@@ -296,6 +332,8 @@ class Derived:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
+    sources: tuple[SourceUse, ...]
+    heldout_sha256: str
     warnings: tuple[str, ...]
 
     @property
@@ -320,6 +358,7 @@ class Derived:
             ("steps", f"{self.num_steps:,}"),
             ("tokens per step", f"{self.tokens_per_step:,} in {self.micro_batches} micro-batches"),
             ("tokens in all", human_count(self.total_tokens)),
+            *((f"epochs of {use.path}", f"{use.epochs:.2f}") for use in self.sources),
             ("forward and backward, FLOPs per step", f"{once:.3g}"),
             ("Newton-Schulz, FLOPs per step", beside(self.newton_schulz_flops_per_step)),
             *([("forward once more, FLOPs per step", beside(repeated))] if repeated else []),
@@ -338,7 +377,8 @@ class Derived:
 def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> Derived:
     """Every derived number of a job on `world` processes.
 
-    model: the architecture, where it is known; else `model_config(job)`, which for a warm start reads a JSON file.
+    model: the architecture, where it is known; else `model_config(job)`, which for a warm start reads a JSON file. Of
+    the data only index.json is read.
     Raises ConfigError when the sequences do not divide over the processes, for a pattern of `optimizer.freeze` that
     matches nothing or patterns that match everything, and as `check_model` does.
     """
@@ -368,6 +408,7 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         repeated += recomputed_flops_per_token(model, job.seq_len) * job.tokens_per_step
     if job.recompute == "block":
         repeated += recomputed_flops_per_token(model, job.seq_len, frozen=frozen) * job.tokens_per_step
+    sources = source_uses(job.data, seq_len=job.seq_len, sequences=job.sequences_per_step * job.num_steps)
     return Derived(
         world=world,
         num_steps=job.num_steps,
@@ -389,7 +430,9 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         parameter_bytes=4 * counts.total,
         gradient_bytes=4 * trainable,
         optimizer_bytes=4 * by_muon + 8 * (trainable - by_muon),
-        warnings=_warnings(job, model),
+        sources=sources,
+        heldout_sha256=fingerprint(job.heldout.path),
+        warnings=_warnings(job, model, sources),
     )
 
 
@@ -402,8 +445,13 @@ def _frozen_biases(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[int,
     )
 
 
-def _warnings(job: TrainJob, model: ModelConfig) -> tuple[str, ...]:
-    found = []
+def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -> tuple[str, ...]:
+    found = [
+        f"the {human_count(use.tokens)} tokens of {use.path} are gone through {use.epochs:.1f} times (epochs): beyond "
+        f"about {MANY_EPOCHS:.0f}, repeated tokens teach much less than new ones. Prepare more text, or train for less."
+        for use in sources
+        if use.epochs > MANY_EPOCHS
+    ]
     capacity, moe = job.capacity, model.moe
     if capacity.factor and not capacity.can_drop(moe.num_experts, moe.top_k):
         never = moe.num_experts / (moe.top_k if capacity.meaning == "per_assignment" else 1)

@@ -36,6 +36,7 @@ from earthshine.files import expand_home, write_json
 from earthshine.optim.groups import describe
 from earthshine.optim.muon import configured_groups
 from earthshine.optim.schedule import learning_rate
+from earthshine.run_folder import HELDOUT_BEFORE
 from earthshine.train import run_folder
 from earthshine.train.interrupts import Interrupts
 from earthshine.train.job import TrainJob, derive
@@ -45,7 +46,7 @@ from earthshine.train.step import Objective, StepResult, train_step
 from earthshine.train.trackers import Tracker, make_tracker, require_tracker
 
 _ETA_STEPS = 20
-_BEFORE, _AFTER = "heldout-before.json", "heldout-after.json"
+_BEFORE, _AFTER = HELDOUT_BEFORE, "heldout-after.json"
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,22 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     checkpoint = run_store.latest(folder, trust=trust)
     done = checkpoint.step if checkpoint else 0
     saved = checkpoint.job if checkpoint else None
-    run_folder.check_config(folder, job, done, allow_change=allow_config_change, saved=saved)
+    sums = checkpoint.state["loader"]["fingerprints"] if checkpoint else ()
+    same = run_folder.same_data(folder, job, sums)
+    run_folder.check_config(folder, job, done, allow_change=allow_config_change, saved=saved, same_data=same)
     derived = derive(job, model=checkpoint.model if checkpoint else None)
     compute = _compute(job, device, checkpoint)
     state = build_state(job, device, compute.dtype, checkpoint, trust=trust, allow_config_change=allow_config_change)
     if job.heldout.path:
         _check_heldout(job, folder, state, allow_change=allow_config_change or checkpoint is None)
+    if done < job.num_steps:
+        every = job.checkpoint.every_steps
+        saves = 1 + ((job.num_steps - 1) // every - done // every if every else 0)
+        run_store.check_can_save(folder, state.tensors(), saves=saves, keep=job.checkpoint.keep)
     choices = {"compute_reason": compute.reason, "peak_flops": compute.peak_flops} | state.choices
     where = environment(device) | choices
-    run_folder.describe(folder, job, derived, state.model.config, where, done=done, saved=saved)
+    told = run_folder.warnings_told(folder) if checkpoint else ()
+    run_folder.describe(folder, job, derived, state.model.config, where, done=done, saved=saved, same_data=same)
     run_folder.remove_leftovers(folder)
     if checkpoint:
         run_store.tidy(folder, keep=job.checkpoint.keep, newest=checkpoint.folder)
@@ -182,9 +190,10 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     if checkpoint is None:
         groups = configured_groups(state.model, job.optimizer)
         log(f"{derived.table(compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
-        for warning in derived.warnings:
-            log(f"warning: {warning}")
     if done < job.num_steps:
+        for warning in derived.warnings:
+            if warning not in told:
+                log(f"warning: {warning}")
         log(
             f"computing in {state.choices['compute_dtype']} ({compute.reason}), "
             f"Newton-Schulz in {state.choices['ns_dtype']}"

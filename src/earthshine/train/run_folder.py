@@ -2,22 +2,23 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from earthshine.config import encode, read_json
 from earthshine.console import log
+from earthshine.data.usage import fingerprint
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import to_json, try_lock, write_json
 from earthshine.model.config import ModelConfig
-from earthshine.run_folder import CONFIG, ENV, EVAL, METRICS, ORIGIN, PLAN
+from earthshine.run_folder import CONFIG, ENV, EVAL, HELDOUT_BEFORE, METRICS, ORIGIN, PLAN
 from earthshine.train.job import Derived, TrainJob, changes_on_resume
 from earthshine.train.starts import PLACE, new_start, write_start
 
-__all__ = ["CONFIG", "ENV", "EVAL", "METRICS", "ORIGIN", "PLAN", "check_config", "claim", "describe"]
+__all__ = ["CONFIG", "ENV", "EVAL", "METRICS", "ORIGIN", "PLAN", "check_config", "claim", "describe", "same_data"]
 _LOCK = ".lock"
 
 
@@ -69,11 +70,18 @@ def _lock(fd: int, run_dir: Path) -> None:
 
 
 def check_config(
-    run_dir: Path, job: TrainJob, steps_done: int, *, allow_change: bool, saved: dict[str, Any] | None = None
+    run_dir: Path,
+    job: TrainJob,
+    steps_done: int,
+    *,
+    allow_change: bool,
+    saved: dict[str, Any] | None = None,
+    same_data: frozenset[str] = frozenset(),
 ) -> None:
     """Raise ConfigError, with the differences, when the folder belongs to a run of another config.
 
     saved: the job in the checkpoint that would be resumed from, which tells when config.json itself was edited.
+    same_data: as the function of that name gives it.
     """
     path = run_dir / CONFIG
     if not path.exists():
@@ -82,9 +90,9 @@ def check_config(
         old = read_json(path)
     except ValueError as e:
         raise ConfigError(f"{path} is not JSON: {e}. Restore it, or choose another --run.") from e
-    changes = changes_on_resume(old, job, steps_done)
+    changes = changes_on_resume(old, job, steps_done, same_data)
     if saved is not None:
-        changes += [line for line in changes_on_resume(saved, job, steps_done) if line not in changes]
+        changes += [line for line in changes_on_resume(saved, job, steps_done, same_data) if line not in changes]
     if not changes:
         return
     listed = "\n".join(f"  {line}" for line in changes)
@@ -96,6 +104,29 @@ def check_config(
     log(f"warning: going on with a changed config, as allowed; this run is no longer that of one config:\n{listed}")
 
 
+def same_data(run_dir: Path, job: TrainJob, fingerprints: Sequence[str]) -> frozenset[str]:
+    """Which of "data" and "heldout" are, by their fingerprints, what the run had, wherever they lie now.
+
+    fingerprints: of the sources, in the checkpoint that would be resumed from; without one the plan's are taken.
+    """
+    then: dict[str, list[Any]] = {"data": list(fingerprints), "heldout": []}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # of before there were fingerprints
+        plan = read_json(run_dir / PLAN)
+        then["heldout"] = [plan["heldout_sha256"]]
+        then["data"] = then["data"] or [s["sha256"] for s in plan["sources"]]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        then["heldout"] = [read_json(run_dir / EVAL / HELDOUT_BEFORE)["sha256"]]
+    now = {"data": [s.path for s in job.data.sources], "heldout": [job.heldout.path]}
+    return frozenset(name for name, paths in now.items() if paths and [fingerprint(p) for p in paths] == then[name])
+
+
+def warnings_told(run_dir: Path) -> tuple[str, ...]:
+    """What earlier starts have warned of: the plan's warnings."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return tuple(read_json(run_dir / PLAN)["warnings"])
+    return ()
+
+
 def describe(
     run_dir: Path,
     job: TrainJob,
@@ -105,14 +136,16 @@ def describe(
     *,
     done: int = 0,
     saved: dict[str, Any] | None = None,
+    same_data: frozenset[str] = frozenset(),
 ) -> None:
     """Write config.json and plan.json where they differ, a line of starts.jsonl, and at the first step origin.json and
     env.json. What changed since an earlier start is said.
 
-    done: steps that are kept of earlier starts. saved: the job in the checkpoint that they end with.
+    done: steps that are kept of earlier starts. saved: the job in the checkpoint that they end with. same_data: which
+    data are the same, if elsewhere.
     """
     plan = json.loads(to_json(asdict(derived) | {"state_bytes": derived.state_bytes, "model": encode(model)}))
-    start = new_start(run_dir, job, plan, environment, done, saved)
+    start = new_start(run_dir, job, plan, environment, done, saved, same_data)
     if done:  # before what it tells of is overwritten
         write_start(run_dir, start, finished=done >= job.num_steps)
     for name, content in ((CONFIG, start["config"]), (PLAN, plan)):

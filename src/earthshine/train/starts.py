@@ -14,7 +14,7 @@ from earthshine.config import differences, encode, read_json
 from earthshine.console import log
 from earthshine.files import atomic_write, to_json
 from earthshine.run_folder import CONFIG, ENV, PLAN, STARTS, json_lines
-from earthshine.train.job import TrainJob, changes_on_resume
+from earthshine.train.job import TrainJob, changes_on_resume, completed
 
 # What of an environment may change the last bits of a step.
 PLACE = ("versions", "cpu", "threads", "device", "device_name", "float32_matmul_precision")
@@ -27,12 +27,14 @@ def new_start(
     environment: Mapping[str, Any],
     done: int,
     saved: dict[str, Any] | None,
+    same_data: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """The line of a start after `done` steps, JSON-ready.
 
     Args:
         plan, environment: what plan.json and env.json would hold.
         saved: the job in the checkpoint, for a folder from before there were such lines.
+        same_data: which data are the same as they were, if in another place (`changes_on_resume`).
 
     `changes` are relative to the start that did the last of those steps: lists of {field, from, to} under "config",
     "plan" and "environment". `another_run` names the fields of the config that a resume refuses unless told otherwise:
@@ -44,11 +46,11 @@ def new_start(
     if "host" not in there:  # not recorded by then
         here.pop("host")
     changes = {
-        "config": _changes(before.get("config"), now["config"]),
+        "config": _changes(completed(before["config"]) if before.get("config") else None, now["config"]),
         "plan": _changes(before.get("plan"), now["plan"]),
         "environment": _changes(there, here),
     }
-    refused = changes_on_resume(before["config"], job, done) if before.get("config") else []
+    refused = changes_on_resume(before["config"], job, done, same_data) if before.get("config") else []
     return {
         "kind": "start",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,209 @@
+"""What would fail only after hours is found at the start: saves that cannot work, data gone through too often."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from earthshine.checkpoint import run_store
+from earthshine.checkpoint.manifest import key_path
+from earthshine.config import encode
+from earthshine.data.config import DataConfig, SourceConfig
+from earthshine.errors import ConfigError, DataError, DiskFullError
+from earthshine.files import write_json
+from earthshine.report.page import write_report
+from earthshine.train import loop
+from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob, changes_on_resume, derive
+from earthshine.train.loop import fit
+
+JobMaker = Callable[..., TrainJob]
+
+
+@pytest.fixture
+def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be trained."""
+    monkeypatch.setattr(loop, "train_step", lambda *a, **k: pytest.fail("a step was begun"))
+
+
+@pytest.mark.usefixtures("no_step")
+def test_no_place_for_the_key(make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "blocked"))
+    with pytest.raises(ConfigError, match=r"checkpoint.key, can be neither read nor made.*Set XDG_CONFIG_HOME"):
+        fit(make_job(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_step")
+def test_a_user_without_a_home(make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match=r"no home: set XDG_CONFIG_HOME"):
+        fit(make_job(), tmp_path / "run")
+
+
+@pytest.mark.usefixtures("no_step")
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-000004"])
+def test_a_name_that_is_taken_by_a_file(make_job: JobMaker, tmp_path: Path, name: str) -> None:
+    job, folder = make_job(), tmp_path / "run"
+    write_json(folder / "config.json", encode(job))
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("in the way")
+    with pytest.raises(ConfigError, match=rf"{name} is a file where a checkpoint's folder belongs"):
+        fit(job, folder)
+
+
+@pytest.mark.usefixtures("no_step")
+def test_a_folder_that_cannot_be_written_to(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run_store.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=r"run cannot hold checkpoints: .*Permission denied"):
+        fit(make_job(), tmp_path / "run")
+
+
+def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(run_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=num_bytes))
+
+
+@pytest.mark.usefixtures("no_step")
+def test_no_room_for_one_checkpoint(make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 1000)
+    with pytest.raises(DiskFullError, match=r"it needs 1.* MiB and 1000 B are free there"):
+        fit(make_job(checkpoint=CheckpointConfig(every_steps=0)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "there", "most"), [(2, 2, 0, 3), (3, 5, 0, 2), (0, 1, 0, 0), (1, 0, 0, 6), (2, 1, 3, 0)]
+)
+def test_room_for_one_checkpoint_and_not_for_all(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    every: int,
+    keep: int,
+    there: int,
+    most: int,
+) -> None:
+    """most: how many will lie there at once; 0 where there is room for them."""
+    for step in range(1, there + 1):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    free(monkeypatch, 3 << 19)
+    run_store.check_can_save(tmp_path, {}, saves=1 + (5 // every if every else 0), keep=keep)
+    err = capsys.readouterr().err
+    assert (f"{most} checkpoints of 1.0 MiB will lie in" in err) == bool(most)
+    assert bool(err) == bool(most)
+    assert key_path().exists()
+
+
+def test_a_run_that_is_done_needs_no_room(make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(heldout=HeldoutConfig())
+    fit(job, tmp_path)
+    free(monkeypatch, 0)
+    assert fit(job, tmp_path).finished
+
+
+def test_epochs_are_planned_and_told(
+    make_job: JobMaker,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = make_job(heldout=HeldoutConfig(), num_steps=100, checkpoint=CheckpointConfig(every_steps=0))
+    tokens = json.loads((shards / "index.json").read_text())["tokens"]
+    epochs = 100 * 4 / ((tokens - 1) // 16)
+    plan = derive(job)
+    (use,) = plan.sources
+    assert (use.path, use.tokens, use.epochs) == (str(shards), tokens, epochs)
+    assert f"{epochs:.2f}" in next(line for line in plan.table().splitlines() if "epochs of" in line)
+    assert [f"are gone through {epochs:.1f} times (epochs)" in w for w in plan.warnings] == [True]
+    fit(job, tmp_path, stop_after=2)
+    assert "(epochs): beyond about 4" in capsys.readouterr().err
+    fit(job, tmp_path, stop_after=4)
+    assert "warning" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "plan.json").read_text())["sources"][0]["epochs"] == epochs
+    text = write_report([tmp_path]).with_suffix(".md").read_text()
+    assert f"| Epochs | {epochs * 4 / 100:.2f} |" in text
+
+
+def test_a_mixture_shares_the_sequences_by_weight(make_job: JobMaker, shards: Path, heldout: Path) -> None:
+    sources = (SourceConfig(path=str(shards), weight=3), SourceConfig(path=str(heldout)))
+    a, b = derive(make_job(data=DataConfig(sources=sources))).sources
+    windows = [(json.loads((p / "index.json").read_text())["tokens"] - 1) // 16 for p in (shards, heldout)]
+    assert (a.epochs, b.epochs) == (18 / windows[0], 6 / windows[1])
+
+
+def test_data_that_are_not_here_are_no_fault_of_a_plan(make_job: JobMaker, tmp_path: Path) -> None:
+    plan = derive(make_job(data=DataConfig(sources=(SourceConfig(path=str(tmp_path / "none")),))))
+    assert (plan.sources, plan.warnings) == ((), ())
+
+
+@pytest.fixture
+def moved(shards: Path, heldout: Path, tmp_path: Path) -> tuple[Path, Path]:
+    return Path(shutil.copytree(shards, tmp_path / "moved")), Path(shutil.copytree(heldout, tmp_path / "moved-heldout"))
+
+
+def at(job: TrainJob, data: Path, heldout: Path) -> TrainJob:
+    sources = (SourceConfig(path=str(data)),)
+    return replace(job, data=DataConfig(sources=sources), heldout=replace(job.heldout, path=str(heldout)))
+
+
+@pytest.mark.parametrize("stop_after", [3, None])
+def test_moved_data_are_the_same_run(
+    make_job: JobMaker,
+    moved: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int | None,
+) -> None:
+    """With a checkpoint and without: a run that was killed before its first save begins again."""
+    job, run = make_job(), tmp_path / "run"
+    if stop_after:
+        fit(job, run, stop_after=stop_after)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_save", lambda run: exec("raise KeyboardInterrupt"))
+            with pytest.raises(KeyboardInterrupt):
+                fit(job, run)
+    assert fit(at(job, *moved), run).finished
+    assert json.loads((run / "config.json").read_text())["data"]["sources"][0]["path"] == str(moved[0])
+
+
+def test_other_data_in_another_place_are_another_run(
+    make_job: JobMaker,
+    moved: tuple[Path, Path],
+    shards: Path,
+    heldout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fit(make_job(), tmp_path / "run", stop_after=2)
+    for data, other in ((heldout, heldout), (shards, shards)):
+        with pytest.raises((ConfigError, DataError), match="(data.sources|heldout.path): "):
+            fit(at(make_job(), data, other), tmp_path / "run")
+
+
+def test_another_spelling_of_a_path_is_no_change(
+    make_job: JobMaker, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shards.parent)
+    job = make_job()
+    assert changes_on_resume(encode(job), at(job, Path(shards.name), Path(job.heldout.path)), steps_done=2) == []
+
+
+def test_a_field_that_was_added_since_had_its_default(make_job: JobMaker) -> None:
+    job = make_job()
+    old = encode(job)
+    del old["compile"], old["optimizer"]["weight_decay"], old["init"]["model"]["moe"]
+    assert changes_on_resume(old, job, steps_done=2) == []
+    assert changes_on_resume(old, replace(job, compile=True), steps_done=2) == ["compile: false -> true"]
+    assert changes_on_resume({**encode(job), "gone": 1}, job, steps_done=2) == ['gone: 1 -> "(absent)"']
