@@ -346,7 +346,7 @@ def _verification(data: dict[str, Any], path: Path) -> Verification:
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or "name" not in row or not isinstance(row.get("ok"), bool):
             raise DataError(f"{path}: rows[{i}] needs 'name', 'measured', 'tolerance' and 'ok' (true or false).")
-        numbers = [row.get(key) for key in ("measured", "tolerance") if isinstance(row.get(key), float)]
+        numbers = [v for v in (row.get("measured"), row.get("tolerance")) if isinstance(v, float)]
         if row["ok"] and not all(map(math.isfinite, numbers)):
             raise DataError(f"{path}: rows[{i}] says ok=true of numbers that are not finite; run the check again.")
     if data["ok"] and not all(row["ok"] for row in rows):
