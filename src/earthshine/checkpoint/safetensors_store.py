@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from earthshine.checkpoint.advice import instead_of_weights
+from earthshine.advice import instead_of_weights
 from earthshine.config import parse_json, read_json
 from earthshine.errors import WeightsError
 from earthshine.files import atomic_write, naming_full_disk, sha256_file, sync_folder

@@ -51,7 +51,8 @@ class Reading:
     """Who reads a directory's tokenizer. `own_code` is the class of the directory's own Python file, where it has one.
 
     before, after: the classes under the old and the new `model_type`. declared: the class that the files named, "" for
-    none; written: the one that was written in its place to keep it, "" when nothing had to be.
+    none; written: the one that was written in its place to keep it, "" when nothing had to be. bare: there is no
+    tokenizer.json.
     """
 
     model_type: str
@@ -60,12 +61,19 @@ class Reading:
     after: str
     written: str = ""
     own_code: str = ""
+    bare: bool = False
 
     @property
     def sentence(self) -> str:
         """For the plan and the log."""
         if self.own_code:
             return f"transformers reads the tokenizer with its own code, {self.own_code}, where that is trusted"
+        if self.before != self.after and self.bare:
+            return (
+                f"warning: transformers reads the tokenizer with {self.after}, where it took {self.before} for the "
+                f"{self.model_type}: that needs a tokenizer.json, and there is none. To make one, in the folder of the "
+                f"tokenizer: AutoTokenizer.from_pretrained('.').save_pretrained('.')"
+            )
         if self.before != self.after:
             return (
                 f"warning: transformers reads the tokenizer with {self.after}, where it took {self.before} for the "
@@ -112,7 +120,8 @@ def keep_class(
         name = in_files
     after = class_of(target, name, byte_level)
     written = name if name != in_files else ""
-    reading = Reading(source_type or "", declared, before, before if code else after, written, code)
+    bare = "tokenizer.json" not in files
+    reading = Reading(source_type or "", declared, before, before if code else after, written, code, bare)
     if not written:
         return dict(files), reading
     text = json.dumps(settings | {"tokenizer_class": written}, indent=2, ensure_ascii=False) + "\n"

@@ -51,7 +51,7 @@ class Upcycle:
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """Our model's logits against those of transformers, from the same directory."""
+    """Our logits against those of transformers, from the same directory; its tokenizer's ids against the source's."""
 
     path: Annotated[Positional[Path], arg(metavar="HF_DIR")]
     """Hugging Face directory."""

@@ -4,11 +4,11 @@ What a file leaves out is what transformers takes; only the sizes below must be 
 and is not implemented is refused.
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from earthshine.advice import instead_of_model
 from earthshine.config import decode, read_json
 from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import FAMILIES, HF_CLASSES, MAX_LAYERS, Family, ModelConfig
@@ -97,39 +97,12 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     try:
         hf = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as e:
-        raise ConfigError(_not_a_model(Path(directory))) from e
+        raise ConfigError(instead_of_model(Path(directory))) from e
     except (OSError, ValueError) as e:
         raise ConfigError(f"{path} is not a readable Hugging Face config: {e}.") from e
     if not isinstance(hf, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(hf).__name__}.")
     return hf
-
-
-def _not_a_model(path: Path) -> str:
-    """What a path is that is no model's directory, and how to get one."""
-    gguf = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
-    if gguf is not None and (gguf.suffix == ".gguf" or _begins_with(gguf, b"GGUF")):
-        out = gguf.with_suffix("")
-        code = f"from earthshine.checkpoint.gguf import convert_gguf; convert_gguf({str(gguf)!r}, {str(out)!r})"
-        return f'{gguf} is a GGUF file: convert it to a Hugging Face directory first, with python -c "{code}".'
-    if path.is_file():
-        return f"{path} is a file: give the directory of a model, with its config.json and weights."
-    if path.is_dir():
-        snapshots = sorted((path / "snapshots").glob("*/config.json"))
-        if snapshots:
-            return (
-                f"{path} is a cache of the Hugging Face Hub: give the model's directory in it, {snapshots[-1].parent}."
-            )
-        return f"{path} has no config.json: give the directory of a model, with its config.json and weights."
-    message = f"{path / 'config.json'} does not exist: the directory of a model is needed, with its weights."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or "/" not in str(path):
-        message += f" If it is a name on the Hugging Face Hub: hf download {path} --local-dir models/{path.name}"
-    return message
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:

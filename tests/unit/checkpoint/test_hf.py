@@ -15,7 +15,7 @@ from earthshine.checkpoint import run_store
 from earthshine.checkpoint.export import export
 from earthshine.checkpoint.hf import load_model, read_config, save_model
 from earthshine.checkpoint.name_tables import entries
-from earthshine.checkpoint.safetensors_store import Store
+from earthshine.checkpoint.safetensors_store import INDEX_FILE, Store
 from earthshine.errors import ConfigError, OutputExistsError, UnsupportedModelError, WeightsError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize
@@ -339,3 +339,11 @@ def test_settings_without_effect_are_logged(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pretraining_tp": 2}))
     load_model(directory)
     assert f"{directory}/config.json: pretraining_tp=2 changes nothing" in capfd.readouterr().err
+
+
+def test_a_stale_index(hf_dir: Callable[..., Path], dense: ModelConfig) -> None:
+    directory = hf_dir(dense)
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    (directory / INDEX_FILE).write_text('{"weight_map": {"model.embed_tokens.weight": "a.safetensors"}}')
+    with pytest.raises(WeightsError, match=f"a.safetensors holds lm_head.weight, but {INDEX_FILE} does not list it"):
+        Store(directory)

@@ -63,6 +63,14 @@ def test_a_class_that_cannot_be_kept_is_said(source: str, declared: str) -> None
     )
 
 
+def test_a_vocabulary_that_only_the_old_class_reads_is_said() -> None:
+    files = {"vocab.json": b"{}", "merges.txt": b"", "tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer"}'}
+    _, reading = keep_class(files, "llama", "mixtral")
+    assert reading is not None and "that needs a tokenizer.json, and there is none. To make one" in reading.sentence
+    _, reading = keep_class(files, "llama", "qwen2_moe")
+    assert reading is not None and reading.sentence.endswith("with GPT2Tokenizer, as before")
+
+
 def test_a_class_that_only_config_json_declares_is_written() -> None:
     files, reading = keep_class({"tokenizer.json": PIECES}, "llama", "qwen2_moe", "LlamaTokenizer")
     assert reading is not None and reading.after == "LlamaTokenizer"

@@ -5,7 +5,6 @@ import itertools
 import math
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import FAMILIES, CapacityConfig, MLAConfig, ModelConfig, MoEConfig, RopeScaling
-from earthshine.model.hf_config import from_hf, read_hf_config, to_hf, without_effect
+from earthshine.model.hf_config import from_hf, to_hf, without_effect
 from earthshine.model.presets import PRESETS, preset
 
 DENSE = ModelConfig(
@@ -372,32 +371,6 @@ def test_capacity_is_exact_arithmetic_with_the_factor_that_was_written() -> None
     assert not CapacityConfig(factor=0.7).can_drop(7, 10) and CapacityConfig(factor=0.7).can_drop(8, 11)
     assert decode(CapacityConfig, encode(config)) == config == replace(CapacityConfig(factor=2.0), factor=1e-3)
     assert CapacityConfig().tokens_per_expert(8, 4, 2) == 0
-
-
-def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
-    gguf, other = tmp_path / "m.bin", tmp_path / "notes.txt"
-    gguf.write_bytes(b"GGUF" + bytes(8))
-    other.write_text("hello")
-    holder = tmp_path / "holder"
-    holder.mkdir()
-    (holder / "q4.gguf").write_bytes(b"GGUF")
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    for path, says in (
-        (gguf, "m.bin is a GGUF file: convert it.*convert_gguf"),
-        (holder, "q4.gguf is a GGUF file"),
-        (other, "notes.txt is a file: give the directory of a model"),
-        (tmp_path, "has no config.json: give the directory of a model"),
-        (snapshot.parents[1], f"is a cache of the Hugging Face Hub: give .* {snapshot}"),
-        (
-            Path("meta-llama/Llama-3.2-1B"),
-            "^meta-llama/Llama-3.2-1B/config.json does not exist.*hf download meta-llama/Llama-3.2-1B --local-dir",
-        ),
-        (tmp_path / "no" / "where", "does not exist: the directory of a model is needed"),
-    ):
-        with pytest.raises(ConfigError, match=says):
-            read_hf_config(path)
 
 
 def test_what_would_be_planned_for_minutes_is_refused_at_once() -> None:

@@ -72,6 +72,12 @@ def test_what_autotokenizer_raises_does_not_hold(upcycled: Maker) -> None:
     assert [r["name"] for r in rows][1:] == ["errors of AutoTokenizer"] and not rows[1]["ok"]
 
 
+def test_a_tokenizer_that_raises_at_a_text_is_compared_by_its_words(upcycled: Maker) -> None:
+    """CodeLlama's raises at a second spelling of its fill token."""
+    unchanged, ids = tokenizer_rows(upcycled(tokenizer_class="CodeLlamaTokenizer"))
+    assert unchanged["ok"] and ids["ok"] and "CodeLlamaTokenizer -> CodeLlamaTokenizer" in ids["note"]
+
+
 def test_without_a_record_another_reading_is_logged(upcycled: Maker, capsys: pytest.CaptureFixture[str]) -> None:
     moe = upcycled()
     (moe / "earthshine.json").unlink()
