@@ -244,3 +244,17 @@ def test_environment_is_json_and_names_every_version():
 
 def test_a_package_that_is_not_installed_has_no_version():
     assert devices._version("no-such-package-here") is None
+
+
+def test_what_goes_to_an_accelerator_is_page_locked_and_not_waited_for(monkeypatch):
+    """Elsewhere nothing is copied twice."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: done.append("page-locked") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **options: done.append((*args, options)) or x)
+    x, cuda = torch.zeros(2), torch.device("cuda")
+    devices.to_device(x, cuda)
+    assert done == ["page-locked", (cuda, {"non_blocking": True})]
+    done.clear()
+    devices.to_device(x, torch.device("cpu"))
+    assert done == [(torch.device("cpu"), {"non_blocking": True})]

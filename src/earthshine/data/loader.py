@@ -9,7 +9,7 @@ Shapes: B sequences, S tokens per sequence.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,15 +54,6 @@ class Batch:
             self.documents_BS[start:stop],
             self.sample_ids[start:stop],
             int((targets_BS != IGNORED).sum()),
-        )
-
-    def pinned(self) -> "Batch":
-        """The same in page-locked memory."""
-        return replace(
-            self,
-            tokens_BS=self.tokens_BS.pin_memory(),
-            targets_BS=self.targets_BS.pin_memory(),
-            documents_BS=self.documents_BS.pin_memory(),
         )
 
 
@@ -135,11 +126,8 @@ class Loader:
         seed: int,
         vocab_size: int,
         verify: bool = True,
-        pin: bool = False,
     ) -> None:
         """seq_len: tokens per sequence. vocab_size: the model's. verify: hash every shard first (~ 1 s per GB).
-
-        pin: batches in memory that an accelerator copies from while the host goes on.
 
         Raises ConfigError for numbers that make no sense, DataError for shards that cannot be used or disagree.
         """
@@ -160,7 +148,6 @@ class Loader:
         self._mixture = Mixture([s.weight for s in config.sources])
         self._taken = [0] * len(self._sources)
         self._steps = 0
-        self._pin = pin
         self._ahead: tuple[Batch, list[int]] | None = None
         self.summary = [
             {
@@ -204,8 +191,7 @@ class Loader:
             end_T[:] = source.read(epoch, index, row_T)
             sample_ids.append((number, epoch, index))
             taken[number] += 1
-        batch = _batch(window_BT, ends_BT, sample_ids, self._document_attention)
-        return (batch.pinned() if self._pin else batch), taken
+        return _batch(window_BT, ends_BT, sample_ids, self._document_attention), taken
 
     @property
     def tokenization(self) -> Tokenization:

@@ -19,6 +19,7 @@ from earthshine.console import log
 from earthshine.data.loader import Loader
 from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import warn_of_other_tokenizer
+from earthshine.device import Readings
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize
@@ -95,8 +96,10 @@ class TrainState:
 
         The optimizer's too: a second moment that overflowed would stop its parameter for good, silently.
         """
-        for name, tensor in self.tensors().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        floating = {name: tensor for name, tensor in self.tensors().items() if tensor.is_floating_point()}
+        finite = Readings(*(torch.isfinite(tensor).all() for tensor in floating.values()))
+        for name, (holds,) in zip(floating, finite.values, strict=True):
+            if not holds:
                 raise TrainingDivergedError(f"after step {self.step} the tensor {name} is not finite.")
 
 
@@ -129,7 +132,6 @@ def build_state(
         sequences_per_step=job.sequences_per_step,
         seed=job.seed,
         vocab_size=model.config.vocab_size,
-        pin=device.type not in ("cpu", "meta"),
     )
     if checkpoint is None:
         first = loader.summary[0]  # all sources have one tokenizer

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from earthshine.data.loader import Batch
-from earthshine.device import Readings, Stopwatch
+from earthshine.device import Readings, Stopwatch, to_device
 from earthshine.errors import DataError, TrainingDivergedError
 from earthshine.model.config import BalanceConfig
 from earthshine.model.transformer import Losses, Transformer
@@ -182,7 +182,7 @@ def _on_device(model: Transformer, part: Batch) -> tuple[Tensor, Tensor, Tensor 
     """
     device = model.embed.weight.device
     documents_BS = part.documents_BS if bool(part.documents_BS.any()) else None
-    return part.tokens_BS.to(device, non_blocking=True), part.targets_BS.to(device, non_blocking=True), documents_BS
+    return to_device(part.tokens_BS, device), to_device(part.targets_BS, device), documents_BS
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -208,14 +208,6 @@ class TestReadingAhead:
                 ahead.next_step()
         assert rows([ahead.next_step()]) == rows([loader(two_sources).next_step()])
 
-    def test_batches_are_page_locked_where_that_is_asked_for(
-        self, two_sources: DataConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        locked: list[tuple[int, ...]] = []
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: locked.append(tuple(t.shape)) or t.clone())
-        assert rows([loader(two_sources, pin=True).next_step()]) == rows([loader(two_sources).next_step()])
-        assert locked == [(3, 16)] * 3
-
 
 class TestRefusals:
     def test_numbers(self, two_sources: DataConfig) -> None:

@@ -53,7 +53,7 @@ def test_a_step_waits_for_nothing_and_its_record_is_one_transfer(
         assert waits.transfers == 0 and len(run.unrecorded) == 2
         loop._step(run)
         assert waits.transfers == 1 and not run.unrecorded
-        assert not [where for where in waits.uploads if "in _on_device" in where]
+        assert not waits.uploads
     (record,) = run.metrics.read()
     assert (record["step"], record["steps"], record["grad_norm"]) == (3, 3, 1.0)
     assert ("expert_load" in record) == (kind not in ("dense",))
