@@ -190,7 +190,8 @@ def capability(device: torch.device) -> tuple[int, int]:
     """
     if device.type == "cpu" or torch.version.hip:
         return (0, 0)
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+    here = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(device) if here else (9, 0)
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -201,11 +202,12 @@ def has_native_bf16(device: torch.device) -> bool:
 def has_flash_attention(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether torch's flash attention takes heads of this width, forward and backward: half types only.
 
-    Beyond 192, up to 256, its backward pass needs the shared memory of a data-center GPU (capability x.0).
+    Beyond 192, up to 256, its backward pass needs the shared memory of a data-center GPU: 8.0, 9.0, 10.x, or AMD's.
     """
-    if device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16) or not has_native_bf16(device):
+    if dtype not in (torch.bfloat16, torch.float16) or not has_native_bf16(device):
         return False
-    return width <= 192 or (width <= 256 and capability(device)[1] == 0)
+    roomy = capability(device) in ((0, 0), (8, 0), (9, 0)) or capability(device)[0] == 10
+    return width <= (256 if roomy else 192)
 
 
 def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:

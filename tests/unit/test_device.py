@@ -98,6 +98,18 @@ def test_an_accelerator_without_bf16_units_is_measured(feed, gpu, rate, dtype):
     assert choice.dtype == dtype and "thread" not in choice.reason
 
 
+def test_a_device_that_is_not_here_stands_for_a_current_one(gpu, monkeypatch):
+    """Also on a machine with an older GPU: what is planned on meta tensors is no matter of this machine."""
+    meta = torch.device("meta")
+    assert devices.capability(meta) == devices.capability(torch.device("cuda")) == (9, 0)
+    assert devices.capability(gpu(7, 5)) == (7, 5)
+    assert devices.capability(meta) == (9, 0) and devices.capability(CPU) == (0, 0)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert devices.has_native_bf16(torch.device("cuda")) and not devices.has_native_bf16(CPU)
+    assert devices.has_flash_attention(torch.device("cuda"), torch.bfloat16, 256)
+    assert not devices.has_grouped_product(torch.device("cuda"), torch.bfloat16)
+
+
 def test_an_accelerators_peak_is_of_8192_and_less_only_where_that_takes_too_long(feed, gpu):
     timed = feed(float32=14e12, bfloat16=990e12, latency=20e-6)
     assert devices.gemm_peak(gpu(9, 0), torch.bfloat16) == pytest.approx(990e12, rel=0.02)

@@ -51,7 +51,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.device]:
         ((8, 9), torch.float16, (128, 128), "varlen"),
         ((12, 0), BF16, (192, 128), "varlen"),  # Moonlight
         ((9, 0), BF16, (256, 256), "varlen"),
+        ((10, 3), BF16, (256, 256), "varlen"),
         ((8, 9), BF16, (256, 256), "sdpa"),  # no backward pass of that width
+        ((12, 0), BF16, (256, 256), "sdpa"),
         ((9, 0), BF16, (576, 512), "sdpa"),
         ((9, 0), torch.float32, (128, 128), "sdpa"),
         ((7, 5), BF16, (128, 128), "sdpa"),
