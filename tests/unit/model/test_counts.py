@@ -73,7 +73,7 @@ def every_layer(count: int, **fields: Any) -> MoEConfig:
 @pytest.mark.parametrize(
     ("config", "total"),
     [
-        (replace(llama3_8b(), vocab_size=32000), 7_241_732_096),  # Mistral 7B
+        (replace(llama3_8b(), vocab_size=32000, bos_token_id=1, eos_token_ids=(2,)), 7_241_732_096),  # Mistral 7B
         (
             replace(
                 llama3_8b(),
@@ -180,7 +180,7 @@ def assert_the_forms_hold(config: ModelConfig, *, causal: bool) -> None:
 
 def test_flops_are_the_counters(architecture: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unfused attention computes the whole square and masks half of it."""
-    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: False)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: ("sdpa", ""))
     assert_the_forms_hold(architecture, causal=False)
 
 
@@ -188,7 +188,7 @@ def test_flops_are_the_counters(architecture: ModelConfig, monkeypatch: pytest.M
 def test_the_causal_half_is_what_attention_by_single_rows_computes(
     architecture: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: True)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: ("blocks", ""))
     monkeypatch.setattr(attention, "_block_rows", lambda _: 1)
     assert_the_forms_hold(architecture, causal=True)
 
@@ -254,7 +254,7 @@ def test_frozen_parameters_are_counted_as_they_are_computed(
     architecture: ModelConfig, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For what lies below, above and between what is trained."""
-    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: False)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: ("sdpa", ""))
     assert_frozen_counts_hold(architecture, pattern, causal=False)
 
 
@@ -263,7 +263,7 @@ def test_frozen_parameters_are_counted_as_they_are_computed(
 def test_row_blocks_compute_no_gradient_that_is_not_needed(
     architecture: ModelConfig, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: True)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: ("blocks", ""))
     monkeypatch.setattr(attention, "_block_rows", lambda _: 1)
     assert_frozen_counts_hold(architecture, pattern, causal=True)
 
@@ -272,7 +272,7 @@ def test_row_blocks_compute_no_gradient_that_is_not_needed(
 def test_what_is_computed_again_are_the_blocks_that_the_backward_pass_reaches(
     architecture: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_blocks_are_faster", lambda *_: True)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: ("blocks", ""))
     monkeypatch.setattr(attention, "_block_rows", lambda _: 1)
     head = 2.0 * architecture.vocab_size * architecture.hidden_size
     everything = forward_flops_per_token(architecture, SEQ) - head
