@@ -16,7 +16,7 @@ from earthshine.files import to_json, try_lock, write_json
 from earthshine.model.config import ModelConfig
 from earthshine.run_folder import CONFIG, ENV, EVAL, HELDOUT_BEFORE, METRICS, ORIGIN, PLAN
 from earthshine.train.job import Derived, TrainJob, changes_on_resume
-from earthshine.train.starts import PLACE, new_start, write_start
+from earthshine.train.starts import PLACE, first_environment, new_start, stored, write_start
 
 __all__ = ["CONFIG", "ENV", "EVAL", "METRICS", "ORIGIN", "PLAN", "check_config", "claim", "describe", "same_data"]
 _LOCK = ".lock"
@@ -149,19 +149,17 @@ def describe(
     if done:  # before what it tells of is overwritten
         write_start(run_dir, start, finished=done >= job.num_steps)
     for name, content in ((CONFIG, start["config"]), (PLAN, plan)):
-        path = run_dir / name
-        if not path.exists() or read_json(path) != content:
-            write_json(path, content)
+        if stored(run_dir / name) != content:
+            write_json(run_dir / name, content)
     origin = getattr(job.init, "path", "")
     if origin and not (run_dir / ORIGIN).exists():  # a relative path is meant from here, which an export may not be
         write_json(run_dir / ORIGIN, {"path": str(Path(origin).absolute())})
     if not done:
         write_start(run_dir, start, finished=False)
-    path = run_dir / ENV
-    if not (done and path.exists()):
-        write_json(path, environment)
+    then = stored(run_dir / ENV) if done else None
+    if then is None:
+        write_json(run_dir / ENV, (first_environment(run_dir) if done else None) or environment)
         return
-    then = read_json(path)
     for key in PLACE:
         if then.get(key) != environment.get(key):
             log(

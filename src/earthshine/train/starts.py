@@ -83,8 +83,28 @@ def _before(run_dir: Path, done: int, saved: dict[str, Any] | None) -> dict[str,
     if kept:
         return kept[-1]
     files = {"config": CONFIG, "plan": PLAN, "environment": ENV}
-    found = {part: read_json(run_dir / name) for part, name in files.items() if (run_dir / name).exists()}
+    found = {part: stored(run_dir / name) or {} for part, name in files.items()}
     return found | ({"config": saved} if saved else {})
+
+
+def stored(path: Path) -> dict[str, Any] | None:
+    """The object in one of a run folder's files; None where it is missing, or damaged, which is said."""
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+    except ValueError as e:
+        log(f"warning: {path} is damaged ({e}) and is written anew.")
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def first_environment(run_dir: Path) -> dict[str, Any] | None:
+    """That of the start that did step 1, which env.json holds, where it was recorded."""
+    for line in json_lines(run_dir / STARTS):
+        if line.record and line.record.get("first_step") == 1 and isinstance(line.record.get("environment"), dict):
+            return {key: value for key, value in line.record["environment"].items() if key != "host"}
+    return None
 
 
 def _place(environment: Mapping[str, Any]) -> dict[str, Any]:

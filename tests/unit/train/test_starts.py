@@ -147,6 +147,23 @@ def test_a_folder_of_before_there_were_starts(job: TrainJob, tmp_path: Path) -> 
     assert "From step 4 config: `optimizer.lr` 0.005" in write_report([tmp_path]).with_suffix(".md").read_text()
 
 
+def test_damaged_files_of_the_folder_are_written_anew(
+    job: TrainJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the plan says follows from the config, and where the run began is in its first start."""
+    fit(job, tmp_path, device="cpu", stop_after=3)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("plan.json", "env.json")}
+    for name in whole:
+        (tmp_path / name).write_bytes(whole[name][:-20])
+    capsys.readouterr()
+    fit(job, tmp_path, device="cpu")
+    err = capsys.readouterr().err
+    for name, text in whole.items():
+        assert json.loads((tmp_path / name).read_bytes()) == json.loads(text)
+        assert f"{name} is damaged" in err
+    assert not any(starts(tmp_path)[1]["changes"].values())
+
+
 def test_an_infinite_option_resumes(job: TrainJob, tmp_path: Path) -> None:
     """JSON has no infinity: config, checkpoint and starts keep it as text."""
     schatten = replace(job, optimizer=replace(job.optimizer, norm="schatten", schatten_p=float("inf")))
