@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from earthshine.model import attention as model_attention
 from earthshine.model.attention import RopeTables, rope_table
@@ -88,7 +89,8 @@ def test_grouped_products_only_where_they_have_a_kernel(
     """Elsewhere torch copies the counts to the host in each call: nine times a layer. A capacity needs none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    rows, weights = torch.empty(4, 64, dtype=dtype, device=META), torch.empty(2, 64, 64, dtype=dtype, device=META)
+    with FakeTensorMode():
+        rows, weights = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((4, 64), (2, 64, 64)))
     assert choose_backend(rows, weights, 0)[0] == backend
     assert choose_backend(rows, weights, 3)[0] == "padded"
 
