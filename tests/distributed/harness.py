@@ -167,6 +167,7 @@ def _serve(rank: int, size: int, folder: str, pipe: Any) -> None:
         warnings.simplefilter("error")
         # A tensor-parallel layer inside FSDP2 returns a view; nothing here changes one in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*are kept in 16 bits", category=UserWarning)  # Muon's own
         if size > 1:
             store = dist.FileStore(str(Path(folder) / "store"), size)  # type: ignore[no-untyped-call]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size)

@@ -225,6 +225,25 @@ def test_parameters_of_two_types(worlds: Worlds, one_process: OneProcess, layout
     assert not differences(got, want)
 
 
+@pytest.mark.parametrize("rest", ["adamw", "scion"])
+@pytest.mark.parametrize("layout", ["fsdp-4", "tp-2-fsdp-2", "zero1-4", "hsdp-2x2", "ep-2-fsdp-2-dim1"])
+def test_stochastic_rounding_draws_the_bits_of_one_process(
+    worlds: Worlds, one_process: OneProcess, layout: str, rest: str
+) -> None:
+    """bf16 throughout; every algorithm. Scion's norms are sums in another order, so its weights may flip: not compared.
+
+    A learning rate at which most weights lie between two neighbours after each step.
+    """
+    options = {"payload_dtype": "float32", "rounding": "stochastic", "lr": 1e-4, "rest": rest}
+    args = (options, range(3), (), {"": torch.bfloat16})
+    got, want = whole(worlds.run(4, train, layout, *args)), one_process(layout, *args)
+    assert {t.dtype for name, t in want.items() if "/" not in name} == {torch.bfloat16}
+    own = {key for key in want if rest == "adamw" or "up.weight" in key or "experts" in key}
+    assert not differences({k: got[k] for k in own}, {k: want[k] for k in own})
+    nearest = one_process(layout, options | {"rounding": "nearest"}, *args[1:])
+    assert not torch.equal(want["up.weight"], nearest["up.weight"])
+
+
 def reduced(kind: str) -> dict[str, Piece]:
     """ZeRO-1 that averages the ranks' own gradients. What they sum to is exact: quarters of fp32."""
     import torch.distributed as dist

@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw
 
 from earthshine.optim import rules
 from earthshine.optim.measure import Measure
+from earthshine.optim.rounding import NEAREST, Noise, write_
 from earthshine.optim.shares import Shares
 
 # The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
@@ -21,18 +22,56 @@ _ACCELERATOR_STATS_ELEMENTS = 1 << 26
 
 
 def step_adamw(
-    shares: Shares, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
+    shares: Shares,
+    group: Mapping[str, Any],
+    states: Mapping[int, Mapping[str, Tensor]],
+    grads: Mapping[int, Tensor],
+    noises: Mapping[int, Noise] = NEAREST,
 ) -> Callable[[], Measure]:
     """One step of the shares that have a gradient. Returns what measures the update, before the next step.
 
-    Equation and order of operations are torch.optim.AdamW's (arXiv:1711.05101, algorithm 2).
+    Equation and order of operations are torch.optim.AdamW's (arXiv:1711.05101, algorithm 2). Moments are at least fp32,
+    and so is the arithmetic: in fp16 the second moment of gradients below 1e-4 is zero. noises: as of `rules.step_`.
     """
     members = sorted(grads)
     weights = [shares.weight(i) for i in members]
     moments = [[shares.state(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
-    before = [w.clone() for w in weights] if group["cautious_weight_decay"] else []
-    columns = [weights, [grads[i].to(w.dtype) for i, w in zip(members, weights, strict=True)], *moments]
     steps = [states[i]["step"] for i in members]
+    rows = list(zip(weights, [grads[i] for i in members], *moments, steps, strict=True))
+    _update([row for row in rows if row[0].dtype.itemsize >= 4], group)
+    for i, (weight, *row) in zip(members, rows, strict=True):
+        if weight.dtype.itemsize < 4:  # one at a time: the copy is twice its size
+            exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            _update([(exact, *row)], group)
+            write_(weight, exact, noises.get(i))
+    betas, eps = group["betas"], group["eps"]
+
+    def measure() -> Measure:
+        steps_done = [float(states[i]["step"]) for i in members]  # kept on the CPU: nothing waits
+        norms = [
+            _piece_norms(m, v, step, betas, eps) for m, v, step in zip(moments[0], moments[1], steps_done, strict=True)
+        ]
+
+        def total(values: Sequence[Sequence[float]]) -> tuple[float, int]:
+            squares = (
+                sum(norm**2 for norm in of_pieces) / (1 - betas[0] ** step) ** 2
+                for of_pieces, step in zip(values, steps_done, strict=True)
+            )
+            return sum(squares), sum(w.numel() for w in weights)
+
+        return Measure(norms, total)
+
+    return measure
+
+
+def _update(rows: Sequence[Sequence[Tensor]], group: Mapping[str, Any]) -> None:
+    """One step of (weight, gradient, first and second moment, step count) each, in place."""
+    if not rows:
+        return
+    weights = [row[0] for row in rows]
+    before = [w.clone() for w in weights] if group["cautious_weight_decay"] else []
+    columns = [weights, [g.to(w.dtype) for w, g, *_ in rows], [row[2] for row in rows], [row[3] for row in rows]]
+    steps = [row[4] for row in rows]
     # The fused kernel reads and writes everything once; on a CPU torch's default is one loop per operation.
     fused = all(w.is_cpu and w.is_floating_point() for w in weights)
     pieces, piece_steps, copies = _whole_vectors(columns, steps) if fused else (columns, steps, [])
@@ -55,29 +94,11 @@ def step_adamw(
     )
     for tensor, copy in copies:
         tensor.copy_(copy.view(-1)[: tensor.numel()].view(tensor.shape))
-    for w, old, m in zip(weights, before, moments[0], strict=False):
+    for w, old, m in zip(weights, before, columns[2], strict=False):
         # The update has the first moment's signs. What decay takes off is the same before and after the update.
         decayed = old.clone()
         rules.decay_([decayed], [m], float(group["lr"]) * group["weight_decay"], cautious=True)
         w.add_(decayed.sub_(old))
-    betas, eps = group["betas"], group["eps"]
-
-    def measure() -> Measure:
-        steps_done = [float(states[i]["step"]) for i in members]  # kept on the CPU: nothing waits
-        norms = [
-            _piece_norms(m, v, step, betas, eps) for m, v, step in zip(moments[0], moments[1], steps_done, strict=True)
-        ]
-
-        def total(values: Sequence[Sequence[float]]) -> tuple[float, int]:
-            squares = (
-                sum(norm**2 for norm in of_pieces) / (1 - betas[0] ** step) ** 2
-                for of_pieces, step in zip(values, steps_done, strict=True)
-            )
-            return sum(squares), sum(w.numel() for w in weights)
-
-        return Measure(norms, total)
-
-    return measure
 
 
 def _whole_vectors(

@@ -1,7 +1,9 @@
 """`OptimizerConfig` and `ScheduleConfig`, without torch."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 from earthshine.errors import ConfigError
 
@@ -9,6 +11,21 @@ from earthshine.errors import ConfigError
 NS_STEPS = {"keller5": 5, "you5": 5, "polar_express": 5, "deepseek_v4": 10}
 _SCALES = ("match_rms_adamw", "original", "spectral")
 _NS_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Numbers of at least 0; those of the second line are also below 1.
+_SIZES = ("lr", "weight_decay", "eps", "update_rms", "schatten_p")
+_FRACTIONS = ("momentum", "beta1", "beta2", "normuon_beta2")
+
+
+def check_number(name: str, value: Any) -> None:
+    """ConfigError where the value of a numeric option is no number, or none in its range."""
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers among them
+        hint = "; YAML reads 1e-3 as text, and 1.0e-3 as a number" if isinstance(value, str) else ""
+        raise ConfigError(f"optimizer.{name}={value!r} is of type {type(value).__name__}: it must be a number{hint}.")
+    number = float(value)
+    if name in _FRACTIONS and not 0 <= number < 1:
+        raise ConfigError(f"optimizer.{name}={value} must be at least 0 and below 1.")
+    if name in _SIZES and not (number >= 0 and (math.isfinite(number) or name == "schatten_p")):
+        raise ConfigError(f"optimizer.{name}={value} must be a finite number of at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +91,10 @@ class OptimizerConfig:
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "eps", "update_rms"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"optimizer.{name}={value} must be a finite number of at least 0.")
-        for name in ("momentum", "beta1", "beta2", "normuon_beta2"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ConfigError(f"optimizer.{name}={value} must be at least 0 and below 1.")
-        if not isinstance(self.ns_steps, int) or not 0 <= self.ns_steps <= 100:
+        for name in (*_SIZES, *_FRACTIONS):
+            check_number(name, getattr(self, name))
+        steps: Any = self.ns_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= 100:
             raise ConfigError(
                 f"optimizer.ns_steps={self.ns_steps} must be a whole number from 1 to 100, or 0 for the table's own."
             )
@@ -99,7 +111,7 @@ class OptimizerConfig:
             "payload_dtype": ("auto", "float32", "bfloat16"),
         }
         for name, known in choices.items():
-            if getattr(self, name) not in known:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
         if (self.ns_coefficients == "table") != bool(self.ns_table):
             raise ConfigError(

@@ -1,6 +1,7 @@
 """What is derived from one parameter group: the shares of its parameters, and its algorithm's static plan and step."""
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,24 +13,13 @@ from earthshine.optim.adamw import step_adamw
 from earthshine.optim.matrix_plan import MatrixPlan
 from earthshine.optim.matrix_step import step_matrices
 from earthshine.optim.measure import Measure
-from earthshine.optim.options import name_of
+from earthshine.optim.options import PLANNED, name_of
+from earthshine.optim.rounding import NARROW, Noise, elements
 from earthshine.optim.scion import ScionPlan, step_scion
 from earthshine.optim.shares import Shares
 
-# Options that plan and state are made by; the others may change from step to step, as a scheduler's.
-_STATIC = (
-    "algorithm",
-    "ns_coefficients",
-    "ns_steps",
-    "ns_dtype",
-    "ns_form",
-    "momentum_dtype",
-    "normuon_beta2",
-    "skip_idle",
-    "payload_dtype",
-    "matrices",
-    "lmo",
-)
+# Entries with a value per parameter: they follow the list of parameters.
+_PER_PARAMETER = ("param_names", "matrices", "lmo")
 
 
 @dataclass
@@ -53,21 +43,26 @@ class GroupPlan:
 
     def __init__(self, group: Mapping[str, Any], process_group: Any, bucket_bytes: int) -> None:
         params = group["params"]
+        self.group, self.params = group, list(params)
         self.algorithm: str = group["algorithm"]
         names = [name_of(group, i) for i in range(len(params))]
         specs = group["matrices"] if self.algorithm == "muon" else ((),) * len(params)
-        self._static = {key: group.get(key) for key in _STATIC}
-        self._were = [(p, (p.device, p.dtype)) for p in params]
+        self._planned = {key: group.get(key) for key in ("algorithm", *PLANNED)}
+        self.per_parameter = {key: copy(group.get(key)) for key in _PER_PARAMETER}
+        self._were = [_traits(p) for p in params]
         self.shares = Shares(params, specs, names, process_group, bucket_bytes)
         self._matrices = MatrixPlan(group, self.shares, bucket_bytes) if self.algorithm == "muon" else None
         self._scion = ScionPlan(group, self.shares) if self.algorithm == "scion" else None
+        narrow = [i for i, p in enumerate(params) if p.dtype in NARROW and group["rounding"] == "stochastic"]
+        self._elements = {i: elements(self.shares.held(i), params[i].device) for i in narrow}
 
     def step(
         self, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
     ) -> GroupStep:
         """Update the shares that have a gradient. states, grads: by the parameter's index in the group."""
+        noises = self._noises(group, states, grads)
         if self._matrices is not None:
-            done = step_matrices(self._matrices, group, states, grads)
+            done = step_matrices(self._matrices, group, states, grads, noises)
             return GroupStep(
                 self.algorithm,
                 done.measure,
@@ -77,40 +72,49 @@ class GroupPlan:
                 self._matrices.imbalance,
             )
         if self._scion is not None:
-            measured, sent = step_scion(self._scion, group, states, grads)
+            measured, sent = step_scion(self._scion, group, states, grads, noises)
             return GroupStep(self.algorithm, lambda: measured, {"norms": sent})
-        return GroupStep(self.algorithm, step_adamw(self.shares, group, states, grads))
+        return GroupStep(self.algorithm, step_adamw(self.shares, group, states, grads, noises))
 
-    def holds(self, group: Mapping[str, Any]) -> bool:
-        """Whether these are the parameters that the plan was made for, where they were and of the type they had."""
+    def _noises(
+        self, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
+    ) -> dict[int, Noise]:
+        """The random bits of this step's rounding; counts the steps that AdamW does not count itself."""
+        found = {}
+        for i in grads if group["rounding"] == "stochastic" else ():
+            step = states[i]["step"]
+            if i in self._elements:
+                found[i] = self._elements[i].at(group["rounding_seed"], self.shares.names[i], int(step))
+            if self.algorithm != "adamw":
+                step += 1
+        return found
+
+    def is_current(self) -> bool:
+        """Whether the group's parameters are those that the plan was made for, where and as they were.
+
+        Raises ConfigError for an option that plan or state were made by, and that was changed since.
+        """
+        group = self.group
         params = group["params"]
-        for key, value in self._static.items():
+        same = len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
+        listed = {key: self.per_parameter[key] for key in ("matrices", "lmo")} if same else {}
+        for key, value in (self._planned | listed).items():
             if group.get(key) != value:
                 raise ConfigError(
                     f"{key} of a parameter group was changed from {value!r} to {group.get(key)!r} after construction; "
                     f"plan and state were made for the former: set it when the optimizer is made."
                 )
-        return len(params) == len(self._were) and all(
-            p is old and (p.device, p.dtype) == where for p, (old, where) in zip(params, self._were, strict=True)
-        )
+        return same and all(_traits(p) == were for p, were in zip(params, self._were, strict=True))
 
     def new_state(self, i: int, key: str, group: Mapping[str, Any]) -> Tensor:
-        """Zeros, for parameter i, where the parameter is."""
+        """Zeros, for parameter i, where the parameter is; at least fp32 unless the momentum is asked for in bf16."""
         if key == "step":
             return torch.zeros((), dtype=torch.float32)
-        return self.shares.new_state(i, self._type(i, key, group), per_row=key == "row_second_moment")
-
-    def fits(self, i: int, key: str, state: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether state is where parameter i is, and of the type that it should have."""
-        where = self.shares.params[i].device
-        return key == "step" or (state.device == where and state.dtype == self._type(i, key, group))
-
-    def _type(self, i: int, key: str, group: Mapping[str, Any]) -> torch.dtype:
-        own = self.shares.params[i].dtype
-        if key == "momentum_sum":
-            narrow = group["momentum_dtype"] == "bfloat16"
-            return torch.bfloat16 if narrow else torch.promote_types(own, torch.float32)
-        return torch.float32 if key == "row_second_moment" else own
+        dtype = torch.promote_types(self.shares.params[i].dtype, torch.float32)
+        if key == "momentum_sum" and group["momentum_dtype"] == "bfloat16":
+            dtype = torch.bfloat16
+        per_row = key == "row_second_moment"
+        return self.shares.new_state(i, torch.float32 if per_row else dtype, per_row=per_row)
 
     def whole_shape(self, i: int, key: str) -> tuple[int, ...]:
         """The shape of a kind of state as a checkpoint has it."""
@@ -124,3 +128,13 @@ class GroupPlan:
         if self._scion is not None:
             found["norms"] = self._scion.predicted_bytes()
         return found
+
+
+def _traits(p: Any) -> tuple[Any, ...]:
+    """What a plan reads of a tensor: other traits, another plan."""
+    return p.device, p.dtype, p.shape, getattr(p, "placements", None), getattr(p, "device_mesh", None)
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether one tensor of state may stand for another."""
+    return _traits(a) == _traits(b)

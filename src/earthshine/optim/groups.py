@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
+from earthshine.optim.flattened import check_shapes
 from earthshine.optim.fused import Fused, expert_factors, fused_layers, layout_of
 from earthshine.optim.matrices import Spec, logical_matrices, normalize
 from earthshine.optim.output_layers import EMBEDDINGS, ROUTER_NAMES, head_weights, is_router, possible_heads
@@ -159,6 +160,7 @@ def assign(
     found: dict[int, Assignment] = {}
     asked: dict[int, _Question] = {}
     answered: set[int] = set()
+    check_shapes(model, (place for place in places if place[3].requires_grad and not _matches(place[0], adamw)))
     for name, module, local, p in places:
         if not p.requires_grad:
             continue

@@ -21,6 +21,7 @@ from earthshine.ops.orthogonalize import matrices_per_batch, resolve_method
 from earthshine.optim.exchange import check_agreement, send_order
 from earthshine.optim.matrices import logical_matrices
 from earthshine.optim.ownership import Block, Bucket, ShardGroupPlan, Task, plan_ownership
+from earthshine.optim.rounding import Noise
 from earthshine.optim.shares import Shares
 
 # Entries of a group that processes may hold differently, or that say nothing about the plan.
@@ -49,6 +50,11 @@ class Rect:
             stop = self.col + (self.cols - 1) * self.step + 1
             view = view[self.row : self.row + height, self.col : stop : self.step]
         return view.view(self.count, self.rows, self.cols)
+
+    def noise(self, noises: Mapping[int, Noise]) -> Noise | None:
+        """How these elements of a weight are rounded; None where that is to nearest."""
+        noise = noises.get(self.param)
+        return noise and noise.part(self.row, self.col, self.count * self.rows, self.cols)
 
     def rows_of(self, views: Mapping[int, Tensor]) -> Tensor:
         """[count, rows] of a view with one value per row."""

@@ -21,6 +21,7 @@ from earthshine.optim import rules
 from earthshine.optim.exchange import Message
 from earthshine.optim.matrix_plan import Batch, MatrixPlan, Place, Rect, Segment, Transfer
 from earthshine.optim.measure import Measure
+from earthshine.optim.rounding import NEAREST, Noise
 
 
 @dataclass
@@ -54,12 +55,14 @@ def step_matrices(
     group: Mapping[str, Any],
     states: Mapping[int, Mapping[str, Tensor]],
     grads: Mapping[int, Tensor],
+    noises: Mapping[int, Noise] = NEAREST,
 ) -> StepNumbers:
     """Update the shares of the parameters that have a gradient.
 
-    states, grads: by the parameter's index in the group; a gradient is this process's share of it.
+    states, grads, noises: by the parameter's index in the group; a gradient is this process's share of it, and so are
+    the elements whose rounding a noise decides (`rules.step_`).
     """
-    run = _Run(plan, group, states, grads)
+    run = _Run(plan, group, states, grads, noises)
     # One shard group after the other: ranks may share several, and each has its own communicator.
     local = plan.local
     for shard_group in plan.plans:
@@ -94,8 +97,9 @@ class _Run:
         group: Mapping[str, Any],
         states: Mapping[int, Mapping[str, Tensor]],
         grads: Mapping[int, Tensor],
+        noises: Mapping[int, Noise],
     ) -> None:
-        self.plan, self.group, shares = plan, group, plan.shares
+        self.plan, self.group, self.noises, shares = plan, group, noises, plan.shares
         self.grads = {i: shares.view2d(i, g) for i, g in grads.items()}
         self.sums = {i: shares.view2d(i, shares.state(states[i]["momentum_sum"])) for i in grads}
         self.weights = {i: shares.view2d(i, shares.weight(i)) for i in grads}
@@ -288,14 +292,15 @@ class _Run:
     def _apply(self, rects: Sequence[Rect], updates: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
         """W <- (1 - lr wd) W - lr factor O, with the unscaled lr in the decay."""
         lr = float(self.group["lr"])
-        by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        by_factor: dict[float, tuple[list[Tensor], list[Tensor], list[Noise | None]]] = {}
         for rect, update, shape in zip(rects, updates, shapes, strict=True):
-            weights, changes = by_factor.setdefault(self._factor(*shape), ([], []))
+            weights, changes, noises = by_factor.setdefault(self._factor(*shape), ([], [], []))
             weights.append(rect.of(self.weights))
             changes.append(update)
-        for factor, (weights, changes) in by_factor.items():
+            noises.append(rect.noise(self.noises))
+        for factor, (weights, changes, noises) in by_factor.items():
             decay, cautious = lr * self.group["weight_decay"], self.group["cautious_weight_decay"]
-            rules.step_(weights, changes, lr * factor, decay, cautious)
+            rules.step_(weights, changes, lr * factor, decay, cautious, noises)
 
 
 def _rows(moment_BL: Tensor, place: Place, count: int, rows: int) -> Tensor:

@@ -23,7 +23,8 @@ size of what it is given. That is the published rule; `skip_idle` leaves out suc
 shrinks, weights still decay).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
@@ -34,19 +35,25 @@ from earthshine.device import Readings
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.ops.orthogonalize import Form
 from earthshine.optim.config import OptimizerConfig
-from earthshine.optim.group_plan import GroupPlan, GroupStep
+from earthshine.optim.group_plan import GroupPlan, GroupStep, alike
 from earthshine.optim.groups import param_groups
 from earthshine.optim.measure import Measure
 from earthshine.optim.options import (
     check_group,
     check_keys,
     group_differences,
+    initial_options,
     name_of,
+    realign,
     resolve_group,
+    resolve_numbers,
+    saved_groups,
     scheduled_keys,
     state_keys,
+    warn_of_lost_updates,
 )
 from earthshine.optim.rules import ScaleRule, scale_name
+from earthshine.optim.shares import is_dtensor, local
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,6 +66,8 @@ class Muon(torch.optim.Optimizer):
     scale: also a function(rows, cols) -> float that `optim.rules.register_scale` has given a name.
     schatten_p, normuon_beta2, ns_steps: None is the config's 0.
     ns_coefficients: the name of a table in `ops.orthogonalize.COEFFICIENTS`, or rows (a, b, c) of your own.
+    rounding: of new weights narrower than fp32: to "nearest", where small updates are lost (a warning says so), or
+        "stochastic", where they arrive on average: see `optim.rounding`. rounding_seed: its seed, alike on all ranks.
     process_group: ranks that hold the plain parameters alike and divide their state (ZeRO-1). `state_dict()` and
         `load_state_dict()` are then collective.
     reduce_gradients: with process_group: gradients are each rank's own (no DDP); their mean is taken here, by the
@@ -93,6 +102,8 @@ class Muon(torch.optim.Optimizer):
         normuon_beta2: float | None = None,
         cautious_weight_decay: bool = False,
         skip_idle: bool = False,
+        rounding: str = "nearest",
+        rounding_seed: int = 0,
         payload_dtype: str = "auto",
         process_group: Any = None,
         reduce_gradients: bool = False,
@@ -104,17 +115,24 @@ class Muon(torch.optim.Optimizer):
         defaults["scale"] = scale_name(scale)
         if reduce_gradients and process_group is None:
             raise ConfigError("reduce_gradients=True needs process_group: the ranks to average gradients over.")
-        if max_bucket_bytes < 1:
-            raise ConfigError(f"max_bucket_bytes={max_bucket_bytes} must be positive; the default is 256 MiB.")
+        if not isinstance(reduce_gradients, bool):
+            raise ConfigError(f"reduce_gradients={reduce_gradients!r} must be True or False.")
+        if isinstance(max_bucket_bytes, bool) or not isinstance(max_bucket_bytes, int) or max_bucket_bytes < 1:
+            raise ConfigError(
+                f"max_bucket_bytes={max_bucket_bytes!r} must be a positive whole number; the default is 256 MiB."
+            )
         self._process_group, self._reduce, self._bucket_bytes = process_group, reduce_gradients, max_bucket_bytes
-        self._stepped = False  # or loaded: whether state holds anything
+        self._stepped = False  # or loaded: whether state may hold anything
+        self._made = False
         self._forget()
         super().__init__(params, {"algorithm": "muon"} | defaults)
+        self._made = True
+        warn_of_lost_updates(self.param_groups, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
             raise ConfigError("a Muon with a process_group cannot be copied or pickled: use its state_dict().")
-        own = ("_reduce", "_bucket_bytes", "_stepped")
+        own = ("_reduce", "_bucket_bytes", "_stepped", "_made")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,41 +149,86 @@ class Muon(torch.optim.Optimizer):
         self._readings: Readings | None = None
 
     def _plan(self, index: int) -> GroupPlan:
-        """The static plan of group `index`; made at construction, and again after unpickling.
+        """The static plan of group `index`, and its state; made at construction, and again after unpickling.
 
-        Also when somebody exchanged, moved or cast its parameters since, as trainers do that wrap a model after its
-        optimizer was made. Raises ConfigError where that would lose momentum.
+        Also when somebody exchanged, moved, cast or removed its parameters since, as trainers do that wrap a model
+        after its optimizer was made, and where somebody cleared its state, which starts from zero then. Raises
+        ConfigError where momentum would be lost.
         """
         group = self.param_groups[index]
-        known = self._known.get(index)
-        if known is not None and known.holds(group):
-            return known
-        plan = GroupPlan(group, self._process_group, self._bucket_bytes)
+        plan = self._known.get(index)
+        if plan is not None and plan.group is not group:
+            plan = None  # of a group that was removed
+        if plan is None or not plan.is_current():
+            before = plan.params if plan is not None else []
+            if plan is not None:
+                realign(group, before, plan.per_parameter)
+                check_group(group)
+            plan = GroupPlan(group, self._process_group, self._bucket_bytes)
+            self.state.update(self._states(group, plan, before))
+            self._drop_others(before)
+            self._known[index] = plan
         for i, p in enumerate(group["params"]):
-            state = self.state.get(p)
-            if state and all(plan.fits(i, key, value, group) for key, value in state.items()):
-                continue
-            if self._stepped and (known is not None or state):
+            state = self.state.setdefault(p, {})
+            for key in state_keys(group):
+                if key not in state:
+                    state[key] = plan.new_state(i, key, group)
+        return plan
+
+    def _states(
+        self, group: Mapping[str, Any], plan: GroupPlan, before: Sequence[Tensor]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """State for a group's new plan: what fits stays, zeros are made for the rest. before: its last parameters."""
+        kept = {id(p) for g in self.param_groups for p in g["params"]}
+        found = {}
+        for i, p in enumerate(group["params"]):
+            state = self.state.get(p, {})
+            fresh = {key: plan.new_state(i, key, group) for key in state_keys(group)}
+            stays = {k: v for k, v in state.items() if k in fresh and (k == "step" or alike(v, fresh[k]))}
+            gone = [value for key, value in state.items() if key not in stays]
+            if not state and len(before) == len(group["params"]) and id(before[i]) not in kept:
+                gone = list(self.state.get(before[i], {}).values())  # exchanged for p
+            if self._stepped and any(map(_holds_anything, gone)):
                 raise ConfigError(
                     f"{name_of(group, i)} was exchanged, moved or cast after a step or a load, and its momentum would "
                     f"be lost: make the optimizer when the model is where it trains, then load_state_dict()."
                 )
-            self.state[p] = {key: plan.new_state(i, key, group) for key in state_keys(group)}
-        self._known[index] = plan
-        return plan
+            found[p] = fresh | stays
+        return found
+
+    def _drop_others(self, params: Iterable[Tensor]) -> None:
+        """Forget the state of those that are in no group any more: nobody would save it, and it keeps them alive."""
+        kept = {id(p) for group in self.param_groups for p in group["params"]}
+        for p in list(params):
+            if id(p) not in kept:
+                self.state.pop(p, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, now or later, with its state. Raises ConfigError where a parameter does not fit it."""
-        check_keys(param_group, self.defaults)
-        self._known.pop(len(self.param_groups), None)  # of a group that was removed
-        super().add_param_group({k: v for k, v in param_group.items() if k != "reasons"})
+        group = {k: v for k, v in param_group.items() if k != "reasons"}
+        check_keys(group, self.defaults)
+        if not isinstance(group["params"], Tensor | set):
+            group["params"] = list(group["params"])
+            self._check_repeated(group["params"])
+        super().add_param_group(group)
         try:
             resolve_group(self.param_groups[-1])
             check_group(self.param_groups[-1])
+            self.param_groups[-1]["initial_options"] = initial_options(self.param_groups[-1])
             self._plan(len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             raise
+        if self._made:
+            warn_of_lost_updates(self.param_groups[-1:], stacklevel=3)
+
+    def _check_repeated(self, given: Iterable[Any]) -> None:
+        seen = {id(p) for group in self.param_groups for p in group["params"]}
+        for i, item in enumerate(given):
+            name, p = item if isinstance(item, tuple) else (f"parameter {i}", item)
+            if id(p) in seen:
+                raise ConfigError(f"{name} of shape {list(p.shape)} is given twice: each step would update it twice.")
+            seen.add(id(p))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -178,16 +241,19 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        plans = [self._plan(index) for index in range(len(self.param_groups))]
+        for group, plan in zip(self.param_groups, plans, strict=True):  # before anything is updated
+            resolve_numbers(group)
+            plan.shares.check_gradients()
         self._last, self._readings = [], None
-        for index, group in enumerate(self.param_groups):
-            plan = self._plan(index)
+        for group, plan in zip(self.param_groups, plans, strict=True):
             grads, sent = plan.shares.gradients(self._reduce)
+            self._stepped |= bool(grads)
             options = {**group, "lr": float(group["lr"])}  # a tensor of a device: waited for once
             with _without_autocast(plan.shares.params):
                 numbers = plan.step(options, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
             numbers.sent |= {"reduce_gradients": sent, "gather_parameters": plan.shares.gather()}
             self._last.append(numbers)
-        self._stepped = True
         return loss
 
     def predicted_bytes(self) -> dict[str, int]:
@@ -246,6 +312,9 @@ class Muon(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; state of ZeRO-1 parameters as DTensors, Shard(0) over the process group (then collective)."""
+        for index in range(len(self.param_groups)):
+            self._plan(index)
+        self._drop_others(self.state)
         found = super().state_dict()
         if self._process_group is not None:
             for index, saved in enumerate(found["param_groups"]):
@@ -255,7 +324,9 @@ class Muon(torch.optim.Optimizer):
                         found["state"][number] = found["state"][number] | {key: tensor}
         return found
 
-    def _moved(self, index: int, way: str, saved: list[Mapping[str, Tensor]] | None) -> dict[str, dict[int, Tensor]]:
+    def _moved(
+        self, index: int, way: str, saved: Sequence[Mapping[str, Tensor]] | None
+    ) -> dict[str, dict[int, Tensor]]:
         """Each kind of state of a group's ZeRO-1 parameters, moved by `Shares.leave` or `Shares.enter`."""
         group, shares = self.param_groups[index], self._plan(index).shares
         states = saved if saved is not None else [self.state[p] for p in group["params"]]
@@ -267,38 +338,42 @@ class Muon(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of `state_dict()`, and lr.
+        """Take over the state of `state_dict()`, lr, and what the loop has set since construction, as schedules do.
 
         Every other hyper-parameter comes from this optimizer's construction: torch would overwrite it silently, and
         would round the momentum to the parameter's type. Raises CheckpointError, before anything changes, for a saved
-        hyper-parameter or parameter list that differs (with the differences) and for state that is missing or
-        misshapen.
+        hyper-parameter (as it was at construction) or parameter list that differs (with the differences) and for state
+        that is missing or misshapen. An option that did not exist when the state was saved had its default.
         """
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        problems = group_differences(self.param_groups, state_dict["param_groups"])
+        # Muon's own defaults: self.defaults are those that this one was made with.
+        parameters = inspect.signature(Muon.__init__).parameters
+        groups = saved_groups(state_dict, {name: given.default for name, given in parameters.items()})
+        states = state_dict["state"]
+        problems = group_differences(self.param_groups, groups)
         if problems:
             raise CheckpointError(
                 "the saved optimizer is not this one: " + "; ".join(problems) + ". Hyper-parameters come from the "
                 "config: set them back, or start from the checkpoint's weights with a fresh optimizer."
             )
-        for index, saved in enumerate(state_dict["param_groups"]):
-            for i, number in enumerate(saved["params"]):
-                self._check_saved_state(index, i, state_dict["state"].get(number, {}))
-        arrived = [
-            self._arrived(index, [state_dict["state"][number] for number in saved["params"]])
-            for index, saved in enumerate(state_dict["param_groups"])
+        checked = [
+            [self._checked_state(index, i, states.get(number, {})) for i, number in enumerate(saved["params"])]
+            for index, saved in enumerate(groups)
         ]
-        for index, saved in enumerate(state_dict["param_groups"]):
+        arrived = [self._arrived(index, found) for index, found in enumerate(checked)]
+        for index, saved in enumerate(groups):
             self._take_over(index, arrived[index])
             for key in scheduled_keys(saved):
                 self._set(index, key, saved[key])
-        self._stepped = True  # from here on there is momentum to lose
+            resolve_numbers(self.param_groups[index])
+        # From here on there may be momentum to lose.
+        self._stepped = any(_holds_anything(t) for found in checked for state in found for t in state.values())
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _arrived(self, index: int, states: list[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def _arrived(self, index: int, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """This process's shares of a group's saved state."""
         shares = self._plan(index).shares
         moved = self._moved(index, "enter", states) if shares.zero1 else {}
@@ -322,10 +397,12 @@ class Muon(torch.optim.Optimizer):
         else:
             self.param_groups[index][key] = value.clone() if isinstance(value, Tensor) else value
 
-    def _check_saved_state(self, index: int, i: int, saved: Mapping[str, Any]) -> None:
-        group = self.param_groups[index]
+    def _checked_state(self, index: int, i: int, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The saved state of a parameter, checked; zeros where it is zero, and so may be placed in any way."""
+        group, plan = self.param_groups[index], self._plan(index)
+        found = {}
         for key in state_keys(group):
-            expected = self._plan(index).whole_shape(i, key)
+            expected = plan.whole_shape(i, key)
             if key in saved and not isinstance(saved[key], Tensor):
                 raise CheckpointError(
                     f"the saved optimizer state {key} of parameter {name_of(group, i)} is a "
@@ -337,12 +414,29 @@ class Muon(torch.optim.Optimizer):
                     f"the saved optimizer state {key} of parameter {name_of(group, i)} {got}, not {list(expected)}: "
                     f"the checkpoint is of another optimizer or model."
                 )
+            found[key] = saved[key]
             live = self.state[group["params"][i]][key]
-            if not self._plan(index).shares.can_take(i, live, saved[key]):
-                raise CheckpointError(
-                    f"the saved optimizer state {key} of parameter {name_of(group, i)} is placed otherwise than the "
-                    f"parameter: load through torch.distributed.checkpoint, which moves it to where it belongs."
-                )
+            if not plan.shares.can_take(i, live, saved[key]):
+                if _holds_anything(saved[key], everywhere=True):
+                    raise CheckpointError(
+                        f"the saved optimizer state {key} of parameter {name_of(group, i)} is placed otherwise than "
+                        f"the parameter: load through torch.distributed.checkpoint, which moves it to where it belongs."
+                    )
+                found[key] = torch.zeros_like(live) if live.shape == expected else torch.zeros(expected)
+        return found
+
+
+def _holds_anything(state: Any, everywhere: bool = False) -> bool:
+    """Whether this process's share of a tensor of state is anything but zero; of all processes, which is collective.
+
+    Waits for the device.
+    """
+    if not isinstance(state, Tensor) or state.is_meta:
+        return False
+    if everywhere and is_dtensor(state):
+        count: Any = (state != 0).sum()
+        return bool(count.full_tensor())
+    return bool(local(state).any())
 
 
 def _without_autocast(params: list[Tensor]) -> AbstractContextManager[None]:

@@ -2,22 +2,41 @@
 
 import difflib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from earthshine.errors import ConfigError
+from earthshine.errors import CheckpointError, ConfigError
 from earthshine.ops.orthogonalize import coefficient_steps, default_steps
 from earthshine.optim import rules, scion
-from earthshine.optim.config import NS_STEPS, OptimizerConfig
+from earthshine.optim.config import NS_STEPS, OptimizerConfig, check_number
+from earthshine.optim.flattened import FLATTENED
 from earthshine.optim.matrices import logical_matrices, normalize
+from earthshine.optim.rounding import NARROW
 
 # What a group may hold beside the options: what it is of, and what torch's schedulers and other people's tools note.
-_KEPT = ("params", "param_names", "algorithm", "matrices", "lmo")
+_KEPT = ("params", "param_names", "algorithm", "matrices", "lmo", "initial_options")
 _NOTED = ("reasons", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
-# The options of a group that a checkpoint must agree on; lr is the loop's.
-_OPTIONS = (
+# Options that plan and state are made by.
+PLANNED = (
+    "ns_coefficients",
+    "ns_steps",
+    "ns_dtype",
+    "ns_form",
+    "momentum_dtype",
+    "normuon_beta2",
+    "skip_idle",
+    "rounding",
+    "rounding_seed",
+    "payload_dtype",
+)
+# The others but lr: a training loop may set them from step to step. "initial_options" has their values at construction.
+_LOOPS = (
     "weight_decay",
     "momentum",
     "nesterov",
@@ -28,24 +47,19 @@ _OPTIONS = (
     "exact_rms",
     "norm",
     "schatten_p",
-    "ns_coefficients",
-    "ns_steps",
-    "ns_dtype",
-    "ns_form",
     "ns_compile",
-    "momentum_dtype",
-    "normuon_beta2",
     "cautious_weight_decay",
-    "skip_idle",
-    "payload_dtype",
 )
+_NUMBERS = ("lr", "weight_decay", "momentum", "eps", "update_rms", "schatten_p", "normuon_beta2")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     """The kinds of state that each parameter of the group has."""
     if group["algorithm"] == "adamw":
         return ("exp_avg", "exp_avg_sq", "step")
-    return ("momentum_sum", "row_second_moment") if group["normuon_beta2"] else ("momentum_sum",)
+    keys = ("momentum_sum", "row_second_moment") if group["normuon_beta2"] else ("momentum_sum",)
+    return (*keys, "step") if group["rounding"] == "stochastic" else keys
 
 
 def name_of(group: Mapping[str, Any], i: int) -> str:
@@ -67,45 +81,90 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
 
 def scheduled_keys(saved: Mapping[str, Any]) -> tuple[str, ...]:
     """Entries of a saved group that the loop or a scheduler sets, and that are therefore taken over."""
-    cycled = ("betas",) if "base_momentum" in saved else ()  # OneCycleLR and CyclicLR move AdamW's first beta
-    return tuple(key for key in ("lr", "initial_lr", *cycled) if key in saved)
+    return tuple(key for key in ("lr", "initial_lr", *_LOOPS) if key in saved)
 
 
 def resolve_group(group: dict[str, Any]) -> None:
     """Options in the form that is kept and saved: numbers for None, names for functions, tuples for lists."""
     group["scale"] = rules.scale_name(group["scale"])
-    if not isinstance(group["lr"], int | float | Tensor):
-        raise ConfigError(f"lr={group['lr']!r} must be a number or a tensor of one.")
     for key in ("nesterov", "exact_rms", "cautious_weight_decay", "skip_idle", "ns_compile"):
         if not isinstance(group[key], bool):
             raise ConfigError(f"{key}={group[key]!r} must be True or False.")
-    group["schatten_p"] = float(group["schatten_p"] or 0)
-    group["normuon_beta2"] = float(group["normuon_beta2"] or 0) if group["algorithm"] == "muon" else 0.0
-    betas = group["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ConfigError(f"betas={betas!r} must be two numbers: AdamW's, (0.9, 0.95) for Moonlight.")
-    group["betas"] = tuple(betas)
+    muon = group["algorithm"] == "muon"
+    for key in ("schatten_p", "normuon_beta2"):
+        group[key] = 0.0 if group[key] is None or (key == "normuon_beta2" and not muon) else group[key]
+    group["betas"] = _tuple("betas", group["betas"], "two numbers: AdamW's, (0.9, 0.95) for Moonlight")
+    if len(group["betas"]) != 2:
+        raise ConfigError(f"betas={group['betas']!r} must be two numbers: AdamW's, (0.9, 0.95) for Moonlight.")
+    resolve_numbers(group)
     table = group["ns_coefficients"]
     if not isinstance(table, str):
         try:
             group["ns_coefficients"] = table = coefficient_steps(table)
-        except TypeError as e:
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as e:
             raise ConfigError(f"ns_coefficients={table!r} must be a table's name or rows (a, b, c).") from e
-    group["ns_steps"] = group["ns_steps"] or default_steps(table)
-    if group["algorithm"] == "muon":
-        specs = group.get("matrices") or (("matrix",),) * len(group["params"])
-        if any(isinstance(spec, str) for spec in specs):
+    group["ns_steps"] = default_steps(table) if group["ns_steps"] in (None, 0) else _whole(group["ns_steps"])
+    group["rounding_seed"] = _whole(group["rounding_seed"])
+    if muon:
+        specs = _tuple(
+            "matrices",
+            group.get("matrices") or (("matrix",),) * len(group["params"]),
+            "a list of one specification per parameter",
+        )
+        if not all(isinstance(spec, list | tuple) for spec in specs):
             raise ConfigError(f"matrices={specs!r} must hold a tuple per parameter, such as ('matrix',).")
         group["matrices"] = tuple(normalize(spec) for spec in specs)
     if group["algorithm"] == "scion":
-        group["lmo"] = tuple(group.get("lmo") or ())
+        group["lmo"] = _tuple("lmo", group.get("lmo") or (), "a list of one name per parameter")
+
+
+def resolve_numbers(group: dict[str, Any]) -> None:
+    """Numbers of numpy, and tensors of one, as Python's; lr stays a tensor, which torch's schedulers fill in place.
+
+    A loop may set them before any step: ConfigError for what is no number, or none in its range.
+    """
+    for key in _NUMBERS:
+        if key != "lr" or not isinstance(group[key], Tensor):
+            group[key] = _number(key, group[key])
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool):
+        raise ConfigError(f"lr={lr!r} must be a number or a tensor of one.")
+    group["betas"] = tuple(_number(f"beta{n}", beta) for n, beta in enumerate(group["betas"], start=1))
+
+
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool:
+        value = value.item()
+    check_number(name, value)
+    return value if type(value) in (int, float) else float(value)
+
+
+def _whole(value: Any) -> Any:
+    """numpy's whole numbers as Python's."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _tuple(name: str, value: Any, holds: str) -> tuple[Any, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigError(f"{name}={value!r} must be {holds}.")
+    return tuple(value)
+
+
+def initial_options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The options of a resolved group that a loop may set, as they are now."""
+    return tuple((key, group[key]) for key in _LOOPS)
 
 
 def check_group(group: Mapping[str, Any]) -> None:
     """ConfigError for options out of range and for parameters that the algorithm cannot take."""
     named = group["ns_coefficients"] in NS_STEPS or isinstance(group["ns_coefficients"], str)
-    if group["algorithm"] not in ("muon", "adamw", "scion"):
-        raise ConfigError(f"algorithm={group['algorithm']!r} of a group must be one of muon, adamw, scion.")
+    for key, known in (("algorithm", ("muon", "adamw", "scion")), ("rounding", ("nearest", "stochastic"))):
+        if not isinstance(group[key], str) or group[key] not in known:
+            raise ConfigError(f"{key}={group[key]!r} of a group must be one of {', '.join(known)}.")
+    if isinstance(group["rounding_seed"], bool) or not isinstance(group["rounding_seed"], int):
+        raise ConfigError(f"rounding_seed={group['rounding_seed']!r} must be a whole number.")
     OptimizerConfig(  # holds the rules of each option
         lr=float(group["lr"]),
         weight_decay=group["weight_decay"],
@@ -134,8 +193,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     coefficient_steps(group["ns_coefficients"], group["ns_steps"])
     params = group["params"]
     for i, p in enumerate(params):
-        if not p.is_floating_point():
-            raise ConfigError(f"{name_of(group, i)} has type {p.dtype}: Muon takes real floating-point parameters.")
+        _check_parameter(name_of(group, i), p)
     if group["algorithm"] == "scion" and (len(group["lmo"]) != len(params) or set(group["lmo"]) - set(scion.KINDS)):
         raise ConfigError(
             f"lmo={group['lmo']} of a scion group of {len(params)} parameters must be one of "
@@ -143,6 +201,20 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     if group["algorithm"] == "muon":
         _check_matrices(group)
+
+
+def _check_parameter(name: str, p: Tensor) -> None:
+    if is_lazy(p):
+        raise ConfigError(
+            f"{name} has no shape yet (a lazy module makes it): run one forward pass, then make the optimizer."
+        )
+    if p.dtype not in _DTYPES:
+        raise ConfigError(
+            f"{name} has dtype {p.dtype}: Muon takes real floating-point parameters, of float16, bfloat16, float32 or "
+            f"float64."
+        )
+    if p.layout != torch.strided:
+        raise ConfigError(f"{name} has the layout {p.layout}: Muon takes dense parameters.")
 
 
 def _check_matrices(group: Mapping[str, Any]) -> None:
@@ -156,6 +228,11 @@ def _check_matrices(group: Mapping[str, Any]) -> None:
             f"group per device."
         )
     for i, (p, spec) in enumerate(zip(params, specs, strict=True)):
+        if p.ndim == 1:
+            raise ConfigError(
+                f"{name_of(group, i)} of shape {list(p.shape)} is not one matrix: give a vector algorithm='adamw', as "
+                f"param_groups(model) does. If it was a matrix, it was flattened: {FLATTENED}."
+            )
         if spec == ("matrix",) and p.ndim != 2:
             raise ConfigError(
                 f"{name_of(group, i)} of shape {list(p.shape)} is not one matrix: give it algorithm='adamw' or say in "
@@ -169,21 +246,92 @@ def _check_matrices(group: Mapping[str, Any]) -> None:
         logical_matrices(tuple(p.shape), spec, name_of(group, i))
 
 
+def realign(group: dict[str, Any], before: Sequence[Tensor], was: Mapping[str, Any]) -> None:
+    """Names and matrices of a group whose list of parameters somebody shortened or put in another order.
+
+    before: its parameters when `was`, the entries that hold one value per parameter, was true.
+    Raises ConfigError for a parameter that was put in without such entries.
+    """
+    params, places = group["params"], {id(p): i for i, p in enumerate(before)}
+    kept = {id(p) for p in params}
+    exchanged = [i if len(params) == len(before) and id(before[i]) not in kept else None for i in range(len(params))]
+    known = [places.get(id(p), i) for p, i in zip(params, exchanged, strict=True)]
+    for key in ("param_names", "matrices", "lmo"):
+        if key in group and group[key] == was[key]:
+            if None in known:
+                raise ConfigError(
+                    f"params of a group has a new parameter of shape {list(params[known.index(None)].shape)}, of which "
+                    f"the group's {key} says nothing: add parameters by add_param_group."
+                )
+            group[key] = type(was[key])(was[key][i] for i in known if i is not None)
+
+
+def saved_groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups of a checkpoint, with the default of every option that did not exist when it was saved.
+
+    defaults: of `Muon` itself, not of one that is made. Each leaves things as they were before there was the option.
+    Raises CheckpointError for what is no optimizer's state.
+    """
+    groups = state_dict.get("param_groups")
+    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(groups, Sequence):
+        raise CheckpointError(
+            f"a state_dict with the entries {sorted(map(str, state_dict))} is not an optimizer's: it needs 'state' "
+            f"and 'param_groups', as Muon.state_dict() gives them."
+        )
+    if not all(isinstance(group, Mapping) and isinstance(group.get("params"), Sequence) for group in groups):
+        raise CheckpointError("a saved parameter group lists no 'params': it is not one of Muon.state_dict().")
+    options = dict(defaults) | {"algorithm": "adamw", "params": [], "lr": 0.0}
+    resolve_group(options)
+    options = {key: options[key] for key in (*PLANNED, *_LOOPS)}
+    plain = [{"matrices": (("matrix",),) * len(g["params"])} if g.get("algorithm") == "muon" else {} for g in groups]
+    found = [options | unsaid | dict(group) for unsaid, group in zip(plain, groups, strict=True)]
+    for group in found:
+        if group["schatten_p"] == str(math.inf):  # as JSON has it
+            group["schatten_p"] = math.inf
+    return found
+
+
+def warn_of_lost_updates(groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
+    """A UserWarning where the rounding of 16-bit weights will swallow small updates."""
+    narrow = [
+        (name_of(group, i), p.dtype)
+        for group in groups
+        for i, p in enumerate(group["params"])
+        if group["rounding"] == "nearest" and p.dtype in NARROW
+    ]
+    if narrow:
+        warnings.warn(
+            f"{len(narrow)} parameters are kept in 16 bits (the first: {narrow[0][0]}, {narrow[0][1]}) and rounded to "
+            f"nearest after each step: updates below half of a weight's last bit are lost, at lr=1e-5 four fifths of "
+            f"the movement. Pass rounding='stochastic', or keep weights in fp32 and compute in bf16.",
+            stacklevel=stacklevel,
+        )
+
+
 def group_differences(current: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a checkpoint's groups say otherwise, as 'group 0 momentum: 0.9 (saved) -> 0.95'."""
+    """What a checkpoint's groups say otherwise, as 'group 0 momentum: 0.9 (saved) -> 0.95'.
+
+    Of options that a loop may set, the values at construction count: what they became since is no difference.
+    """
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in current]:
         sizes = [[len(g["params"]) for g in groups] for groups in (saved, current)]
         return [f"parameters per group: {sizes[0]} (saved) -> {sizes[1]}"]
     lines = []
     for index, (new, old) in enumerate(zip(current, saved, strict=True)):
+        initially = [{key: _plain(v) for key, v in g.get("initial_options", ())} for g in (old, new)]
         # Entries that are neither ours nor what we keep are a scheduler's.
-        compared = {*_KEPT, *_OPTIONS} - {"params", *scheduled_keys(old)}
+        compared = {*_KEPT, *PLANNED, *_LOOPS} - {"params", "initial_options"}
         for key in sorted(key for key in compared if key in new or key in old):
             was, now = _plain(old.get(key, "(absent)")), _plain(new.get(key, "(absent)"))
-            if was != now and isinstance(was, tuple) and isinstance(now, tuple) and len(was) == len(now):
-                first = next(i for i, (a, b) in enumerate(zip(was, now, strict=True)) if a != b)
-                lines.append(f"group {index} {key}[{first}]: {was[first]} (saved) -> {now[first]}")
-            elif was != now:
+            first = [values.get(key, value) for values, value in zip(initially, (was, now), strict=True)]
+            # OneCycleLR and CyclicLR move AdamW's first beta; older checkpoints hold no other trace of it.
+            if was == now or first[0] == first[1] or (key == "betas" and "base_momentum" in old):
+                continue
+            was, now = first
+            if isinstance(was, tuple) and isinstance(now, tuple) and len(was) == len(now):
+                differs = next(i for i, (a, b) in enumerate(zip(was, now, strict=True)) if a != b)
+                lines.append(f"group {index} {key}[{differs}]: {was[differs]} (saved) -> {now[differs]}")
+            else:
                 lines.append(f"group {index} {key}: {was} (saved) -> {now}")
     return lines
 

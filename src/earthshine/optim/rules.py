@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from earthshine.errors import ConfigError
+from earthshine.optim.rounding import Noise, write_
 
 ScaleRule = Callable[[int, int], float]
 
@@ -125,19 +126,29 @@ def decay_(weights: Sequence[Tensor], updates: Sequence[Tensor], factor: float, 
         torch._foreach_mul_(list(weights), 1 - factor)
 
 
-def step_(weights: Sequence[Tensor], updates: Sequence[Tensor], rate: float, decay: float, cautious: bool) -> None:
+def step_(
+    weights: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    rate: float,
+    decay: float,
+    cautious: bool,
+    noises: Sequence[Noise | None] = (),
+) -> None:
     """W <- W - decay W - rate U in place, as `decay_` and then the update; rounded to W's type once.
 
     Narrow weights are computed in float32: in bf16 a decay of 1e-4 would round to nothing twice, and the rate as well.
+    noises: how each weight is rounded, as `optim.rounding.write_` does; () is to nearest.
     """
     if all(w.dtype.itemsize >= 4 for w in weights):
         decay_(weights, updates, decay, cautious)
         torch._foreach_add_(list(weights), list(updates), alpha=-rate)
         return
-    for w, u in zip(weights, updates, strict=True):
+    for w, u, noise in zip(weights, updates, noises or [None] * len(weights), strict=True):
         exact = w.to(torch.promote_types(w.dtype, torch.float32))
         decay_([exact], [u], decay, cautious)
-        w.copy_(exact.add_(u.to(exact.dtype), alpha=-rate))
+        exact.add_(u.to(exact.dtype), alpha=-rate)
+        if w is not exact:
+            write_(w, exact, noise)
 
 
 def _inverse_rms(O_BMN: Tensor) -> Tensor:

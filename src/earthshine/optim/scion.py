@@ -23,6 +23,7 @@ from earthshine.optim import rules
 from earthshine.optim.exchange import check_agreement, process_group
 from earthshine.optim.layout import read_layout
 from earthshine.optim.measure import Measure
+from earthshine.optim.rounding import NEAREST, Noise
 from earthshine.optim.shares import Shares, connect_holders
 
 # The directions that group["lmo"] may name.
@@ -66,9 +67,13 @@ class ScionPlan:
 
 
 def step_scion(
-    plan: ScionPlan, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
+    plan: ScionPlan,
+    group: Mapping[str, Any],
+    states: Mapping[int, Mapping[str, Tensor]],
+    grads: Mapping[int, Tensor],
+    noises: Mapping[int, Noise] = NEAREST,
 ) -> tuple[Measure, int]:
-    """One step of the shares that have a gradient: (what measures it, bytes sent)."""
+    """One step of the shares that have a gradient: (what measures it, bytes sent). noises: as of `rules.step_`."""
     shares, lr = plan.shares, float(group["lr"])
     sums = {i: shares.state(states[i]["momentum_sum"]) for i in states}
     for i, grad in grads.items():
@@ -82,8 +87,8 @@ def step_scion(
     for i in grads:
         update = _direction(group["lmo"][i], shares, i, sums[i], squares.get(i)).mul_(group["update_rms"])
         weight = shares.weight(i)
-        decay = lr * group["weight_decay"]
-        rules.step_([weight], [update.view(weight.shape)], lr, decay, group["cautious_weight_decay"])
+        decay, cautious = lr * group["weight_decay"], group["cautious_weight_decay"]
+        rules.step_([weight], [update.view(weight.shape)], lr, decay, cautious, [noises.get(i)])
         norms.append(torch.linalg.vector_norm(update))
         elements += update.numel()
     return Measure(norms, lambda values: (sum(norm**2 for (norm,) in values), elements)), sent

@@ -34,7 +34,7 @@ class Shares:
         process_group: Any,
         piece_bytes: int,
     ) -> None:
-        self.params, self.names = list(params), list(names)
+        self.params, self.names, self._specs = list(params), list(names), list(specs)
         self.views = [_view(p, spec) for p, spec in zip(params, specs, strict=True)]
         self._partitions: list[tuple[Partition, list[int]]] = []
         self._place: dict[int, tuple[Partition, int]] = {}
@@ -122,20 +122,41 @@ class Shares:
             placed[i] = both[0] / dist.get_world_size(group)
         return _scalar_bytes(both, dist.get_world_size(group))
 
+    def check_gradients(self) -> None:
+        """ConfigError for a gradient that no step could take, so that none is taken by half."""
+        for name, p in zip(self.names, self.params, strict=True):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise ConfigError(
+                    f"{name} has a sparse gradient ({grad.layout}): Muon takes dense ones. Build the embedding with "
+                    f"sparse=False."
+                )
+            if is_dtensor(p) and not is_dtensor(grad):
+                raise ConfigError(
+                    f"{name} is a DTensor but its gradient is a plain tensor of shape {list(grad.shape)}: assign "
+                    f"gradients as DTensors (DTensor.from_local or distribute_tensor)."
+                )
+            if grad.shape != p.shape or grad.device != p.device or not grad.is_floating_point():
+                raise ConfigError(
+                    f"{name} of shape {list(p.shape)} on {p.device} has a gradient of shape {list(grad.shape)} and "
+                    f"type {grad.dtype} on {grad.device}: it was exchanged, moved or cast after the backward pass."
+                )
+
     def _placed(self, i: int, grad: Tensor) -> Tensor:
         """The gradient in its parameter's placements: autograd may leave it partial, or otherwise divided."""
         p: Any = self.params[i]
-        if grad.is_sparse:
-            raise ConfigError("Muon takes dense gradients: build the embedding with sparse=False.")
-        if not is_dtensor(p):
-            return grad
-        if not is_dtensor(grad):
-            raise ConfigError(
-                f"{self.names[i]} is a DTensor but its gradient is a plain tensor of shape {list(grad.shape)}: "
-                f"assign gradients as DTensors (DTensor.from_local or distribute_tensor)."
-            )
         placed: Any = grad
-        return grad if placed.placements == p.placements else placed.redistribute(placements=p.placements)
+        if not is_dtensor(p) or placed.placements == p.placements:
+            return grad
+        moved: Tensor = placed.redistribute(placements=p.placements)
+        return moved
+
+    def held(self, i: int) -> Layout:
+        """Which elements of parameter i this process holds, also where its algorithm does not ask for its layout."""
+        known = self._specs[i] or i in self._place
+        return self.layouts[i] if known else read_layout(self.params[i], (), self.names[i])
 
     def gather(self) -> int:
         """ZeRO-1: every rank's updated weights to all. Returns the bytes sent."""

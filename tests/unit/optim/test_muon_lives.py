@@ -78,6 +78,7 @@ def one_matrix(**options: Any) -> tuple[nn.Parameter, Muon]:
 # ------------------------------------------------------------------------------------------------- types and compilers
 
 
+@pytest.mark.filterwarnings("ignore:.*are kept in 16 bits")
 def test_bf16_weights_learn_without_a_scaler() -> None:
     model = Small().bfloat16()
     assert_learns(model, muon(model, lr=0.02))

@@ -238,6 +238,7 @@ def test_memory_order_does_not_matter_to_the_rest(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*are kept in 16 bits")
 def test_bf16_parameters_take_the_fp32_step_and_are_rounded_once() -> None:
     W, lr, steps = normal(6, 9, dtype=torch.bfloat16), 0.05, 3
     p, zero = nn.Parameter(W.clone()), nn.Parameter(torch.zeros(6, 9))
@@ -256,6 +257,7 @@ def test_bf16_parameters_take_the_fp32_step_and_are_rounded_once() -> None:
     assert torch.equal(ours.state[p]["momentum_sum"], update.state[zero]["momentum_sum"])
 
 
+@pytest.mark.filterwarnings("ignore:.*are kept in 16 bits")
 def test_types_in_one_group_do_not_meet() -> None:
     """A batch of bf16, fp16 and fp32 weights of one shape gives each what it gets alone."""
     types = (torch.bfloat16, torch.float16, torch.float32)
