@@ -25,8 +25,9 @@ from earthshine.optim.layout import Layout
 from earthshine.optim.matrices import Runs
 
 NARROW = (torch.float16, torch.bfloat16)
-# Elements rounded at once: what random bits take, 8 bytes each and a few times, stays small beside the weights.
-_PIECE = 1 << 20
+# Elements rounded at once, whose random bits take 8 bytes a few times: on a CPU they stay in the cache, on an
+# accelerator they are few launches, and small beside the weights.
+_CPU_PIECE, _ACCELERATOR_PIECE = 1 << 15, 1 << 24
 _SIGNED = 1 << 63
 
 
@@ -49,7 +50,8 @@ class Noise:
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and 16 bits for each of their elements, int32 [rows, C]."""
-        rows = max(1, _PIECE // max(1, len(self.cols_C)))
+        piece = _CPU_PIECE if self.cols_C.is_cpu else _ACCELERATOR_PIECE
+        rows = max(1, piece // max(1, len(self.cols_C)))
         for start in range(0, len(self.starts_R), rows):
             here = slice(start, start + rows)
             yield here, random_bits(self.starts_R[here, None] + self.cols_C, self.key).bitwise_and_(0xFFFF).int()
