@@ -147,6 +147,8 @@ def assign(
     names = [name for name, *_ in places]
     _check_patterns(names, adamw=adamw, matrices=matrices)
     _check_patterns([*names, *(name for name, *_ in buffers)], freeze=freeze)
+    left = (*freeze, *adamw)
+    check_shapes(model, (place for place in places if place[3].requires_grad and not _matches(place[0], left)))
     heads_known = head_weights(model)
     facts = _Facts(heads_known, possible_heads(model, heads_known), fused_layers(model), expert_factors(model))
     routers = _routers(model) if router == "adamw" else set()
@@ -160,7 +162,6 @@ def assign(
     found: dict[int, Assignment] = {}
     asked: dict[int, _Question] = {}
     answered: set[int] = set()
-    check_shapes(model, (place for place in places if place[3].requires_grad and not _matches(place[0], adamw)))
     for name, module, local, p in places:
         if not p.requires_grad:
             continue

@@ -136,7 +136,7 @@ class Rows(nn.Module):
 @pytest.mark.parametrize("rest", ["adamw", "scion"])
 def test_a_sparse_gradient_is_refused_by_name_before_any_update(rest: str) -> None:
     model = Rows()
-    optimizer = muon(param_groups(model, rest=rest))
+    optimizer = muon(param_groups(model, rest=rest, matrices={"up.weight": ("matrix",)}))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(torch.tensor([1, 2])).backward()
     with pytest.raises(ConfigError, match=r"users\.weight has a sparse gradient .*sparse=False"):
