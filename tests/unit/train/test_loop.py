@@ -56,7 +56,7 @@ def test_a_run_folder_is_complete(make_job: JobMaker, tmp_path: Path) -> None:
     summary = fit(make_job(moe=True), tmp_path / "run")
     assert summary.finished and (summary.step, summary.num_steps) == (6, 6)
     present = {p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")}
-    assert present == {"config.json", "plan.json", "env.json", "metrics.jsonl", "checkpoints", "eval"}
+    assert present == {"config.json", "plan.json", "env.json", "starts.jsonl", "metrics.jsonl", "checkpoints", "eval"}
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-000004", "step-000006"] and summary.checkpoint == tmp_path / "run" / "checkpoints" / kept[1]
     found = records(tmp_path / "run")
