@@ -249,12 +249,18 @@ def _gib(run: Run) -> str:
 
 
 def same_samples(a: Run, b: Run) -> str:
-    """Whether two runs saw the same samples in the same order, by the hashes in their step lines; "" if unknown."""
-    common = [(x, y) for x, y in zip(a.steps.samples, b.steps.samples, strict=False) if x and y]
+    """Whether two runs saw the same samples in the same order, by the hashes in their step lines; "" if unknown.
+
+    Lines are compared that stand for the same steps.
+    """
+    of_b = dict(zip(zip(b.steps.step, b.steps.stands_for, strict=True), b.steps.samples, strict=True))
+    lines = zip(a.steps.step, a.steps.stands_for, a.steps.samples, strict=True)
+    common = [(n, x, of_b[step, n]) for step, n, x in lines if x and of_b.get((step, n))]
+    steps, differ = sum(n for n, _, _ in common), sum(n for n, x, y in common if x != y)
     if not common:
         return ""
-    differ = sum(x != y for x, y in common)
     if differ:
-        return f"{a.name} and {b.name} saw different samples in {whole(differ)} of {whole(len(common))} steps."
-    every = "their one common step" if len(common) == 1 else f"each of their {whole(len(common))} common steps"
+        within = "in" if steps == len(common) else "within"
+        return f"{a.name} and {b.name} saw different samples {within} {whole(differ)} of {whole(steps)} steps."
+    every = "their one common step" if steps == 1 else f"each of their {whole(steps)} common steps"
     return f"{a.name} and {b.name} saw the same samples in {every} (the hashes of the sample ids agree)."

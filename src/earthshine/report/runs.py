@@ -33,6 +33,7 @@ class Steps:
     """
 
     step: "array[int]" = field(default_factory=lambda: array("q"))
+    stands_for: "array[int]" = field(default_factory=lambda: array("q"))  # steps up to this one, with `log_every`
     samples: "array[int]" = field(default_factory=lambda: array("Q"))  # head of the hash of the sample ids; 0: none
     columns: "dict[str, array[float]]" = field(default_factory=dict)
     first_load: tuple[int, dict[int, list[float]]] | None = None
@@ -53,6 +54,11 @@ class Steps:
         if column:
             column.extend([math.nan] * (len(self.step) - len(column)))
         return column
+
+    @property
+    def word(self) -> str:
+        """What its lines are."""
+        return "steps" if sum(self.stands_for) == len(self) else "logged steps"
 
     def finite(self, name: str) -> list[float]:
         return [v for v in self.column(name) if math.isfinite(v)]
@@ -243,7 +249,11 @@ def _add_step(steps: Steps, data: dict[str, Any], where: str) -> None:
         raise DataError(f"{where}: step={step!r} must be an integer.")
     if steps.step and step <= steps.step[-1]:
         raise DataError(f"{where}: step {step} comes after step {steps.step[-1]}; steps must increase.")
+    count = data.get("steps", 1)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise DataError(f"{where}: steps={count!r} must be a positive integer: how many steps the line stands for.")
     steps.step.append(step)
+    steps.stands_for.append(count)
     steps.samples.append(_hash_head(data.get("samples"), where))
     for name in COLUMNS:
         if name in data:

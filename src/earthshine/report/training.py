@@ -39,14 +39,14 @@ def lines(run: Run, column: str, color: int, label: str = "") -> tuple[list[Seri
     if column != "lr" and len(shown.y) > MARKER_LIMIT:  # a learning rate has no noise
         faint = Series(label, shown.x, shown.y, color, "faint", *((shown.low, shown.high) if shown.group > 1 else ()))
         series = [faint, Series(label, shown.x, moving_mean(shown.y, width), color)]
-        note = f"bold is the mean over {whole(width * shown.group)} neighbouring steps"
+        note = f"bold is the mean over {whole(width * shown.group)} neighbouring {run.steps.word}"
     else:
         low_high = (shown.low, shown.high) if shown.group > 1 else ()
         series, note = [Series(label, shown.x, shown.y, color, "line", *low_high)], ""
     if shown.group > 1:
         thinned = (
-            f"its {whole(len(y))} steps are drawn as {whole(len(shown.y))} means of {whole(shown.group)} steps each, "
-            "shaded from their lowest to their highest"
+            f"its {whole(len(y))} {run.steps.word} are drawn as {whole(len(shown.y))} means of {whole(shown.group)} "
+            "each, shaded from their lowest to their highest"
         )
         note = f"{thinned}; {note}" if note else thinned
     lost = len(y) - sum(map(math.isfinite, y))

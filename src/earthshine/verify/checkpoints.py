@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,10 @@ def _rows(folder: Path, trust: bool) -> list[dict[str, Any]]:
 def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str, Any]]:
     """Resume from `before` in a copy of the run and compare with what the run itself did."""
     job = decode(TrainJob, json.loads((run / "config.json").read_bytes()))
-    last = manifests.read(newest).step
+    made = manifests.read(newest)
+    # It may have changed since, and lines can only be compared that stand for the same steps.
+    job = replace(job, log_every=made.job.get("log_every", 1))
+    last = made.step
     log(f"replaying from {before.name} to {newest.name}")
     with tempfile.TemporaryDirectory(dir=run.parent) as scratch:
         copy = Path(scratch) / "run"

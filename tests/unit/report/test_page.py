@@ -133,12 +133,36 @@ def test_same_samples_are_told_from_others(page, pair):
     assert "saw different samples in 1 of 4 steps" in text
 
 
+def test_samples_of_lines_that_stand_for_other_steps_are_not_compared(pair):
+    """`log_every` of one run is 2: a line's hash is of the samples of both steps."""
+
+    def report(*hashes: str) -> str:
+        for run, head in zip(pair, hashes, strict=True):
+            lines = [{"kind": "step", "step": step, "steps": 2, "loss": 2.0, "samples": head * 64} for step in (2, 4)]
+            run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        return read(write_report([run.path for run in pair])).text
+
+    assert "saw the same samples in each of their 4 common steps" in report("a", "a")
+    assert "saw different samples within 4 of 4 steps" in report("a", "b")
+    each = [{"kind": "step", "step": step, "loss": 2.0, "samples": "c" * 64} for step in (1, 2, 3, 4)]
+    pair[0].write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in each))
+    text = read(write_report([run.path for run in pair])).text
+    assert "same samples" not in text and "different samples" not in text
+
+
+def test_lines_that_stand_for_several_steps_are_called_logged_steps(folder):
+    run = folder("long", num_steps=1)
+    steps = ({"kind": "step", "step": 10 * i, "steps": 10, "loss": 2 + 1 / i} for i in range(1, 5001))
+    run.write("metrics.jsonl", "".join(json.dumps(s) + "\n" for s in steps))
+    assert "its 5,000 logged steps are drawn as 455 means of 11 each" in read(write_report([run.path])).text
+
+
 def test_long_runs_are_thinned_and_the_caption_says_so(folder):
     run = folder("long", num_steps=1)
     steps = ({"kind": "step", "step": i, "loss": 2 + 1 / i, "lr": 0.1} for i in range(1, 5001))
     run.write("metrics.jsonl", "".join(json.dumps(s) + "\n" for s in steps))
     page = write_report([run.path])
-    assert "its 5,000 steps are drawn as 455 means of 11 steps each, shaded from their lowest" in read(page).text
+    assert "its 5,000 steps are drawn as 455 means of 11 each, shaded from their lowest" in read(page).text
     assert page.stat().st_size < 250_000
     series = json.loads((run.path / "report.json").read_text())["runs"][0]["series"]
     assert series["loss"]["steps_averaged"] == 11 and len(series["loss"]["value"]) == 455

@@ -19,6 +19,7 @@ from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob
 from earthshine.train.loop import fit
 from earthshine.train.metrics import MetricsFile, samples_digest
 from earthshine.train.state import build_state
+from earthshine.verify.checkpoints import verify_checkpoint
 
 JobMaker = Callable[..., TrainJob]
 OF_ITS_OWN_STEP = ("loss", "grad_norm", "lr", "total_tokens", "update_rms", "expert_load", "max_violation", "balance")
@@ -115,6 +116,15 @@ def test_a_loss_that_is_not_finite_between_two_lines_is_refused(
     with pytest.raises(TrainingDivergedError, match=r"the loss of step 4 is nan.*step-000002"):
         fit(make_job(log_every=6, checkpoint=CheckpointConfig(every_steps=2, keep=0)), tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_replay_is_logged_as_the_run_was(make_job: JobMaker, tmp_path: Path) -> None:
+    """From checkpoint 4 to 6 with a line per step, although the folder's config says otherwise since."""
+    fit(make_job(), tmp_path / "run")
+    fit(make_job(log_every=7), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["log_every"] == 7
+    found = verify_checkpoint(tmp_path / "run", replay=True)
+    assert found["ok"] and any(row.get("note") == "2 steps" for row in found["rows"])
 
 
 @pytest.mark.parametrize("value", [0, -1])
