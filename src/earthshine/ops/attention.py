@@ -95,9 +95,9 @@ def choose_backend(
             return "blocks", "measured on CPUs: blocks of rows are faster up to 1,024 positions, or for narrow values"
         return "sdpa", "measured on CPUs: SDPA's kernel is as fast beyond 1,024 positions"
     if not documents and (num_queries == num_keys or num_queries == 1):
-        return "sdpa", "position alone says what is seen: SDPA's flash or memory-efficient kernel"
+        return "sdpa", "causal by position alone: SDPA's flash or memory-efficient kernel"
     if has_flash_attention(device, dtype, _padded(max(widths))):
-        return "varlen", "flash attention of variable length, a document after the other"
+        return "varlen", "variable-length flash attention, one document after another"
     return "sdpa", "no flash attention for this device, dtype or width: SDPA's memory-efficient kernel, with a mask"
 
 
@@ -164,8 +164,8 @@ def causal_attention(
         mask: of `make_mask`; or, to make it here, the number of the document that each position belongs to, (B, S):
             attention stays within a document. Documents only without a cache (S == P).
         scale: 1/sqrt(C) when None.
-        backend: of a mask made here. "sdpa" is torch's scaled_dot_product_attention; "varlen" its flash attention of
-            variable length, for accelerators: documents (or chunks after cached positions) one after the other, heads
+        backend: of a mask made here. "sdpa" is torch's scaled_dot_product_attention; "varlen" its variable-length
+            flash attention, for accelerators: documents (or chunks after cached positions) one after another, heads
             padded with zeros to the wider of C and V, which latent attention needs (192 and 128); "blocks" takes the
             queries in blocks of rows, each against the keys up to its end, and keeps the probabilities for the backward
             pass; "auto" is `choose_backend`. In bf16 "blocks" rounds scores and probabilities to bf16, as transformers'
