@@ -55,6 +55,10 @@ def instead_of_weights(directory: Path) -> str:
             f", but {shards[0]}{more}: the index of these shards is missing. "
             f"Fetch it again: hf download NAME {_INDEX} --local-dir {directory}"
         )
+    if any(name.startswith("adapter") for name in shards):
+        return f", but {shards[0]}: an adapter is no model. Merge it into its base first (PEFT's merge_and_unload)."
+    if any(name.startswith("consolidated") for name in shards):
+        return f", but {shards[0]}, whose names are not Hugging Face's. Fetch model*.safetensors as well."
     if shards:
         return f", but {shards[0]}: rename it to model.safetensors if it holds all weights."
     if any(name.startswith("pytorch_model") for name in pickles):
@@ -65,4 +69,5 @@ def instead_of_weights(directory: Path) -> str:
         )
     if pickles:
         return f", but {pickles[0]}: pickled weights are not read. Fetch the model in the safetensors format."
-    return ": no weights to read. Fetch them again."
+    gguf = sorted(directory.glob("*.gguf"))
+    return f", but {gguf_advice(gguf[0])}" if gguf else ": no weights to read. Fetch them again."

@@ -36,12 +36,15 @@ TOKENIZER_FILES = (  # patterns of names in lower case; a folder's files are nam
     "*preprocessor_config.json",
 )
 LICENSE_FILES = (
-    "license*",
-    "licence*",
+    "*license*",
+    "*licence*",
     "notice*",
     "copying*",
     "copyright*",
     "*use_policy*",
+    "*terms_of_use*",
+    "attribution*",
+    "eula*",
     "licenses/*",
     "third_party*",
     "third-party*",

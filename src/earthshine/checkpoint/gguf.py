@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from earthshine.checkpoint.hf import save_model
+from earthshine.checkpoint.safetensors_store import check_fits
 from earthshine.console import log
 from earthshine.errors import MissingDependencyError, UnsupportedModelError, WeightsError
 from earthshine.model.config import ModelConfig
@@ -131,9 +132,15 @@ def _tensors(path: Path, reader: Any, config: ModelConfig) -> Iterator[tuple[str
         pattern = tensor.name.replace(f"blk.{number}.", "blk.{l}.") if layer else tensor.name
         if pattern not in _NAMES:
             raise WeightsError(f"{path} holds the tensor {tensor.name}, which nothing in a Llama consumes.")
-        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32"))
-        if not value.isfinite().all():
+        try:
+            wide = tensor.data.dtype == np.float64  # which dequantize does not know
+            stored = torch.from_numpy(np.array(tensor.data if wide else dequantize(tensor.data, tensor.tensor_type)))
+        except NotImplementedError as e:
+            raise UnsupportedModelError(f"{path}: tensor {tensor.name} cannot be read: {e}.") from e
+        if not stored.isfinite().all():
             raise WeightsError(f"{path}: tensor {tensor.name} holds a NaN or an infinity.")
+        check_fits(tensor.name, stored, torch.float32)
+        value = stored.float()
         if pattern.endswith(("attn_q.weight", "attn_k.weight")):
             value = value.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         yield _NAMES[pattern].format(l=number), value

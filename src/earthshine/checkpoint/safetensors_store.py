@@ -88,7 +88,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 )
             text = f.read(header_bytes)
     except OSError as e:
-        raise WeightsError(f"{path} cannot be read: {e.strerror}.") from e
+        fix = " Fetch it again." if isinstance(e, FileNotFoundError) else ""
+        raise WeightsError(f"{path} cannot be read: {e.strerror}.{fix}") from e
     try:
         header = parse_json(text, distinct=True)
         header.pop("__metadata__", None)

@@ -171,6 +171,7 @@ class UpcyclePlan:
                 "parameters": asdict(count_parameters(self.target_config)),
             },
             "tokenizer": None if self.reading is None else asdict(self.reading),
+            "serving": serving_notes(self.target_config),
             "ledger": self.ledger(),
         }
 

@@ -14,6 +14,7 @@ TRAVELS = [
     "LICENSES/Apache-2.0.txt",
     "License.md",
     "Llama_Use_Policy.md",
+    "MODEL_LICENSE",
     "NOTICE.txt",
     "USE_POLICY.md",
     "added_tokens.json",

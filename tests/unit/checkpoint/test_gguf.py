@@ -165,3 +165,13 @@ def test_ends_of_turns_and_scaling_that_scales_nothing(model: Transformer, tmp_p
         convert_gguf(write(tmp_path / "b.gguf", model, more=linear), tmp_path / "b")
     with pytest.raises(WeightsError, match="eot_token_id is not in its vocabulary of 260 tokens"):
         convert_gguf(write(tmp_path / "c.gguf", model, more=lambda w: w.add_eot_token_id(260)), tmp_path / "c")
+
+
+def test_a_weight_beyond_float32_is_refused(tmp_path: Path) -> None:
+    wide = Transformer(CONFIG)
+    initialize(wide, seed=0)
+    wide.double()
+    with torch.no_grad():
+        wide.state_dict()["blocks.1.ffn_norm.weight"].fill_(1e300)
+    with pytest.raises(WeightsError, match="tensor blk.1.ffn_norm.weight holds values that torch.float32 cannot"):
+        convert_gguf(write(tmp_path / "m.gguf", wide), tmp_path / "hf")
