@@ -338,8 +338,9 @@ def _say_counts(encoder: Encoder, index: dict[str, Any]) -> None:
     """What of the texts the tokens do not hold, or hold otherwise than a reader may expect."""
     tokenizer, unknown, dropped, inside, spelling = encoder.tokenizer, *(index[name] for name in _COUNTED)
     if unknown:
+        name = tokenizer.decode([tokenizer.unknown_id or 0], skip_special=False)
         log(
-            f"warning: {unknown / index['tokens']:.2%} of the tokens ({unknown:,}) are the unknown token <unk> (id "
+            f"warning: {unknown / index['tokens']:.2%} of the tokens ({unknown:,}) are the unknown token {name} (id "
             f"{tokenizer.unknown_id}): {tokenizer.path} cannot spell these texts, and bits per byte will be lossy. "
             f"Take a tokenizer made for them, or one that falls back on bytes."
         )

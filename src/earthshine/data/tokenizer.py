@@ -96,10 +96,13 @@ class Tokenizer:
     @cached_property
     def bos_ids(self) -> tuple[int, ...]:
         """The ids that the file's post-processor puts before a text; () for none."""
-        self._backend.encode_special_tokens = False
         last = [self._backend.id_to_token(i) or "" for i in range(max(self.vocab_size - 8, 0), self.vocab_size)]
-        for text in ("a", "0", ".", *last):  # any that is not nothing to the tokenizer
-            with self._failures_named("cannot encode a text"):
+        for text in ("a", "0", ".", *last):
+            try:
+                self.encode(text)
+            except ConfigError:
+                continue  # it cannot spell this one
+            with self._failures_named("cannot encode what its template puts around a text"):
                 encoding = self._backend.encode(text, add_special_tokens=True)
             added = list(encoding.special_tokens_mask)
             if 0 in added:
@@ -151,8 +154,12 @@ class Tokenizer:
 
     @cached_property
     def _drops(self) -> bool:
+        import tokenizers
+
         self._kept: dict[str, bool] = {}
-        return self.unknown_id is None and not self.encode("\U0001f70f", special=False)
+        if self.unknown_id is not None or not isinstance(self._backend.model, tokenizers.models.BPE):
+            return False  # the others refuse a text that they cannot spell
+        return not self.encode("\U0001f70f", special=False)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids; special tokens are left out unless `skip_special=False`."""

@@ -148,6 +148,23 @@ def test_characters_that_vanish_are_counted_and_said(tmp_path: Path, capsys: pyt
     assert "3 characters were left out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["word_level", "unigram"])
+def test_a_tokenizer_without_an_unknown_token_takes_what_it_can_spell(tmp_path: Path, model: str) -> None:
+    models = tokenizers.models
+    words = models.WordLevel({"</s>": 0, "moon": 1, "sun": 2})
+    pieces = models.Unigram([("</s>", 0.0), *((c, -1.0) for c in "mosun ")])
+    backend = tokenizers.Tokenizer(words if model == "word_level" else pieces)
+    if model == "word_level":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["</s>"])
+    (tmp_path / "t").mkdir()
+    backend.save(str(tmp_path / "t" / "tokenizer.json"))
+    shards = prepared(tmp_path, tmp_path / "t", "moon sun moon", eod="</s>")
+    assert shards.num_tokens == (4 if model == "word_level" else 14) and shards.lost() == ""
+    with pytest.raises(ConfigError, match="cannot encode this text"):
+        load_tokenizer(tmp_path / "t", "</s>").encode("earth")
+
+
 def test_nothing_lost_is_nothing_said(
     tmp_path: Path, tokenizer_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
