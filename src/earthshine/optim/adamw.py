@@ -15,10 +15,10 @@ from earthshine.optim.shares import Shares
 # The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
 # element's bits would depend on where a shard ends. No vector is longer (16 fp32 of AVX-512, two at a time for bf16).
 _VECTOR = 32
-# Elements of the moments looked at together when the update is measured: on a CPU they stay in the cache; on an
-# accelerator this bounds memory, and a kernel for every few of them would take longer than the step.
-_STATS_ELEMENTS = 1 << 18
-_ACCELERATOR_STATS_ELEMENTS = 1 << 26
+# Elements of the moments looked at together when the update is measured: on an accelerator this bounds memory, and a
+# kernel for every few of them would take longer than the step; on a CPU they stay in the cache.
+_STATS_ELEMENTS = 1 << 26
+_CPU_STATS_ELEMENTS = 1 << 18
 
 
 def step_adamw(
@@ -136,7 +136,7 @@ def _piece_norms(m: Tensor, v: Tensor, step: float, betas: tuple[float, float], 
     the first moment.
     """
     root = (1 - betas[1] ** step) ** 0.5
-    size = _STATS_ELEMENTS if m.is_cpu else _ACCELERATOR_STATS_ELEMENTS
+    size = _CPU_STATS_ELEMENTS if m.is_cpu else _STATS_ELEMENTS
     norms = []
     for part_m, part_v in zip(m.reshape(-1).split(size), v.reshape(-1).split(size), strict=True):
         update = part_m / (part_v.sqrt().div_(root).add_(eps))

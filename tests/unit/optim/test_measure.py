@@ -91,7 +91,7 @@ def test_the_update_is_measured_in_pieces_of_any_size(size: int, monkeypatch: py
     expected = optimizer("cpu")
     expected.step()
     made = optimizer("cpu")
-    monkeypatch.setattr(adamw, "_STATS_ELEMENTS", size)
+    monkeypatch.setattr(adamw, "_CPU_STATS_ELEMENTS", size)
     made.step()
     assert made.last_stats["update_rms"]["adamw"] == pytest.approx(expected.last_stats["update_rms"]["adamw"], rel=1e-6)
     assert len(made.measure().values) == len(expected.measure().values)
