@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from earthshine.console import human_bytes
-from earthshine.errors import DiskFullError
+from earthshine.errors import ConfigError, DiskFullError
 
 _HASH_CHUNK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -76,11 +76,22 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for output, and those above it. Raises ConfigError where it cannot be, DiskFullError."""
+    with naming_full_disk(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            if e.errno in _FULL:
+                raise
+            raise ConfigError(f"{path} cannot be made: {e.strerror} ({e.filename}). Choose another place.") from e
+
+
 def atomic_write(path: Path, data: str | bytes) -> None:
     """Write a whole file, or leave what was there: temporary in the same folder, fsync, rename, fsync of the folder.
 
-    Text is written as UTF-8; what cannot be (surrogates, of names in other encodings) as escapes, which JSON reads
-    back. The folder is made when it is missing. Raises DiskFullError, naming `path`.
+    Text is written as UTF-8; what cannot be (surrogates, of names in other encodings) as escapes. The folder is made
+    when it is missing. Raises DiskFullError, naming `path`.
     """
     path = Path(path)
     raw = data.encode(errors="backslashreplace") if isinstance(data, str) else data
@@ -110,9 +121,11 @@ def _umask() -> int:
 def to_json(value: Any, indent: int | None = None, *, ascii_only: bool = False) -> str:
     """`value` as JSON that any parser takes: it has no NaN and no infinity, so that such a number becomes null.
 
-    Keys stay in their own order. Who writes a number that may be one says beside it why it is null.
+    What of a file's name is not UTF-8 (surrogates) is escaped. Keys stay in their own order. Who writes a number that
+    may be one says beside it why it is null.
     """
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _finite(value: Any) -> Any:

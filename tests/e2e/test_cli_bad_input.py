@@ -237,3 +237,17 @@ def test_a_report_is_no_other_file(run, tmp_path):
     for name in ("page.json", "page.md", "PAGE.PDF"):
         assert_refused(run("report", tmp_path / "run", "--out", tmp_path / name), 2, name, ".html")
     assert visible(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "upcycle", "export"])
+def test_a_folder_that_cannot_be_made(run, dense_dir, tokenizer_dir, tiny_job, shards, tmp_path, command):
+    (tmp_path / "a.txt").write_text("The Moon.")
+    out = tmp_path / "a.txt" / "below"
+    arguments = {
+        "prepare": [tmp_path / "a.txt", "--tokenizer", tokenizer_dir, "--out", out],
+        "train": [*tiny_job, "--data", shards, "--run", out],
+        "upcycle": [dense_dir, out],
+        "export": [dense_dir, out],
+    }
+    assert_refused(run(command, *arguments[command]), 2, "a.txt", "cannot be made", "Choose another place")
+    assert_refused(run("doctor", "--path", tmp_path / "a.txt"), 2, "a.txt is no folder")

@@ -138,3 +138,10 @@ def test_what_train_prints_can_be_pasted(run, shards, tiny_job, tmp_path, monkey
         code, out, err = run("train", *tiny_job, "num_steps=1", "--data", shards, f"--run={name}")
         assert code == 0, err
         assert out.splitlines() == [name, f"next: earthshine report {word}"]
+
+
+def test_an_argument_in_utf8_is_read_in_any_locale(dense_dir):
+    """Python hands over bytes that its locale cannot decode as surrogates."""
+    env = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = shell('exec "$@"', "show", "\u65e5", **env)
+    assert rb"recipe or preset '\u65e5' is not known" in done.stderr

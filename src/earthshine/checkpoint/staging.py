@@ -11,7 +11,7 @@ from typing import Any
 from earthshine.config import diff, read_json
 from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import naming_full_disk, sync_folder, try_lock, write_json
+from earthshine.files import make_folder, naming_full_disk, sync_folder, try_lock, write_json
 
 RESUME_FILE = "resume.json"
 
@@ -34,8 +34,7 @@ def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None) -> 
     if out_dir.exists() or out_dir.is_symlink():
         raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
     staging = staging_path(out_dir)
-    with naming_full_disk(staging):
-        staging.mkdir(parents=True, exist_ok=True)
+    make_folder(staging)
     with _locked(staging, out_dir):
         if resume is None or not _is_continued(staging, resume):
             _empty(staging)

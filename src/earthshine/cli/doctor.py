@@ -6,6 +6,7 @@ from typing import Any
 
 from earthshine.cli.options import print_json
 from earthshine.console import human_bytes, log, table
+from earthshine.errors import ConfigError
 
 DESCRIPTION = "What this machine is and can do: versions, device, compute type and why, measured speed, disk."
 EXAMPLES = (
@@ -53,6 +54,8 @@ def _measure(path: Path) -> dict[str, Any]:
     from earthshine import device as devices
     from earthshine.files import free_bytes, write_speed
 
+    if not path.is_dir():
+        raise ConfigError(f"path={path} is no folder: name one, to measure the disk that it is on.")
     log("measuring for a few seconds...")
     device = devices.pick_device()
     choice = devices.choose_compute_dtype("auto", device)

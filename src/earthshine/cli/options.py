@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -49,10 +50,10 @@ def _usable(name: str, value: Any) -> Any:
         return Path(expand_home(str(value)))
     if name in _PATHS_AS_TEXT:
         return expand_home(value)
-    if isinstance(value, str) and not value.isprintable():
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # bytes that Python could not decode
         try:
-            value.encode()
-        except UnicodeEncodeError as e:
+            return os.fsencode(value).decode()  # only because the locale is not UTF-8
+        except UnicodeError as e:
             option = name.replace("_", "-")
             raise ConfigError(f"{option}={value!r} has bytes that are not UTF-8: give it in that encoding.") from e
     return value
@@ -65,8 +66,11 @@ def check_out(out: Path | None) -> None:
     place = next(p for p in out.absolute().parents if p.exists())
     if out.is_dir():
         raise ConfigError(f"out={out} is a folder: give the name of a file.")
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"out={out} cannot be written: {place} is no folder that you can write to.")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            """It can be done."""
+    except OSError as e:
+        raise ConfigError(f"out={out} cannot be written: {e.strerror} ({place}). Choose another place.") from e
 
 
 def shell_quoted(path: str | Path) -> str:

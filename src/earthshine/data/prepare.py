@@ -46,7 +46,7 @@ from earthshine.data.shards import ShardWriter, token_dtype
 from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import load_tokenizer, warn_of_missing_rows
 from earthshine.errors import ConfigError, DataError, OutputExistsError
-from earthshine.files import naming_full_disk, sync_folder
+from earthshine.files import make_folder, naming_full_disk, sync_folder
 
 _PIECE_CHARS = 1 << 20  # longest text that is encoded whole: `tokenizers` holds about 100 bytes per character
 _TASKS_PER_WORKER = 3
@@ -256,7 +256,7 @@ def _published(out: Path) -> Iterator[Path]:
     prefix = f".{out.name}.partial-"
     folder = out.with_name(prefix + secrets.token_hex(4))
     with naming_full_disk(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         for stale in out.parent.iterdir():
             if stale.name.startswith(prefix):
                 log(f"prepare: {stale} is what a killed run left, unless another is running; remove it.")

@@ -45,12 +45,18 @@ def generate(
             f"prompt: token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}. If the "
             f"model's own tokenizer gave it, it has more ids than the model has rows: {MORE_IDS_THAN_ROWS}"
         )
-    total = len(prompt_ids) + max_new_tokens
-    if total > config.max_position_embeddings:
+    room = config.max_position_embeddings - len(prompt_ids)
+    if room < 1:
+        raise ConfigError(
+            f"prompt: its {len(prompt_ids)} tokens leave no room for a new one in the model's "
+            f"{config.max_position_embeddings} positions; shorten it to at most {config.max_position_embeddings - 1}."
+        )
+    if max_new_tokens > room:
         raise ConfigError(
             f"prompt of {len(prompt_ids)} tokens and max_new_tokens={max_new_tokens} exceed the model's "
-            f"{config.max_position_embeddings} positions; lower max_new_tokens."
+            f"{config.max_position_embeddings} positions; lower max_new_tokens to at most {room}."
         )
+    total = len(prompt_ids) + max_new_tokens
     if not 0 <= temperature < math.inf or top_k < 0 or max_new_tokens < 1:
         raise ConfigError(
             f"temperature={temperature} and top_k={top_k} must not be negative, "

@@ -12,7 +12,7 @@ from earthshine.config import encode, read_json
 from earthshine.console import log
 from earthshine.data.usage import fingerprint
 from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import to_json, try_lock, write_json
+from earthshine.files import make_folder, to_json, try_lock, write_json
 from earthshine.model.config import ModelConfig
 from earthshine.run_folder import CONFIG, ENV, EVAL, HELDOUT_BEFORE, METRICS, ORIGIN, PLAN
 from earthshine.train.job import Derived, TrainJob, changes_on_resume
@@ -33,7 +33,7 @@ def claim(run_dir: Path) -> Iterator[None]:
     new = not run_dir.exists()
     if not new and not (run_dir / CONFIG).exists() and not all(map(_left_by_a_kill, run_dir.iterdir())):
         raise OutputExistsError(f"{run_dir} exists and is not a run folder (no {CONFIG}): choose another path.")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     lock = run_dir / _LOCK
     fd = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
     locked = False

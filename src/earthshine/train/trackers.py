@@ -1,10 +1,11 @@
 """Adapters that show a run elsewhere. `metrics.jsonl` is always written; a tracker is an addition."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from earthshine.console import log
 from earthshine.errors import MissingDependencyError
 
 
@@ -27,20 +28,36 @@ class NoTracker:
 
 
 class TensorBoardTracker:
-    """Scalars `kind/name` in `RUN/tensorboard`; after a resume the steps done again replace those of before."""
+    """Scalars `kind/name` in `RUN/tensorboard`; after a resume the steps done again replace those of before.
+
+    What it cannot write ends the display, with a warning, and never the run.
+    """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._folder = run_dir / "tensorboard"
+        self._writer: Any = SummaryWriter(str(self._folder), purge_step=first_step)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        for name, value in _scalars(record, record["kind"]):
-            self._writer.add_scalar(name, value, record["step"])
-        self._writer.flush()
+        def write() -> None:
+            for name, value in _scalars(record, record["kind"]):
+                self._writer.add_scalar(name, value, record["step"])
+            self._writer.flush()
+
+        self._try(write)
 
     def close(self) -> None:
-        self._writer.close()
+        self._try(lambda: self._writer.close())
+
+    def _try(self, write: Callable[[], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            write()
+        except Exception as e:  # a full disk, a folder that is gone, and whatever its thread passes on
+            self._writer = None
+            log(f"warning: {self._folder} gets no more records ({type(e).__name__}: {e}); metrics.jsonl has them all.")
 
 
 def _scalars(value: Mapping[str, Any], where: str) -> list[tuple[str, float]]:

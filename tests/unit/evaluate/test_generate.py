@@ -79,7 +79,8 @@ def test_logits_that_are_not_finite_choose_nothing(
     [
         ([], {}, "no tokens"),
         ([2048], {}, "2048 is outside the model's vocabulary of 2048"),
-        ([1], {"max_new_tokens": 512}, "exceed the model's 512 positions"),
+        ([1], {"max_new_tokens": 512}, "exceed the model's 512 positions; lower max_new_tokens to at most 511"),
+        ([1] * 512, {"max_new_tokens": 1}, "its 512 tokens leave no room .*; shorten it to at most 511"),
         ([1], {"temperature": -1.0}, "must not be negative"),
         ([1], {"temperature": float("nan")}, "temperature=nan"),
         ([1], {"seed": 2**70}, "seed="),

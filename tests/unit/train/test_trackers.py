@@ -80,3 +80,22 @@ def test_tensorboard_is_told_each_record(
     names = {name for name, _, _ in first.scalars}
     assert {"step/loss", "step/lr", "step/update_rms/muon", "heldout/bits_per_byte"} <= names
     assert {step for name, _, step in second.scalars if name == "step/loss"} == {3, 4}
+
+
+@pytest.mark.parametrize("fails", ["add_scalar", "flush", "close"])
+def test_a_tracker_that_fails_ends_no_run(
+    make_job: Callable[..., TrainJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails: str,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = type("Failing", (Writer,), {fails: full})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr("earthshine.train.loop.require_tracker", lambda _: None)
+    assert fit(make_job(tracker="tensorboard", num_steps=2), tmp_path / "run").finished
+    assert capsys.readouterr().err.count("tensorboard gets no more records (OSError: [Errno 28]") == 1
