@@ -18,7 +18,7 @@ from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 from earthshine.model.layers import Linear, RMSNorm, at_least_float32, to_compute
 from earthshine.model.protocols import KeyValueGather, LocalKeyValueGather
-from earthshine.ops.attention import Mask, causal_attention
+from earthshine.ops.attention import Mask, causal_attention, documents_of
 from earthshine.ops.rotary import rotate
 
 # Whatever `rms_norm_eps` says: DeepSeek's code, and so transformers', gives the norms of the latents this default.
@@ -112,9 +112,9 @@ class Attention(nn.Module):
         }
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Mask | Tensor | None, cache: Cache | None
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | Mask | None, cache: Cache | None
     ) -> Tensor:
-        """`mask`: as in `ops.attention.causal_attention`."""
+        """documents_BS: as in `ops.attention.causal_attention`."""
         q_BSHC, k_BSGC, v_BSGC = (part.unflatten(-1, (-1, self.head_dim)) for part in self._project(x_BSD))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
@@ -124,8 +124,8 @@ class Attention(nn.Module):
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC).chunk(2, -1)
         k_BGSC, v_BGSC = self.key_value_gather.gather(k_BGSC, v_BGSC)
         if self.logit_observer is not None:
-            self.logit_observer(q_BHSC, k_BGSC, 1 / math.sqrt(self.head_dim), _documents(mask))
-        out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, mask)
+            self.logit_observer(q_BHSC, k_BGSC, 1 / math.sqrt(self.head_dim), documents_of(documents_BS))
+        out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS)
         result: Tensor = self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
         return result
 
@@ -198,9 +198,9 @@ class LatentAttention(nn.Module):
         }
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Mask | Tensor | None, cache: Cache | None
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], documents_BS: Tensor | Mask | None, cache: Cache | None
     ) -> Tensor:
-        """`mask`: as in `ops.attention.causal_attention`."""
+        """documents_BS: as in `ops.attention.causal_attention`."""
         q_BSHC = self._queries(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BHSC = rotate(q_BSHC, *rope, interleaved=self.interleaved)
         # A single split of each projection's output: autograd then writes its gradient once, where two slices would
@@ -217,8 +217,8 @@ class LatentAttention(nn.Module):
         shared_key_B1S, latent_B1SL = self.key_value_gather.gather(shared_key_B1S, latent_B1SL)
         k_BHPC, v_BHPV = self._expand(latent_B1SL.squeeze(1), shared_key_B1S)
         if self.logit_observer is not None:
-            self.logit_observer(q_BHSC, k_BHPC, self.scale, _documents(mask))
-        return self._output(causal_attention(q_BHSC, k_BHPC, v_BHPV, mask, scale=self.scale))
+            self.logit_observer(q_BHSC, k_BHPC, self.scale, documents_of(documents_BS))
+        return self._output(causal_attention(q_BHSC, k_BHPC, v_BHPV, documents_BS, scale=self.scale))
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         """Of all heads, side by side; unrotated."""
@@ -273,10 +273,6 @@ class LatentAttention(nn.Module):
     def _output(self, out_BHSV: Tensor) -> Tensor:
         result: Tensor = self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
         return result
-
-
-def _documents(mask: Mask | Tensor | None) -> Tensor | None:
-    return mask.documents_BS if isinstance(mask, Mask) else mask
 
 
 def attention_widths(config: ModelConfig) -> tuple[int, int]:

@@ -72,6 +72,11 @@ def make_mask(
     return Mask(backend, num_keys, documents_BS, visible, starts)
 
 
+def documents_of(documents_BS: Tensor | Mask | None) -> Tensor | None:
+    """The documents' numbers, of a mask those that it was made of."""
+    return documents_BS.documents_BS if isinstance(documents_BS, Mask) else documents_BS
+
+
 def choose_backend(
     device: torch.device,
     dtype: torch.dtype,
@@ -151,7 +156,7 @@ def causal_attention(
     q_BHSC: Tensor,
     k_BGPC: Tensor,
     v_BGPV: Tensor,
-    mask: Mask | Tensor | None = None,
+    documents_BS: Tensor | Mask | None = None,
     *,
     scale: float | None = None,
     backend: Backend = "auto",
@@ -161,8 +166,8 @@ def causal_attention(
     The S queries are the last S of the P positions (with a cache, P > S). Query head h uses key-value head h // (H/G).
 
     Args:
-        mask: of `make_mask`; or, to make it here, the number of the document that each position belongs to, (B, S):
-            attention stays within a document. Documents only without a cache (S == P).
+        documents_BS: number of the document that each position belongs to; attention stays within a document. Only
+            without a cache (S == P). Or the `Mask` that was made of them, for all layers of a forward.
         scale: 1/sqrt(C) when None.
         backend: of a mask made here. "sdpa" is torch's scaled_dot_product_attention; "varlen" its variable-length
             flash attention, for accelerators: documents (or chunks after cached positions) one after another, heads
@@ -173,8 +178,9 @@ def causal_attention(
     """
     (B, _, S, C), (P, V) = q_BHSC.shape, v_BGPV.shape[2:]
     scale = 1 / math.sqrt(C) if scale is None else scale
+    mask = documents_BS
     if not isinstance(mask, Mask) or mask.num_keys != P:  # keys of other ranks may have been gathered
-        documents_BS = mask.documents_BS if isinstance(mask, Mask) else mask
+        documents_BS = documents_of(mask)
         mask = make_mask(
             q_BHSC.device, q_BHSC.dtype, shape=(B, S, P), widths=(C, V), documents_BS=documents_BS, backend=backend
         )
