@@ -144,6 +144,17 @@ def read_json(path: str | Path, *, distinct: bool = False) -> Any:
     return parse_json(Path(path).read_bytes(), distinct=distinct)
 
 
+def parse_object(text: str | bytes, where: str | Path, fix: str = "") -> dict[str, Any]:
+    """The JSON object that `text` is. Raises ConfigError, naming `where` and with `fix` at its end, when it is none."""
+    try:
+        found = parse_json(text)
+    except ValueError as e:
+        raise ConfigError(f"{where} is not readable JSON: {e}.{fix and ' ' + fix}") from e
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} must hold a JSON object, not {type(found).__name__}.{fix and ' ' + fix}")
+    return found
+
+
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -3,14 +3,12 @@
 Never weights, optimizer state or hidden files, and never what a link fetches from outside of the model's folder.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from earthshine.config import read_json
+from earthshine.config import parse_object, read_json
 from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 
@@ -81,7 +79,7 @@ def check_token_ids(files: Mapping[str, bytes], config: ModelConfig, where: str 
     """Raises ConfigError when the generation config among the companions has a token without a row in the embedding."""
     if GENERATION not in files:
         return
-    generation = _object(files[GENERATION], Path(where) / GENERATION)
+    generation = parse_object(files[GENERATION], Path(where) / GENERATION)
     for key, value in generation.items():
         for one in value if isinstance(value, list) else (value,):
             if key.endswith("_token_id") and type(one) is int and not -1 <= one < config.vocab_size:
@@ -155,13 +153,3 @@ def _inside(root: Path, path: Path) -> Path:
             f"Put the file itself in its place (cp {target} {path} --remove-destination), or remove the link."
         )
     return path
-
-
-def _object(raw: bytes, where: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{where} is not readable JSON: {e}.") from e
-    if not isinstance(found, dict):
-        raise ConfigError(f"{where} must hold a JSON object, not {type(found).__name__}.")
-    return found

@@ -34,7 +34,7 @@ from earthshine.checkpoint.run_rule import RunRule, run_rule
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
 from earthshine.checkpoint.staging import staged_directory
 from earthshine.checkpoint.tokenizer_class import keep_class, warn_of_ids_beyond
-from earthshine.config import encode, nearest
+from earthshine.config import encode, nearest, parse_object
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError, OutputExistsError
 from earthshine.model.config import HF_CLASSES, ModelConfig
@@ -110,7 +110,7 @@ def _ending_as_trained(rule: RunRule, files: dict[str, bytes]) -> dict[str, byte
     """The files, with the token that ends the data's documents among those at which their generation config stops."""
     if GENERATION not in files or rule.tokenization is None:
         return files
-    generation = json.loads(files[GENERATION])
+    generation = parse_object(files[GENERATION], GENERATION)
     ends = generation.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if rule.tokenization.eod in ends:
@@ -253,4 +253,4 @@ def _texts(config: ModelConfig, files: Mapping[str, bytes], facts: dict[str, Any
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing where there is none."""
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    return parse_object(path.read_bytes(), path, "Restore it.") if path.is_file() else {}

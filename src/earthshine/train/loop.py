@@ -1,6 +1,5 @@
 """`fit`: run a job, or go on with it, until its last step."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.manifest import step_folder
 from earthshine.checkpoint.run_store import Checkpoint
-from earthshine.config import encode
+from earthshine.config import encode, parse_object
 from earthshine.console import log
 from earthshine.data.loader import SampleId
 from earthshine.device import (
@@ -256,8 +255,14 @@ def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-    return found
+    """A held-out result; {} where there is none, or none that can be read, which is said."""
+    if not path.exists():
+        return {}
+    try:
+        return parse_object(path.read_bytes(), path, "It is left out.")
+    except ConfigError as e:
+        log(f"warning: {e}")
+        return {}
 
 
 def _complete(run: _Run) -> bool:

@@ -88,8 +88,10 @@ def check_config(
         return
     try:
         old = read_json(path)
+        if not isinstance(old, dict):
+            raise ValueError(f"it holds {type(old).__name__}, not an object")
     except ValueError as e:
-        raise ConfigError(f"{path} is not JSON: {e}. Restore it, or choose another --run.") from e
+        raise ConfigError(f"{path} is not JSON of a run: {e}. Restore it, or choose another --run.") from e
     changes = changes_on_resume(old, job, steps_done, same_data)
     if saved is not None:
         changes += [line for line in changes_on_resume(saved, job, steps_done, same_data) if line not in changes]

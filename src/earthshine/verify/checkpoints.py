@@ -1,6 +1,5 @@
 """Proof that a run's checkpoints are whole, and that a resumed run is the run that was interrupted."""
 
-import json
 import shutil
 import tempfile
 from dataclasses import replace
@@ -11,7 +10,7 @@ import torch
 
 from earthshine.checkpoint import manifest as manifests
 from earthshine.checkpoint import run_store
-from earthshine.config import decode
+from earthshine.config import decode, parse_object
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.run_folder import CONFIG, METRICS, json_lines
@@ -60,7 +59,7 @@ def _rows(folder: Path, trust: bool) -> list[dict[str, Any]]:
 
 def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str, Any]]:
     """Resume from `before` in a copy of the run and compare with what the run itself did."""
-    job = decode(TrainJob, json.loads((run / "config.json").read_bytes()))
+    job = decode(TrainJob, parse_object((run / "config.json").read_bytes(), run / "config.json"))
     made = manifests.read(newest)
     # It may have changed since, and lines can only be compared that stand for the same steps.
     job = replace(job, log_every=made.job.get("log_every", 1))

@@ -10,7 +10,7 @@ from typing import Any
 
 from earthshine.checkpoint.companions import TOKENIZER_CONFIG, companion_files, has_tokenizer, is_tokenizer_file
 from earthshine.checkpoint.tokenizer_class import Reading
-from earthshine.config import read_json
+from earthshine.config import parse_object, read_json
 from earthshine.console import log
 from earthshine.files import sha256_file
 from earthshine.verify.measure import TEXT, row
@@ -93,7 +93,7 @@ def _as_source(files: dict[str, bytes], reading: Reading, directory: Path) -> Pa
         if is_tokenizer_file(name) and name != TOKENIZER_CONFIG:
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(contents)
-    settings = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+    settings = parse_object(files.get(TOKENIZER_CONFIG, b"{}"), TOKENIZER_CONFIG)
     settings.pop("tokenizer_class", None)
     settings |= {"tokenizer_class": reading.declared} if reading.declared else {}
     if settings:

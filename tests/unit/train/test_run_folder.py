@@ -12,7 +12,7 @@ from earthshine.config import encode
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import write_json
 from earthshine.train import run_folder
-from earthshine.train.job import CheckpointConfig, FromHuggingFace, TrainJob, derive, model_config
+from earthshine.train.job import CheckpointConfig, FromHuggingFace, HeldoutConfig, TrainJob, derive, model_config
 from earthshine.train.loop import fit
 from earthshine.train.run_folder import check_config, claim, describe
 
@@ -134,3 +134,20 @@ def test_what_a_kill_left_goes_at_the_next_start(tmp_path: Path, make_job: JobMa
     assert not list(run.rglob("*.tmp"))
     fit(replace(job, checkpoint=CheckpointConfig(every_steps=1, keep=1)), run, device="cpu")
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", "[" * 200_000, "\\udc80", "null"], ids=["list", "cut", "deep", "no text", "null"]
+)
+def test_a_damaged_json_file_of_a_run_is_one_clear_line(
+    tmp_path: Path, make_job: JobMaker, heldout: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    run, job = tmp_path / "run", make_job(num_steps=2, heldout=HeldoutConfig(path=str(heldout), max_sequences=2))
+    fit(job, run, device="cpu")
+    for name in ("eval/heldout-before.json", "eval/heldout-after.json", "plan.json", "env.json"):
+        (run / name).write_text(text)
+    assert fit(job, run, device="cpu").heldout_before == {}
+    assert "heldout-before.json" in capsys.readouterr().err
+    (run / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.json is not JSON of a run: .* Restore it"):
+        fit(job, run, device="cpu")
