@@ -24,7 +24,7 @@ quickstart: setup
 test: dev
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: dev
+test-all: $(VENV)/.trainers-installed
 	$(BIN)/python -m pytest
 
 lint: dev
@@ -68,4 +68,9 @@ $(VENV)/.demo-installed: $(VENV)/constraints.txt pyproject.toml
 $(VENV)/.dev-installed: $(VENV)/.demo-installed
 	@echo "Installing the packages that tests and lint need"
 	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev]'
+	@touch $@
+
+$(VENV)/.trainers-installed: $(VENV)/.dev-installed
+	@echo "Installing other people's trainers, in which Muon is tested"
+	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev,trainers]'
 	@touch $@

@@ -88,8 +88,7 @@ class _Survey:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.linears = _linears(model)
-        self.taken = Counter(m.in_features for m in self.linears)
+        self.taken = Counter(m.in_features for m in _takers(model))
         known = (nn.Linear, *EMBEDDINGS, nn.modules.conv._ConvNd)
         bare = [p for m in model.modules() if not isinstance(m, known) for p in m.parameters(recurse=False)]
         self.taken.update(size for p in bare if p.ndim > 1 for size in p.shape[-2:])
@@ -185,6 +184,19 @@ class _Survey:
             if self._is_taken(linear):
                 return
             yield linear
+
+
+def _takers(model: nn.Module) -> Iterator[nn.Linear]:
+    """The linear layers that may take what stands outside their block: not the second of a low-rank pair."""
+    before: nn.Linear | None = None
+    for path, m in model.named_modules():
+        if not isinstance(m, nn.Linear):
+            continue
+        widens = m.in_features < m.out_features
+        narrowed = before is not None and before.out_features == m.in_features < before.in_features
+        if not (widens and narrowed) and ".lora_B." not in path:
+            yield m
+        before = m
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:

@@ -90,6 +90,10 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
     "a classifier beside a known head": (lambda: Language(lm_head=head(), relation=head(2)), ["relation"]),
     "two classifiers, each with a hidden layer": (lambda: Language(both=two_directions()), ["both.a.2", "both.b.1"]),
     "start and end of an answer": (lambda: Language(qa_outputs=head(2)), ["qa_outputs"]),
+    "a classifier of as many classes as an adapter has columns": (
+        lambda: Language(more=nn.ModuleList([nn.Sequential(nn.Linear(D, 4), nn.Linear(4, D))] * 2), score=head(4)),
+        ["score"],
+    ),
     "wrapped": (lambda: nn.ModuleDict({"pretrained": Language(score=head(7)), "value": head(1)}), ["pretrained.score"]),
     "wrapped in a sequence": (
         lambda: nn.Sequential(nn.Identity(), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 5))),
