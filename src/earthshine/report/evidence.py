@@ -109,7 +109,7 @@ def environment_section(runs: Sequence[Run]) -> Section:
         headers = ("", "all runs" if len(known) > 1 else known[0].name) if same else ("", *(r.name for r in known))
         caption = "Where it ran, as recorded in env.json" + ("." if same else "; the runs differ.")
         if moved := [r.name for r in known if any(s.moved for s in r.starts)]:
-            caption += f" That is where {_listed(moved)} began, and later went on elsewhere: see What was run."
+            caption += f" {_listed(moved)} began there and resumed elsewhere: see What was run."
         blocks.append(Table(caption, headers, rows))
     for run in runs:
         if run.env is None:
@@ -162,9 +162,9 @@ def _what_the_commands_do(runs: Sequence[Run]) -> str:
     if changed:
         words = (
             "These commands train the last config of each run from its first step. They do not repeat "
-            f"{_listed(changed)}, whose config changed on the way: see What was run."
+            f"{_listed(changed)}, whose config changed mid-run: see What was run."
         )
-    return words + (f" {_listed(moved)} went on in another environment: last bits may differ." if moved else "")
+    return words + (f" {_listed(moved)} resumed in another environment: last bits may differ." if moved else "")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from earthshine.console import human_seconds
 from earthshine.report.document import Cell, Table, Text
 from earthshine.report.runs import Run
 from earthshine.report.scales import fixed, flops, short, whole
-from earthshine.report.starts import on_the_way, starts_table
+from earthshine.report.starts import mid_run_changes, segments, starts_table
 
 UNKNOWN = "not recorded"
 NOTHING = "nothing"  # changed between starts
@@ -93,19 +93,12 @@ def epochs_words(run: Run) -> str:
 
 
 def compute_done(run: Run, part: str) -> float | None:
-    """FLOPs so far of "forward_backward", "repeated_forward" or "newton_schulz", from the plan's FLOPs per step; each
-    start's own, where they changed."""
+    """FLOPs so far of "forward_backward", "repeated_forward" or "newton_schulz", from the plan's FLOPs per step; None
+    where a plan does not tell them."""
     key = f"{part}_flops_per_step"
-    per_step = plan_number(run, key)
-    if per_step is None or not run.steps.step:
-        return None
-    total, end = 0.0, run.steps.step[-1]
-    for start in reversed(run.starts):
-        own, before = start.derived.get(key, per_step), {c.field: c.before for c in start.plan}.get(key)
-        done = max(0, end + 1 - start.first_step)
-        total, end = total + done * own, end - done
-        per_step = before if isinstance(before, int | float) else own
-    return total + per_step * end
+    pieces = segments(run.starts, "plan", key, plan_number(run, key), run.steps.step[-1]) if run.steps.step else []
+    known = [(last + 1 - first) * flops for first, last, flops in pieces if isinstance(flops, int | float)]
+    return math.fsum(known) if pieces and len(known) == len(pieces) else None
 
 
 def balance_words(run: Run) -> str:
@@ -160,11 +153,6 @@ def schedule_words(run: Run) -> str:
     return words
 
 
-def clip_norm(run: Run) -> float:
-    value = dig(run.config, "clip_grad_norm")
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
 def _median(values: Sequence[float], scale: float = 1.0) -> float | None:
     return statistics.median(values) * scale if values else None
 
@@ -193,9 +181,9 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Compute, forward once more", [_show(compute_done(r, "repeated_forward"), flops) for r in runs]),
         ("Compute, Newton-Schulz", [_show(compute_done(r, "newton_schulz"), flops) for r in runs]),
         ("Optimizer", [optimizer_words(r) for r in runs]),
-        ("Peak learning rate", [_show(dig(r.config, "optimizer", "lr"), short) for r in runs]),
+        ("Peak learning rate", [_peak_rate(r) for r in runs]),
         ("Schedule", [schedule_words(r) for r in runs]),
-        ("Changed on the way", [on_the_way(r.starts) or NOTHING for r in runs]),
+        ("Changed mid-run", [mid_run_changes(r.starts) or NOTHING for r in runs]),
         ("Balance of the experts", [balance_words(r) for r in runs]),
         ("Seed", [_show(dig(r.config, "seed"), str) for r in runs]),
         ("Compute type", [_compute_type(r) for r in runs]),
@@ -213,6 +201,18 @@ def what_was_run(runs: Sequence[Run]) -> Table:
             (name, *(Cell(v, "quiet" if v in (UNKNOWN, NOTHING) else "") for v in values)) for name, values in known
         ),
     )
+
+
+def settings(run: Run, *keys: str) -> list[tuple[int, int, Any]]:
+    """(first step, last step, value) of a field of the config, in the order of the steps; none without a step."""
+    last = run.steps.step[-1] if run.steps.step else 0
+    return segments(run.starts, "config", ".".join(keys), dig(run.config, *keys), last)
+
+
+def _peak_rate(run: Run) -> str:
+    if len(pieces := settings(run, "optimizer", "lr")) < 2:
+        return _show(dig(run.config, "optimizer", "lr"), short)
+    return ", ".join(f"{_show(rate, short)} from step {whole(first)}" for first, _, rate in pieces)
 
 
 def starts(runs: Sequence[Run]) -> list[Table]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from earthshine.report.document import Table, clean, fence, inline_markdown, markdown_block
 from earthshine.report.scales import fixed, short, whole
-from earthshine.report.starts import effective, on_the_way, start_of
+from earthshine.report.starts import effective, mid_run_changes, start_of
 
 # An id of the Hub, "owner/name". A local folder is told in the text only.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -172,7 +172,7 @@ def _training(training: Mapping[str, Any]) -> str:
             ("Weight decay", optimizer.get("weight_decay")),
             ("Schedule", schedule.get("kind")),
             ("Seed", job.get("seed")),
-            ("Changed on the way", _changed(training)),
+            ("Changed mid-run", _changed(training)),
         )
     )
 
@@ -181,7 +181,7 @@ def _changed(training: Mapping[str, Any]) -> str:
     """What another config or environment was resumed with: the rows above are those of the last steps."""
     done = training.get("steps")
     starts = effective(start_of(record) for record in training.get("starts") or ())
-    return on_the_way([s for s in starts if done is None or s.first_step <= done])
+    return mid_run_changes([s for s in starts if done is None or s.first_step <= done])
 
 
 def _data(sources: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The starts of a run, out of starts.jsonl: what changed on the way, in words."""
+"""The starts of a run, out of starts.jsonl: what changed mid-run, in words."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +100,19 @@ def change_words(start: Start, limit: int = 0) -> str:
     return "; ".join(words)
 
 
-def on_the_way(starts: Sequence[Start]) -> str:
+def segments(starts: Sequence[Start], part: str, field: str, now: Any, last: int) -> list[tuple[int, int, Any]]:
+    """(first step, last step, value) of a field of the "config" or the "plan" whose value is `now` at step `last`."""
+    found = []
+    for start in reversed(starts):
+        before = {c.field: c.before for c in getattr(start, part)}
+        if field in before:
+            found.append((start.first_step, last, now))
+            last, now = start.first_step - 1, before[field]
+    found.append((1, last, now))
+    return [piece for piece in reversed(found) if piece[0] <= piece[1]]
+
+
+def mid_run_changes(starts: Sequence[Start]) -> str:
     """All changes of a run in one text, "" for none: "from step 4 config: `optimizer.lr` 0.005 \u2192 0.05"."""
     return ". ".join(f"From step {whole(s.first_step)} {change_words(s, SHOWN)}" for s in starts if s.changed)
 

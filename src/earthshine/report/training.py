@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from earthshine.report.document import Block, Drawing, Figure, LegendItem, Section, Table, Text, figure_numbers
-from earthshine.report.facts import clip_norm, dig, same_samples
+from earthshine.report.facts import same_samples, settings
 from earthshine.report.figures import (
     HALF,
     HEAT_BINS,
@@ -90,7 +90,7 @@ def _table(caption: str, runs: Sequence[Run], columns: Sequence[tuple[str, str, 
 
 def _legend(runs: Iterable[tuple[int, Run]], *more: LegendItem) -> tuple[LegendItem, ...]:
     drawn = list(runs)
-    changed = [LegendItem("changed on the way", i, "change") for i, run in drawn if any(s.changed for s in run.starts)]
+    changed = [LegendItem("changed mid-run", i, "change") for i, run in drawn if any(s.changed for s in run.starts)]
     return (*(LegendItem(run.name, i) for i, run in drawn), *more, *changed[:1])
 
 
@@ -181,6 +181,18 @@ def _heldout_points(run: Run) -> list[tuple[int, float]]:
     return [(step, h.loss) for step, h in found if h is not None and step is not None]
 
 
+def _stretches(runs: Sequence[Run], *keys: str) -> list[tuple[tuple[int, int], float]]:
+    """(first and last step, value) of a number of the configs above 0, for all runs: equal ones that meet are one."""
+    found: list[tuple[tuple[int, int], float]] = []
+    pieces = [(v, max(a, r.steps.step[0]), b) for r in runs if r.steps.step for a, b, v in settings(r, *keys)]
+    for value, first, last in sorted(p for p in pieces if isinstance(p[0], int | float) and p[0] > 0):
+        if found and found[-1][1] == value and first <= found[-1][0][1] + 1:
+            (start, end), _ = found.pop()
+            first, last = start, max(end, last)
+        found.append(((first, last), float(value)))
+    return found
+
+
 def _panel(runs: Sequence[Run], column: str, title: str, unit: str, ident: str, **options: bool) -> Drawing | None:
     """A small chart of one column of every run."""
     series = [s for i, run in enumerate(runs) for s in lines(run, column, i)[0]]
@@ -190,10 +202,9 @@ def _panel(runs: Sequence[Run], column: str, title: str, unit: str, ident: str, 
     log = options.pop("may_log", False) and min(values) > 0 and max(values) > 50 * min(values)
     said = "; ".join(filter(None, (_first_last(r, column, short) for r in runs)))
     if column == "grad_norm":
-        limits = {clip_norm(r) for r in runs if clip_norm(r) > 0}
-        span = (min(r.steps.step[0] for r in runs if r.steps.step), max(r.steps.step[-1] for r in runs if r.steps.step))
-        inside = [limit for limit in limits if 0.4 * min(values) <= limit <= 2.5 * max(values)]
-        series += [Series(f"clipped at {short(v)}", span, (v, v), 0, "reference") for v in inside]
+        limits = _stretches(runs, "clip_grad_norm")
+        inside = [(span, v) for span, v in limits if 0.4 * min(values) <= v <= 2.5 * max(values)]
+        series += [Series(f"clipped at {short(v)}", span, (v, v), 0, "reference") for span, v in inside]
     chart = Chart(title, f"{title}: {said}.", "step", unit, tuple(series), log_y=log, marks=_marks(runs), **options)
     return Drawing(draw_chart(chart, PANEL, 230, ident), title=title)
 
@@ -208,8 +219,7 @@ def dynamics_section(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = []
     if any(panels):
         caption = "One panel a quantity, the same steps in each."
-        if any(clip_norm(r) > 0 for r in runs):
-            limits = sorted({short(clip_norm(r)) for r in runs if clip_norm(r) > 0})
+        if limits := sorted({short(v) for _, v in _stretches(runs, "clip_grad_norm")}):
             caption += (
                 f" Gradients longer than {' or '.join(limits)} are scaled down to that length (dashed, where in range)."
             )
@@ -381,10 +391,8 @@ def _nominal(runs: Sequence[Run]) -> list[Series]:
     """A dashed line at each nominal update RMS of the runs that have Muon updates, shaded by what NS5 gives of it."""
     column = UPDATE_RMS + "muon"
     having = [r for r in runs if r.steps.finite(column)]
-    targets = {dig(r.config, "optimizer", "update_rms") for r in having}
-    span = (min(r.steps.step[0] for r in having), max(r.steps.step[-1] for r in having)) if having else (0, 0)
     low, high = NS5_RANGE
     return [
         Series("nominal", span, (t, t), 0, "reference", (low * t, low * t), (high * t, high * t))
-        for t in sorted(t for t in targets if isinstance(t, int | float) and t > 0)
+        for span, t in _stretches(having, "optimizer", "update_rms")
     ]

@@ -6,8 +6,9 @@ import math
 import pytest
 
 from earthshine.errors import ConfigError, DataError
-from earthshine.report.facts import compute_done
+from earthshine.report.facts import compute_done, settings
 from earthshine.report.runs import MEDIAN_LOAD, WORST_LOAD, read_run, read_runs
+from earthshine.report.training import _stretches
 
 
 def test_a_whole_run_is_read(pair):
@@ -87,10 +88,21 @@ def test_compute_is_the_sum_over_the_starts(pair):
     """Two steps by another plan, then two by the present one; before the first recorded start by what it changed."""
     key = "forward_backward_flops_per_step"
     now = read_run(pair[0].path).plan[key]
-    changed = {"first_step": 3, "plan": {key: now}, "changes": {"plan": [{"field": key, "from": 10.0, "to": now}]}}
-    for lines in ([changed], [{"first_step": 1, "plan": {key: 10.0}, "changes": {}}, changed]):
+    changed = {"first_step": 3, "changes": {"plan": [{"field": key, "from": 10.0, "to": now}]}}
+    for lines in ([changed], [{"first_step": 1, "changes": {}}, changed]):
         pair[0].write("starts.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
         assert compute_done(read_run(pair[0].path), "forward_backward") == pytest.approx(2 * 10.0 + 2 * now)
+
+
+def test_a_line_of_a_setting_ends_where_it_changed(pair):
+    """The norm that gradients were clipped to, as the learning rate's and Muon's nominal size."""
+    changes = {"config": [{"field": "clip_grad_norm", "from": 0.5, "to": 1.0}]}
+    pair[0].write("starts.jsonl", json.dumps({"first_step": 3, "changes": changes}) + "\n")
+    runs = [read_run(p.path) for p in pair]
+    assert settings(runs[0], "clip_grad_norm") == [(1, 2, 0.5), (3, 4, 1.0)]
+    assert _stretches(runs[:1], "clip_grad_norm") == [((1, 2), 0.5), ((3, 4), 1.0)]
+    assert _stretches(runs, "clip_grad_norm") == [((1, 2), 0.5), ((1, 4), 1.0)]
+    assert _stretches(runs, "optimizer", "update_rms") == [((1, 4), 0.2)]
 
 
 def test_absent_files_are_noted(pair):

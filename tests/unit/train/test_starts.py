@@ -61,7 +61,7 @@ def test_a_changed_config_is_told(job: TrainJob, tmp_path: Path) -> None:
     assert second["plan"] == json.loads((tmp_path / "plan.json").read_text())
     page = write_report([tmp_path])
     for text in (page.read_text(), page.with_suffix(".md").read_text()):
-        assert "From step 5 config:" in text and "optimizer.lr" in text and "5" in text
+        assert "From step 5 config:" in text and "0.005 from step 1, 0.05 from step 5" in text
         assert "these commands repeat it" not in text and "do not repeat micro" in text
     told = json.loads(page.with_suffix(".json").read_text())["runs"][0]
     assert [s["first_step"] for s in told["starts"]] == [1, 5]
@@ -70,9 +70,9 @@ def test_a_changed_config_is_told(job: TrainJob, tmp_path: Path) -> None:
     assert compute_done(read_run(tmp_path), "newton_schulz") == 4 * flops[0] + 2 * flops[1]
     export(tmp_path, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "| Changed on the way | From step 5 config: `checkpoint.every_steps` 2" in card
+    assert "| Changed mid-run | From step 5 config: `checkpoint.every_steps` 2" in card
     export(tmp_path / "checkpoints" / "step-000004", tmp_path / "hf4")  # from before the change
-    assert "Changed on the way" not in (tmp_path / "hf4" / "README.md").read_text()
+    assert "Changed mid-run" not in (tmp_path / "hf4" / "README.md").read_text()
 
 
 def test_a_run_that_was_only_interrupted_repeats(job: TrainJob, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_another_environment_is_told(job: TrainJob, tmp_path: Path, monkeypatch:
     assert second["environment"]["threads"] == 64 and second["changes"]["config"] == []
     text = write_report([tmp_path]).with_suffix(".md").read_text()
     assert "From step 4 environment: `threads`" in text
-    assert "micro went on in another environment: last bits may differ" in text
+    assert "micro resumed in another environment: last bits may differ" in text
 
 
 def test_steps_that_are_done_again_count_as_the_last_start_did_them(job: TrainJob, tmp_path: Path) -> None:
