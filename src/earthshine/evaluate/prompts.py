@@ -5,6 +5,7 @@ from pathlib import Path
 from earthshine.checkpoint.run_rule import run_rule
 from earthshine.console import log
 from earthshine.data.tokenizer import load_tokenizer
+from earthshine.errors import ConfigError
 from earthshine.files import sha256_file
 
 
@@ -23,6 +24,8 @@ class Prompts:
         """
         rule = run_rule(model)
         recorded = rule.tokenization if rule else None
+        if rule and tokenizer is None:
+            raise ConfigError(f"tokenizer: {model} is a run, which holds none; name the one of its data (--tokenizer).")
         path = Path(tokenizer or model)
         self.tokenizer = load_tokenizer(path)
         own = Path(model) / "tokenizer.json"

@@ -61,6 +61,17 @@ def test_equals_torch_document_by_document(shards: Path) -> None:
     assert again == pytest.approx(result["loss"] * tokens)
 
 
+def test_bits_per_byte_of_a_text_that_cannot_be_spelled_are_marked(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "w": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("w x w y " * 20)
+    prepare([tmp_path / "a.txt"], tmp_path / "tokenizer.json", tmp_path / "shards", eod="</s>", workers=1)
+    model = Transformer(preset("llama3_tiny"))
+    initialize(model, seed=0)
+    assert heldout_loss(model, tmp_path / "shards", seq_len=20)["lost"] == "49.38% of the tokens are unknown (<unk>)"
+
+
 def test_attention_across_documents_is_the_plain_loss_of_the_stream(shards: Path) -> None:
     """Every token is a target then, documents' first ones too; the result says which text it is of."""
     model = Transformer(preset("llama3_tiny")).train()

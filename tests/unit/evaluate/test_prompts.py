@@ -90,6 +90,8 @@ def test_another_tokenizer_than_the_runs_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer.json has the sha256 .* sha256 b{64}: .* \(--tokenizer\)"):
         Prompts(make_run(Tokenization(tokenizer_sha256="b" * 64, eod=99999)), tokenizer)
+    with pytest.raises(ConfigError, match=r"run is a run, which holds none; name the one of its data \(--tokenizer\)"):
+        Prompts(tmp_path / "run")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     Prompts(tmp_path / "model", tokenizer)

@@ -64,6 +64,12 @@ def test_a_full_card():
         assert words in card
 
 
+def test_bits_per_byte_of_a_text_that_cannot_be_spelled_are_marked():
+    (result,) = INFO["evaluation"]
+    assert "(lossy" not in model_card(INFO)
+    assert "0.9900 (lossy: unknown tokens)" in model_card(INFO | {"evaluation": [result | {"lost": "some"}]})
+
+
 def test_what_is_unknown_is_left_out():
     card = model_card({})
     assert card == (

@@ -213,6 +213,22 @@ def test_a_single_sequence_proves_nothing(folder, heldout_json):
     assert "measured on a single sequence, so it has no standard error" in read(write_report([run.path])).text
 
 
+def test_bits_per_byte_of_a_text_that_cannot_be_spelled_are_marked(folder, heldout_json):
+    run = folder("r")
+    result = heldout_json(1.5, 2, 0.01, 5)
+    run.write("eval/heldout-after.json", result | {"lost": ""})
+    assert "lossy" not in read(write_report([run.path])).text
+    run.write("eval/heldout-after.json", result | {"lost": "9.00% of the tokens are unknown"})
+    assert "(lossy: unknown tokens)" in read(write_report([run.path])).text
+
+
+def test_other_masks_are_not_compared(pair, heldout_json):
+    for run, within in zip(pair, (True, False), strict=True):
+        run.write("eval/heldout-after.json", heldout_json(2.2, 5, 0.01, 48) | {"document_attention": within})
+    text = read(write_report([run.path for run in pair])).text
+    assert "they were measured on different held-out sequences" in text
+
+
 def test_other_heldout_texts_are_not_compared(pair, heldout_json):
     pair[1].write("eval/heldout-after.json", heldout_json(2.2, 5, 0.01, 40))
     text = read(write_report([run.path for run in pair])).text

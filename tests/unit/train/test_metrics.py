@@ -36,6 +36,7 @@ def test_the_held_out_line() -> None:
     assert heldout_line(record).startswith(
         "held-out at step 3: loss 2.5000 +- 0.0100 nats per token, 1.2000 bits per byte"
     )
+    assert "bits per byte (lossy)" in heldout_line(record | {"lost": "what was not spelled"})
 
 
 def test_what_is_said_of_a_step_s_routing() -> None:
