@@ -5,7 +5,6 @@ A name is heeded only where contents cannot tell: `.json` and `.csv` promise rec
 
 import bz2
 import codecs
-import gzip
 import io
 import json
 import lzma
@@ -14,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -22,7 +22,7 @@ from earthshine.errors import DataError
 
 HEAD_BYTES = 1 << 16
 _CONFIG_BYTES = 1 << 26  # a single JSON object up to this size is read to see whether it is a record
-_ZSTD_BYTES = 1 << 14  # of input at once: what comes out may be thousands of times as much
+_PACKED_BYTES = 1 << 14  # of input at once: what comes out may be thousands of times as much
 _ZSTD_WINDOW = 1 << 31  # the largest that `zstd --ultra --long=31` makes; taken only where a frame asks for it
 
 _LINES = {".jsonl", ".ndjson", ".jsonlines", ".jl"}
@@ -97,11 +97,9 @@ def reading(file: Path) -> Iterator[None]:
     """Turn what reading a file can raise into a DataError that names it."""
     try:
         yield
-    except (EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, gzip.BadGzipFile) as e:
+    except (EOFError, UnicodeDecodeError) as e:
         raise damaged(file, e) from e
     except OSError as e:
-        if e.strerror is None:  # from a decompressor, not from the system
-            raise damaged(file, e) from e
         raise DataError(f"{file} cannot be read ({e.strerror}); make it readable or name other inputs.") from e
 
 
@@ -122,13 +120,20 @@ def plain(file: Path, stored: BinaryIO) -> BinaryIO:
 def _unpacker(file: Path, stored: BinaryIO) -> Callable[[BinaryIO], BinaryIO] | None:
     lead = stored.read(10)
     stored.seek(0)
+    frame: Callable[[], Any]
     if lead.startswith(b"\x1f\x8b\x08"):
-        return lambda packed: cast(BinaryIO, gzip.GzipFile(fileobj=packed))
-    if _BZIP2.match(lead):
-        return lambda packed: cast(BinaryIO, bz2.BZ2File(packed))
-    if lead.startswith(b"\xfd7zXZ\x00") or (lead.startswith(b"\x5d\x00\x00") and file.suffix.lower() == ".lzma"):
-        return lambda packed: cast(BinaryIO, lzma.LZMAFile(packed))
-    return (lambda packed: _stream(_zstd(packed))) if _ZSTD.match(lead) else None
+        frame = partial(zlib.decompressobj, 16 + zlib.MAX_WBITS)
+    elif _BZIP2.match(lead):
+        frame = bz2.BZ2Decompressor
+    elif lead.startswith(b"\xfd7zXZ\x00") or (lead.startswith(b"\x5d\x00\x00") and file.suffix.lower() == ".lzma"):
+        frame = lzma.LZMADecompressor
+    elif _ZSTD.match(lead):
+        import zstandard
+
+        frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj
+    else:
+        return None
+    return lambda packed: _stream(_unpacked(packed, frame))
 
 
 def _same(stored: BinaryIO) -> BinaryIO:
@@ -159,23 +164,28 @@ def _stream(chunks: Iterator[bytes]) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_Chunks(chunks), HEAD_BYTES))
 
 
-def _zstd(packed: BinaryIO) -> Iterator[bytes]:
-    """The contents of all frames. One that is cut short is an error, which the library's own reader hides."""
-    import zstandard
+def _unpacked(packed: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    """The contents of all frames, or members, of a compressed file, with zeros for padding between them.
 
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    The libraries' own files are not used: zstandard's hides that one is cut short, and those of bz2 and lzma take a
+    damaged one after the first for no part of the file.
+    """
     frame: Any = None
-    while data := packed.read(_ZSTD_BYTES):
+    while data := packed.read(_PACKED_BYTES):
         while data:
-            frame = frame or decompressor.decompressobj()
+            if frame is None:
+                data = data.lstrip(b"\0")
+                frame = new_frame() if data else None
+                continue
             try:
-                yield frame.decompress(data)
-            except zstandard.ZstdError as e:
-                raise OSError(str(e)) from e
+                plain_bytes = frame.decompress(data)
+            except Exception as e:  # each library has its own kind
+                raise EOFError(str(e)) from e
+            yield plain_bytes
             data = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
-        raise EOFError("it ends in the middle of a zstd frame")
+        raise EOFError("it ends in the middle of its compressed data")
 
 
 def _recoded(stream: BinaryIO, encoding: str) -> Iterator[bytes]:

@@ -91,10 +91,22 @@ def test_a_compressed_file_that_is_cut_short(tmp_path: Path, name: str, suffix: 
             found(file)
 
 
-def test_what_follows_a_zstd_frame_must_be_one(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl.zst", zstd(LINES) + b"and more")
-    with pytest.raises(DataError, match=r"a.jsonl.zst is damaged"):
-        found(file)
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_what_follows_a_compressed_part_is_another_or_damage(tmp_path: Path, suffix: str) -> None:
+    """Not, as for the libraries of bz2 and lzma, the end of the file."""
+    part = PACKERS[suffix](LINES)
+    for rest in (b"and more", part[:4] + b"damaged!" + part[12:], part[:-9] + b"\xff" * 9):
+        file = write(tmp_path / f"a.jsonl{suffix}", part + rest)
+        with pytest.raises(DataError, match=r"a.jsonl\S+ is damaged"):
+            found(file)
+    assert read(write(tmp_path / f"a.jsonl{suffix}", part + bytes(512))) == TEXTS
+
+
+def test_a_large_zstd_window(tmp_path: Path) -> None:
+    """That of `zstd --long=31`; by default the library stops at 2**27."""
+    long = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packed = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    assert read(write(tmp_path / "a.jsonl.zst", packed.compress(LINES) + packed.flush())) == TEXTS
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
