@@ -210,9 +210,11 @@ def settings(run: Run, *keys: str) -> list[tuple[int, int, Any]]:
 
 
 def _peak_rate(run: Run) -> str:
-    if len(pieces := settings(run, "optimizer", "lr")) < 2:
-        return _show(dig(run.config, "optimizer", "lr"), short)
-    return ", ".join(f"{_show(rate, short)} from step {whole(first)}" for first, _, rate in pieces)
+    """Of the steps done; of those planned where there is none."""
+    pieces = settings(run, "optimizer", "lr")
+    if len(pieces) > 1:
+        return ", ".join(f"{_show(rate, short)} from step {whole(first)}" for first, _, rate in pieces)
+    return _show(pieces[0][2] if pieces else dig(run.config, "optimizer", "lr"), short)
 
 
 def starts(runs: Sequence[Run]) -> list[Table]:

@@ -49,6 +49,11 @@ class Start:
     def changed(self) -> bool:
         return bool(self.config or self.plan) or self.moved
 
+    @property
+    def marked(self) -> bool:
+        """Whether the steps from here on are other ones than an uninterrupted run's, or may be."""
+        return bool(self.another_run or (self.plan and not self.config)) or self.moved
+
 
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "\u2026"

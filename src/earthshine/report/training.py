@@ -90,12 +90,12 @@ def _table(caption: str, runs: Sequence[Run], columns: Sequence[tuple[str, str, 
 
 def _legend(runs: Iterable[tuple[int, Run]], *more: LegendItem) -> tuple[LegendItem, ...]:
     drawn = list(runs)
-    changed = [LegendItem("changed mid-run", i, "change") for i, run in drawn if any(s.changed for s in run.starts)]
+    changed = [LegendItem("changed mid-run", i, "change") for i, run in drawn if any(s.marked for s in run.starts)]
     return (*(LegendItem(run.name, i) for i, run in drawn), *more, *changed[:1])
 
 
 def _marks(runs: Sequence[Run]) -> tuple[Mark, ...]:
-    """Where a run's config, plan or environment changed: before the first step of that start."""
+    """Where a run became, or may have become, another: before the first step of that start."""
     return tuple(
         Mark(
             s.first_step - 0.5,
@@ -104,7 +104,7 @@ def _marks(runs: Sequence[Run]) -> tuple[Mark, ...]:
         )
         for i, run in enumerate(runs)
         for s in run.starts
-        if s.changed
+        if s.marked
     )
 
 

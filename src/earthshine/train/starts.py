@@ -38,7 +38,8 @@ def new_start(
 
     `changes` are relative to the start that did the last of those steps: lists of {field, from, to} under "config",
     "plan" and "environment". `another_run` names the fields of the config that a resume refuses unless told otherwise:
-    with one of them the folder is no longer the run of one config.
+    with one of them the folder is no longer the run of one config. A derived number that only one of two versions knows
+    is no change.
     """
     before = _before(run_dir, done, saved) if done else {}
     now = {"config": encode(job), "plan": dict(plan), "environment": dict(environment) | {"host": platform.node()}}
@@ -47,7 +48,7 @@ def new_start(
         here.pop("host")
     changes = {
         "config": _changes(completed(before["config"]) if before.get("config") else None, now["config"]),
-        "plan": _changes(before.get("plan"), now["plan"]),
+        "plan": [c for c in _changes(before.get("plan"), now["plan"]) if "(absent)" not in (c["from"], c["to"])],
         "environment": _changes(there, here),
     }
     refused = changes_on_resume(before["config"], job, done, same_data) if before.get("config") else []

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from earthshine.errors import ConfigError, DataError
-from earthshine.report.facts import compute_done, settings
+from earthshine.report.facts import compute_done, settings, what_was_run
 from earthshine.report.runs import MEDIAN_LOAD, WORST_LOAD, read_run, read_runs
-from earthshine.report.training import _stretches
+from earthshine.report.training import _marks, _stretches
 
 
 def test_a_whole_run_is_read(pair):
@@ -92,6 +92,31 @@ def test_compute_is_the_sum_over_the_starts(pair):
     for lines in ([changed], [{"first_step": 1, "changes": {}}, changed]):
         pair[0].write("starts.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
         assert compute_done(read_run(pair[0].path), "forward_backward") == pytest.approx(2 * 10.0 + 2 * now)
+
+
+def test_only_what_makes_other_steps_is_marked(pair):
+    def start(another_run=(), **parts):
+        changes = {part: [{"field": field, "from": 1, "to": 2}] for part, field in parts.items()}
+        return {"first_step": 3, "changes": changes, "another_run": list(another_run)}
+
+    for record, marked in (
+        (start(), False),
+        (start(config="checkpoint.keep"), False),
+        (start(config="num_steps", plan="total_flops"), False),
+        (start(config="optimizer.lr", another_run=["optimizer.lr"]), True),
+        (start(plan="parameters"), True),
+        (start(environment="threads"), True),
+        (start(environment="host"), False),
+    ):
+        pair[0].write("starts.jsonl", json.dumps(record) + "\n")
+        assert bool(_marks([read_run(pair[0].path)])) == marked, record
+
+
+def test_the_rate_of_steps_that_are_not_done_yet_is_not_the_run_s(pair):
+    changes = {"config": [{"field": "optimizer.lr", "from": 0.007, "to": 0.0003}]}
+    pair[0].write("starts.jsonl", json.dumps({"first_step": 5, "changes": changes}) + "\n")
+    table = what_was_run([read_run(pair[0].path)])
+    assert dict(row[:1] + (row[1].text,) for row in table.rows)["Peak learning rate"] == "0.007"
 
 
 def test_a_line_of_a_setting_ends_where_it_changed(pair):
