@@ -21,7 +21,10 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers among them
         hint = "; YAML reads 1e-3 as text, and 1.0e-3 as a number" if isinstance(value, str) else ""
         raise ConfigError(f"optimizer.{name}={value!r} is of type {type(value).__name__}: it must be a number{hint}.")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if name in _FRACTIONS and not 0 <= number < 1:
         raise ConfigError(f"optimizer.{name}={value} must be at least 0 and below 1.")
     if name in _SIZES and not (number >= 0 and (math.isfinite(number) or name == "schatten_p")):

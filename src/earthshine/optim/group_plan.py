@@ -13,7 +13,7 @@ from earthshine.optim.adamw import step_adamw
 from earthshine.optim.matrix_plan import MatrixPlan
 from earthshine.optim.matrix_step import step_matrices
 from earthshine.optim.measure import Measure
-from earthshine.optim.options import PLANNED, name_of
+from earthshine.optim.options import PLANNED, initial_options, name_of
 from earthshine.optim.rounding import NARROW, Noise, elements
 from earthshine.optim.scion import ScionPlan, step_scion
 from earthshine.optim.shares import Shares
@@ -48,6 +48,7 @@ class GroupPlan:
         names = [name_of(group, i) for i in range(len(params))]
         specs = group["matrices"] if self.algorithm == "muon" else ((),) * len(params)
         self._planned = {key: group.get(key) for key in ("algorithm", *PLANNED)}
+        self.options = initial_options(group)  # as last checked: a loop may set them
         self.per_parameter = {key: copy(group.get(key)) for key in _PER_PARAMETER}
         self._were = [_traits(p) for p in params]
         self.shares = Shares(params, specs, names, process_group, bucket_bytes)

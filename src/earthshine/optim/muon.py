@@ -48,7 +48,7 @@ from earthshine.optim.options import (
     resolve_group,
     resolve_numbers,
     saved_groups,
-    scheduled_keys,
+    scheduled,
     state_keys,
     warn_of_lost_updates,
 )
@@ -109,6 +109,8 @@ class Muon(torch.optim.Optimizer):
         reduce_gradients: bool = False,
         max_bucket_bytes: int = 256 << 20,
     ) -> None:
+        if isinstance(params, nn.Module):
+            raise ConfigError(f"params is a {type(params).__name__}: give Muon param_groups(model), or its parameters.")
         options = dict(locals())
         own = ("process_group", "reduce_gradients", "max_bucket_bytes")
         defaults = {k: v for k, v in options.items() if k not in ("self", "params", "__class__", *own)}
@@ -207,6 +209,8 @@ class Muon(torch.optim.Optimizer):
         """Add a group, now or later, with its state. Raises ConfigError where a parameter does not fit it."""
         group = {k: v for k, v in param_group.items() if k != "reasons"}
         check_keys(group, self.defaults)
+        if "params" not in group:
+            raise ConfigError(f"a parameter group with the entries {sorted(group)} has no 'params'.")
         if not isinstance(group["params"], Tensor | set):
             group["params"] = list(group["params"])
             self._check_repeated(group["params"])
@@ -244,6 +248,10 @@ class Muon(torch.optim.Optimizer):
         plans = [self._plan(index) for index in range(len(self.param_groups))]
         for group, plan in zip(self.param_groups, plans, strict=True):  # before anything is updated
             resolve_numbers(group)
+            if initial_options(group) != plan.options:  # a loop has set some
+                resolve_group(group)
+                check_group(group)
+                plan.options = initial_options(group)
             plan.shares.check_gradients()
         self._last, self._readings = [], None
         for group, plan in zip(self.param_groups, plans, strict=True):
@@ -358,16 +366,16 @@ class Muon(torch.optim.Optimizer):
                 "the saved optimizer is not this one: " + "; ".join(problems) + ". Hyper-parameters come from the "
                 "config: set them back, or start from the checkpoint's weights with a fresh optimizer."
             )
+        taken = [scheduled(group, saved) for group, saved in zip(self.param_groups, groups, strict=True)]
         checked = [
-            [self._checked_state(index, i, states.get(number, {})) for i, number in enumerate(saved["params"])]
+            [self._checked_state(index, i, states.get(number)) for i, number in enumerate(saved["params"])]
             for index, saved in enumerate(groups)
         ]
         arrived = [self._arrived(index, found) for index, found in enumerate(checked)]
-        for index, saved in enumerate(groups):
+        for index, values in enumerate(taken):
             self._take_over(index, arrived[index])
-            for key in scheduled_keys(saved):
-                self._set(index, key, saved[key])
-            resolve_numbers(self.param_groups[index])
+            for key, value in values.items():
+                self._set(index, key, value)
         # From here on there may be momentum to lose.
         self._stepped = any(_holds_anything(t) for found in checked for state in found for t in state.values())
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -397,9 +405,9 @@ class Muon(torch.optim.Optimizer):
         else:
             self.param_groups[index][key] = value.clone() if isinstance(value, Tensor) else value
 
-    def _checked_state(self, index: int, i: int, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _checked_state(self, index: int, i: int, saved: Any) -> dict[str, Tensor]:
         """The saved state of a parameter, checked; zeros where it is zero, and so may be placed in any way."""
-        group, plan = self.param_groups[index], self._plan(index)
+        group, plan, saved = self.param_groups[index], self._plan(index), saved if isinstance(saved, Mapping) else {}
         found = {}
         for key in state_keys(group):
             expected = plan.whole_shape(i, key)

@@ -79,9 +79,19 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             )
 
 
-def scheduled_keys(saved: Mapping[str, Any]) -> tuple[str, ...]:
-    """Entries of a saved group that the loop or a scheduler sets, and that are therefore taken over."""
-    return tuple(key for key in ("lr", "initial_lr", *_LOOPS) if key in saved)
+def scheduled(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a saved group that the loop or a scheduler sets, and that `group` therefore takes over.
+
+    Raises CheckpointError for values that they cannot have.
+    """
+    found = {key: saved[key] for key in ("lr", "initial_lr", *_LOOPS) if key in saved}
+    whole = dict(group) | found
+    try:
+        resolve_group(whole)
+        check_group(whole)
+    except ConfigError as e:
+        raise CheckpointError(f"a saved parameter group holds what no option can be: {e}") from e
+    return {key: whole[key] for key in found}
 
 
 def resolve_group(group: dict[str, Any]) -> None:
@@ -93,9 +103,6 @@ def resolve_group(group: dict[str, Any]) -> None:
     muon = group["algorithm"] == "muon"
     for key in ("schatten_p", "normuon_beta2"):
         group[key] = 0.0 if group[key] is None or (key == "normuon_beta2" and not muon) else group[key]
-    group["betas"] = _tuple("betas", group["betas"], "two numbers: AdamW's, (0.9, 0.95) for Moonlight")
-    if len(group["betas"]) != 2:
-        raise ConfigError(f"betas={group['betas']!r} must be two numbers: AdamW's, (0.9, 0.95) for Moonlight.")
     resolve_numbers(group)
     table = group["ns_coefficients"]
     if not isinstance(table, str):
@@ -131,7 +138,10 @@ def resolve_numbers(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool):
         raise ConfigError(f"lr={lr!r} must be a number or a tensor of one.")
-    group["betas"] = tuple(_number(f"beta{n}", beta) for n, beta in enumerate(group["betas"], start=1))
+    betas = _tuple("betas", group["betas"], "two numbers: AdamW's, (0.9, 0.95) for Moonlight")
+    if len(betas) != 2:
+        raise ConfigError(f"betas={betas!r} must be two numbers: AdamW's, (0.9, 0.95) for Moonlight.")
+    group["betas"] = tuple(_number(f"beta{n}", beta) for n, beta in enumerate(betas, start=1))
 
 
 def _number(name: str, value: Any) -> Any:

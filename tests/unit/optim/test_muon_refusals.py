@@ -93,7 +93,25 @@ def test_what_a_loop_sets_is_checked_before_the_step(name: str, value: Any) -> N
     optimizer.step()
 
 
+@pytest.mark.parametrize(("name", "value"), [("nesterov", "no"), ("norm", "l2"), ("scale", "huge"), ("betas", 0.9)])
+def test_other_options_that_a_loop_sets_are_checked_too(name: str, value: Any) -> None:
+    first, second = matrix(), matrix()
+    optimizer = muon([{"params": [first]}, {"params": [second]}])
+    optimizer.param_groups[1][name] = value
+    first.grad = second.grad = torch.ones(4, 6)
+    with pytest.raises(ConfigError, match=name):
+        optimizer.step()
+    assert torch.equal(first, matrix())
+
+
 # ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def test_what_is_no_list_of_parameters() -> None:
+    with pytest.raises(ConfigError, match=r"params is a Linear: give Muon param_groups\(model\)"):
+        muon(nn.Linear(2, 3))
+    with pytest.raises(ConfigError, match=r"entries \['algorithm'.* has no 'params'"):
+        muon([{"algorithm": "muon"}])
 
 
 @pytest.mark.parametrize("apart", [False, True])

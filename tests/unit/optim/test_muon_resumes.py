@@ -123,6 +123,25 @@ def test_what_is_no_optimizers_state(wrong: dict[str, Any]) -> None:
         muon(parameters()).load_state_dict(wrong)
 
 
+@pytest.mark.parametrize(("key", "value"), [("lr", "0.1"), ("momentum", 2.0), ("betas", 0.9), ("nesterov", None)])
+def test_a_saved_value_that_no_option_can_have_is_refused_before_anything_changes(key: str, value: Any) -> None:
+    trained, optimizer = muon(parameters()), muon(parameters())
+    step(trained, 0)
+    saved = copy.deepcopy(trained.state_dict())
+    saved["param_groups"][1][key] = value
+    with pytest.raises(CheckpointError, match="beta" if key == "betas" else key):
+        optimizer.load_state_dict(saved)
+    assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+
+
+@pytest.mark.parametrize("nothing", [None, {}, 3])
+def test_a_parameter_without_saved_state(nothing: Any) -> None:
+    saved = copy.deepcopy(muon(parameters()).state_dict())
+    saved["state"][2] = nothing
+    with pytest.raises(CheckpointError, match="momentum_sum of parameter w2 is missing"):
+        muon(parameters()).load_state_dict(saved)
+
+
 def test_a_saved_group_without_parameters() -> None:
     with pytest.raises(CheckpointError, match="lists no 'params'"):
         muon(parameters()).load_state_dict({"state": {}, "param_groups": [{}, {}]})
