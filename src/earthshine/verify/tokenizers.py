@@ -39,8 +39,7 @@ def tokenizer_rows(path: Path) -> list[dict[str, Any]]:
     rows = _unchanged(path, manifest)
     if not has_tokenizer(files):
         return rows
-    record = manifest.get("tokenizer")
-    reading = Reading(**record) if isinstance(record, dict) else None
+    reading = _reading(manifest)
     if reading is not None and reading.own_code:
         log(f"{path}: its tokenizer is read by its own code, {reading.own_code}, which is not run here.")
         return rows
@@ -63,6 +62,14 @@ def tokenizer_rows(path: Path) -> list[dict[str, Any]]:
         if after is None:
             return [*rows, row("errors of AutoTokenizer", 1, 0, failed)]
         return [*rows, _compared(before, after)]
+
+
+def _reading(manifest: dict[str, Any]) -> Reading | None:
+    """Who read the source's tokenizer; None when the manifest does not say so."""
+    try:
+        return Reading(**manifest["tokenizer"])
+    except (KeyError, TypeError):
+        return None
 
 
 def _compared(before: Any, after: Any) -> dict[str, Any]:
@@ -145,7 +152,8 @@ def _unchanged(path: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     names = [name for name in listed if is_tokenizer_file(name) and not name.endswith((".safetensors", ".index.json"))]
     names = [name for name in names if name != "config.json"]
-    other = [n for n in names if not (path / n).is_file() or sha256_file(path / n) != listed[n].get("sha256")]
+    wanted = {name: listed[name].get("sha256") if isinstance(listed[name], dict) else None for name in names}
+    other = [n for n in names if not (path / n).is_file() or sha256_file(path / n) != wanted[n]]
     if not names:
         return []
     return [

@@ -78,6 +78,22 @@ def test_a_tokenizer_that_raises_at_a_text_is_compared_by_its_words(upcycled: Ma
     assert unchanged["ok"] and ids["ok"] and "CodeLlamaTokenizer -> CodeLlamaTokenizer" in ids["note"]
 
 
+@pytest.mark.parametrize(
+    "change, holds",
+    [
+        ({"tokenizer": {"read_by": "x"}}, [True]),
+        ({"tokenizer": None}, [True]),
+        ({"files": []}, [True]),
+        ({"files": {"tokenizer.json": 3}}, [False, True]),
+    ],
+)
+def test_a_manifest_of_another_shape(upcycled: Maker, change: dict[str, object], holds: list[bool]) -> None:
+    moe = upcycled()
+    manifest = json.loads((moe / "earthshine.json").read_text()) | change
+    (moe / "earthshine.json").write_text(json.dumps(manifest))
+    assert [r["ok"] for r in tokenizer_rows(moe)] == holds
+
+
 def test_without_a_record_another_reading_is_logged(upcycled: Maker, capsys: pytest.CaptureFixture[str]) -> None:
     moe = upcycled()
     (moe / "earthshine.json").unlink()
