@@ -24,6 +24,8 @@ _PARALLEL = (nn.ModuleList, nn.ModuleDict)
 _PEFT = re.compile(r"\.(?:modules_to_save\.[^.]+|original_module|base_layer)(?=\.|$)")
 # A table of fewer rows holds positions, segments or the like rather than a vocabulary.
 _SMALLEST_VOCABULARY = 17
+# A layer that takes fewer features takes coordinates or the like, not what a hidden layer makes.
+_SMALLEST_WIDTH = 4
 
 
 def layer_name(path: str) -> str:
@@ -59,7 +61,8 @@ def possible_heads(model: nn.Module, heads: set[int]) -> dict[int, str]:
     survey = _Survey(model)
     reasons = {id(linear.weight): "nothing in the model takes its output" for linear in survey.ends()}
     if rows := survey.vocabulary:
-        large = [linear for linear in survey.outside() if linear.out_features >= rows]
+        large = [linear for linear in survey.outside() if linear.out_features >= rows and not survey.returns(linear)]
+        large += survey.ends_of_blocks()
         reasons |= {id(linear.weight): f"it has no fewer rows than an embedding, {rows}" for linear in large}
     known = heads | {id(m.weight) for m in model.modules() if isinstance(m, EMBEDDINGS)}
     known |= {
@@ -89,6 +92,7 @@ class _Survey:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.taken = Counter(m.in_features for m in _takers(model))
+        self.beside = {id(linear): group for m in model.modules() if (group := _beside(m)) for linear in group}
         known = (nn.Linear, *EMBEDDINGS, nn.modules.conv._ConvNd)
         bare = [p for m in model.modules() if not isinstance(m, known) for p in m.parameters(recurse=False)]
         self.taken.update(size for p in bare if p.ndim > 1 for size in p.shape[-2:])
@@ -142,7 +146,7 @@ class _Survey:
     def _is_taken(self, linear: nn.Linear) -> bool:
         """Whether another layer takes as many features as this one makes."""
         own = linear.in_features == linear.out_features
-        return self.taken[linear.out_features] > own
+        return self.taken[linear.out_features] > own or self.returns(linear)
 
     def outside(self) -> list[nn.Linear]:
         """The linear layers that no block contains."""
@@ -155,22 +159,50 @@ class _Survey:
             if id(child) not in self.blocks:
                 yield from self._walk(child)
 
+    def returns(self, linear: nn.Linear) -> bool:
+        """Whether a layer beside it takes its output and makes as many features as it was given: up, and down again."""
+        return any(
+            other is not linear and (other.in_features, other.out_features) == (linear.out_features, linear.in_features)
+            for other in self.beside.get(id(linear), ())
+        )
+
     def ends(self) -> list[nn.Linear]:
         """The last linear layers of each branch whose output no other layer takes.
 
-        A branch is what stands beside the blocks; without blocks, and where it is not alone, the whole model.
+        A branch is what stands beside the blocks; without blocks, the whole model where it is one network.
         """
         if id(self.model) in self._with_blocks:
             return [linear for branch in self._branches(self.model) for linear in self._ends_of(branch)]
-        alone = sum(p.ndim > 1 for p in self.model.parameters()) < 2
-        return [] if alone else list(self._ends_of(self.model))
+        return list(self._ends_of(self.model)) if self._is_network() else []
+
+    def ends_of_blocks(self) -> list[nn.Linear]:
+        """The last linear layers of blocks, of a row per token, that nothing takes: heads of further tokens."""
+        blocks = (_linears(m) for m in self.model.modules() if id(m) in self.blocks)
+        ends = (next((m for m in reversed(linears) if m.out_features > 1), None) for linears in blocks)
+        return [m for m in ends if m is not None and m.out_features == self.vocabulary and not self._is_taken(m)]
+
+    def _is_network(self) -> bool:
+        """Whether the linear layers follow each other, or other ones, and then may part: not a collection of any."""
+        linears = _linears(self.model)
+        others = any(
+            p.ndim > 1
+            for m in self.model.modules()
+            if not isinstance(m, (nn.Linear, *EMBEDDINGS))
+            for p in m.parameters(recurse=False)
+        )
+        hidden = [m for m in linears if self._is_taken(m)]
+        follow = all(a.out_features == b.in_features > 1 for a, b in pairwise(hidden))
+        last = hidden[-1].out_features if hidden else 0
+        part = all(m.in_features == (last or linears[0].in_features) for m in linears if not self._is_taken(m))
+        return (bool(hidden) or others) and follow and part
 
     def _branches(self, module: nn.Module) -> Iterator[nn.Module]:
-        for child in module.children():
+        children = dict(module.named_children())
+        for child in children.values():
             if id(child) in self._with_blocks:
                 if id(child) not in self.blocks:
                     yield from self._branches(child)
-            elif id(child) not in self.blocks:
+            elif id(child) not in self.blocks and "experts" not in children:
                 yield child
 
     def _ends_of(self, branch: nn.Module) -> Iterator[nn.Linear]:
@@ -187,16 +219,17 @@ class _Survey:
 
 
 def _takers(model: nn.Module) -> Iterator[nn.Linear]:
-    """The linear layers that may take what stands outside their block: not the second of a low-rank pair."""
-    before: nn.Linear | None = None
-    for path, m in model.named_modules():
-        if not isinstance(m, nn.Linear):
-            continue
-        widens = m.in_features < m.out_features
-        narrowed = before is not None and before.out_features == m.in_features < before.in_features
-        if not (widens and narrowed) and ".lora_B." not in path:
-            yield m
-        before = m
+    """The linear layers that may take what stands outside their block: not the way back of up and down again."""
+    for path, module in model.named_modules():
+        linears = _beside(module)
+        for i, m in enumerate(linears):
+            back = any((a.out_features, a.in_features) == (m.in_features, m.out_features) for a in linears[:i])
+            if not back and not path.endswith(".lora_B") and m.in_features >= _SMALLEST_WIDTH:
+                yield m
+
+
+def _beside(module: nn.Module) -> list[nn.Linear]:
+    return [m for m in module.children() if isinstance(m, nn.Linear)]
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:

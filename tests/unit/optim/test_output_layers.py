@@ -80,6 +80,12 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
         lambda: Language(lm_head=head(), medusa=nn.ModuleList(nn.Sequential(Medusa(), head()) for _ in range(2))),
         ["medusa.0.1", "medusa.1.1"],
     ),
+    "at the end of a block of its own": (
+        lambda: Language(
+            lm_head=head(), ahead=nn.ModuleList(nn.ModuleDict({"block": Swapped(), "out": head()}) for _ in range(2))
+        ),
+        ["ahead.0.out", "ahead.1.out"],
+    ),
     "in a sequence": (lambda: Language(to_logits=nn.Sequential(nn.LayerNorm(D), head())), ["to_logits.1"]),
     "called tied": (tied_by_config, ["output"]),
     "a classifier": (lambda: Language(classifier=head(10)), ["classifier"]),
@@ -93,6 +99,18 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
     "a classifier of as many classes as an adapter has columns": (
         lambda: Language(more=nn.ModuleList([nn.Sequential(nn.Linear(D, 4), nn.Linear(4, D))] * 2), score=head(4)),
         ["score"],
+    ),
+    "a classifier of as many classes as hidden layers have columns": (lambda: Language(score=head(32)), ["score"]),
+    "a classifier of as many classes as there are coordinates": (
+        lambda: Language(
+            more=nn.ModuleList([nn.ModuleDict({"bias": nn.Linear(2, 30), "norm": nn.LayerNorm(D), "o": head(D)})]),
+            score=head(2),
+        ),
+        ["score"],
+    ),
+    "after no linear layer": (
+        lambda: nn.ModuleDict({"words": nn.Embedding(V, D), "conv": nn.Conv1d(D, D, 3), "fc": head(10)}),
+        ["fc"],
     ),
     "wrapped": (lambda: nn.ModuleDict({"pretrained": Language(score=head(7)), "value": head(1)}), ["pretrained.score"]),
     "wrapped in a sequence": (
@@ -140,9 +158,24 @@ def test_possible_output_layers_are_asked_about_once(case: str, by: str) -> None
     assert {why[name][0] for name in asked} == {"adamw" if by == "adamw" else "muon"}
 
 
+def beside_each_other(*sizes: tuple[int, int], **more: nn.Module) -> nn.Module:
+    linears = {f"l{i}": nn.Linear(*size) for i, size in enumerate(sizes)}
+    return nn.ModuleDict(linears | more)
+
+
 @pytest.mark.parametrize(
     "model",
     [
+        # hidden layers that are in no container, up and down again, gated or not
+        beside_each_other((D, 3 * V), (3 * V, D), embed=nn.Embedding(V, D), lm_head=head()),
+        beside_each_other((D, 3 * V), (D, 3 * V), (3 * V, D), embed=nn.Embedding(V, D), lm_head=head()),
+        # collections that are no network with an end
+        beside_each_other((24, 1), (1, 24), (24, 3), (3, 4097)),
+        beside_each_other((24, 40), (30, 50), (7, 9)),
+        beside_each_other((64, 40), (40, 64)),
+        beside_each_other((8, 16), users=nn.Embedding(20, 8), things=nn.Embedding(30, 8)),
+        nn.ModuleDict({"experts": nn.ModuleList(map(head, [12] * 3)), "norm": nn.LayerNorm(D)}),
+        nn.ModuleDict({"gating": head(4), "experts": nn.ModuleList([hidden(), hidden()])}),
         Language(lm_head=head()),
         Language(),  # what comes out are hidden states
         Language(pooler=nn.Sequential(head(D), nn.Tanh())),
