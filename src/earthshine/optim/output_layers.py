@@ -1,8 +1,9 @@
 """Which linear layers make the model's output: those that are known to, and those that may.
 
 Known are what the model itself names as its output, an adaptive softmax, and a linear layer of a head's name. May be
-output layers, by shape and place, all others with as many rows as the vocabulary or more that are in no block, and
-those at a branch's end whose output no other layer takes: classifiers, further heads.
+output layers, by shape and place: others with as many rows as the vocabulary or more that are in no block and have no
+layer beside them that leads back; those at the end of a branch, or of a model without blocks whose layers follow each
+other, whose output no other layer takes (classifiers, further heads); and the last of a block with a row per token.
 
 A *block* is what a ModuleList, or two or more of what a ModuleDict or a Sequential, holds: a child with two or more
 matrices. Not so a whole model with a table of tokens of its own, nor a small network at whose end such an output layer
