@@ -16,6 +16,7 @@ class Weight:
 
     role: "experts" is a stack of which a token passes through the chosen ones; "matrix" any other matrix of the hidden
         layers; "embedding" the input table, which is the head as well where the two are tied.
+    head_rows: how the rows of a projection divide into those of the heads, in parts (`Attention.query_key_heads`).
     """
 
     name: str
@@ -23,10 +24,15 @@ class Weight:
     columns: int
     count: int = 1
     role: Literal["embedding", "head", "vector", "matrix", "experts"] = "matrix"
+    head_rows: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
         return self.count * self.rows * self.columns
+
+    @property
+    def is_router(self) -> bool:
+        return self.name.endswith(".router.weight")
 
     @property
     def for_muon(self) -> bool:
@@ -64,7 +70,10 @@ def _vector(name: str, size: int) -> Weight:
 def _attention(where: str, c: ModelConfig) -> list[Weight]:
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     into = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    found = [Weight(f"{where}.{name}.weight", rows, c.hidden_size) for name, rows in into.items()]
+    found = [
+        Weight(f"{where}.{name}.weight", rows, c.hidden_size, head_rows=(c.head_dim,) * (rows // c.head_dim))
+        for name, rows in into.items()
+    ]
     if c.qkv_bias:
         found += [_vector(f"{where}.{name}.bias", rows) for name, rows in into.items()]
     if c.qk_norm:
@@ -74,19 +83,20 @@ def _attention(where: str, c: ModelConfig) -> list[Weight]:
 
 def _latent_attention(where: str, c: ModelConfig) -> list[Weight]:
     mla, heads, width = c.mla, c.num_attention_heads, c.hidden_size
+    query_rows, value_rows = ((mla.qk_nope_head_dim, last) * heads for last in (mla.qk_rope_head_dim, mla.v_head_dim))
     if mla.q_lora_rank:
         found = [
             Weight(f"{where}.q_a_proj.weight", mla.q_lora_rank, width),
             _vector(f"{where}.q_a_norm.weight", mla.q_lora_rank),
-            Weight(f"{where}.q_b_proj.weight", heads * c.head_dim, mla.q_lora_rank),
+            Weight(f"{where}.q_b_proj.weight", heads * c.head_dim, mla.q_lora_rank, head_rows=query_rows),
         ]
     else:
-        found = [Weight(f"{where}.q_proj.weight", heads * c.head_dim, width)]
+        found = [Weight(f"{where}.q_proj.weight", heads * c.head_dim, width, head_rows=query_rows)]
     return [
         *found,
         Weight(f"{where}.kv_a_proj_with_mqa.weight", mla.kv_lora_rank + mla.qk_rope_head_dim, width),
         _vector(f"{where}.kv_a_norm.weight", mla.kv_lora_rank),
-        Weight(f"{where}.kv_b_proj.weight", heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank),
+        Weight(f"{where}.kv_b_proj.weight", sum(value_rows), mla.kv_lora_rank, head_rows=value_rows),
         Weight(f"{where}.o_proj.weight", width, heads * mla.v_head_dim),
     ]
 

@@ -1,4 +1,6 @@
-"""Coefficients of Newton-Schulz: (a, b, c) per step of X <- a X + b (X X^T) X + c (X X^T)^2 X. Nothing of torch.
+"""Coefficients of Newton-Schulz: (a, b, c) per step of X <- a X + b (X X^T) X + c (X X^T)^2 X; what its forms cost.
+
+No torch, so that a plan can ask.
 
 Sources: keller5, K. Jordan's Muon and Moonlight (arXiv:2502.16982): the largest slope at 0 that keeps singular values
 within about 0.7 to 1.2. you5, J. You's five, in modded-nanogpt and heavyball. polar_express, arXiv:2505.16932, with
@@ -9,10 +11,12 @@ converge to 1 (2, -1.5, 0.5).
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from earthshine.errors import ConfigError
 
 Coefficients = tuple[tuple[float, float, float], ...]
+Form = Literal["standard", "gram", "auto"]
 
 _KELLER = (3.4445, -4.7750, 2.0315)
 _POLAR_EXPRESS = (
@@ -60,6 +64,10 @@ _RESTARTS_BELOW_FP32: dict[Coefficients, tuple[int, ...]] = {
 # diverges when it nears 1; at this bound the error is below 0.015 on the same matrices (ten steps of keller5: 1e28).
 _GROWTH_LIMIT = 0.012
 _FP32_EPSILON = 1.2e-7
+# Below fp32 the gram form from this aspect ratio on, measured: 1.39x at 4, 1.23x at 2.75, a loss at 1.
+_MIN_ASPECT_BELOW_FP32 = 2.5
+# ... and where restarts leave at least this saving, counted: 0.8 for keller5 at that ratio.
+_MAX_COST_BELOW_FP32 = 0.85
 
 
 def default_steps(coefficients: str | Sequence[Sequence[float]]) -> int:
@@ -95,6 +103,30 @@ def gram_restarts(table: Coefficients, epsilon: float) -> tuple[int, ...]:
             restarts.append(k)
             growth = epsilon
     return tuple(restarts)
+
+
+def newton_schulz_flops(
+    M: int, N: int, steps: int = 5, form: Form = "standard", blocks: int = 1, restarts: int = 0
+) -> int:
+    """Floating-point operations (2 per multiply-add) of one matrix's products.
+
+    blocks as in `resolve_form`; restarts: how many the gram form makes.
+    """
+    S, L = min(M, N), max(M, N)
+    # p block rows compute (p + 1) / 2p of a symmetric product.
+    square, gram = S**3 * (blocks + 1) // blocks, S * S * L * (blocks + 1) // blocks
+    if form == "gram":
+        segments = restarts + 1
+        return (4 * steps - 3 * segments) * square + segments * (gram + 2 * S * S * L)
+    return steps * (gram + square + 2 * S * S * L)
+
+
+def cheaper_form(M: int, N: int, gram: float, standard: float, *, below_fp32: bool) -> Form:
+    """The form that ns_form="auto" takes, by the FLOPs of both: see `ops.orthogonalize.choose_form`."""
+    if not below_fp32:
+        return "gram" if gram < standard else "standard"
+    wide = max(M, N) >= _MIN_ASPECT_BELOW_FP32 * min(M, N)
+    return "gram" if wide and gram <= _MAX_COST_BELOW_FP32 * standard else "standard"
 
 
 def _rows(coefficients: str | Sequence[Sequence[float]]) -> Coefficients:

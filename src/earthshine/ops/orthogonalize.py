@@ -31,9 +31,12 @@ from earthshine.errors import ConfigError
 from earthshine.ops.newton_schulz_tables import (
     COEFFICIENTS,
     Coefficients,
+    Form,
+    cheaper_form,
     coefficient_steps,
     default_steps,
     gram_restarts,
+    newton_schulz_flops,
 )
 
 __all__ = [
@@ -51,8 +54,6 @@ __all__ = [
     "resolve_method",
 ]
 
-Form = Literal["standard", "gram", "auto"]
-
 # A Frobenius norm below this is treated as this: an all-zero matrix stays zero instead of becoming NaN.
 EPS = 1e-30
 
@@ -68,11 +69,6 @@ _MIN_BLOCK_ROWS = 128
 _MAX_BLOCKS = 4
 # In bf16, where thin products lose more: 1.15x at 2048 x 2048 and 1.09x at 1408 x 2048, nothing at 352 rows.
 _MIN_ROWS_FOR_BLOCKS_BELOW_FP32 = 1024
-
-# Below fp32 the gram form from this aspect ratio on, measured: 1.39x at 4, 1.23x at 2.75, a loss at 1.
-_MIN_ASPECT_BELOW_FP32 = 2.5
-# ... and where restarts leave at least this saving, counted: 0.8 for keller5 at that ratio.
-_MAX_COST_BELOW_FP32 = 0.85
 
 # A smaller side is filled up to this with zeros, which Newton-Schulz keeps: MKL computes products of fewer than 12 rows
 # in an order that depends on the batch, the threads and the alignment, larger ones not (measured up to 300 rows).
@@ -151,22 +147,6 @@ def matrices_per_batch(M: int, N: int, dtype: torch.dtype, device: torch.device)
     return max(1, budget // max(1, per_matrix))
 
 
-def newton_schulz_flops(
-    M: int, N: int, steps: int = 5, form: Form = "standard", blocks: int = 1, restarts: int = 0
-) -> int:
-    """Floating-point operations (2 per multiply-add) of one matrix's products.
-
-    blocks as in `resolve_form`; restarts: how many the gram form makes.
-    """
-    S, L = min(M, N), max(M, N)
-    # p block rows compute (p + 1) / 2p of a symmetric product.
-    square, gram = S**3 * (blocks + 1) // blocks, S * S * L * (blocks + 1) // blocks
-    if form == "gram":
-        segments = restarts + 1
-        return (4 * steps - 3 * segments) * square + segments * (gram + 2 * S * S * L)
-    return steps * (gram + square + 2 * S * S * L)
-
-
 def resolve_method(
     form: Form,
     M: int,
@@ -241,16 +221,12 @@ def choose_form(
 
 
 def _choose(M: int, N: int, dtype: torch.dtype, device: torch.device, steps: int, restarts: int) -> tuple[Form, int]:
-    S, L = min(M, N), max(M, N)
+    S = min(M, N)
     blocks = {form: _blocks(form, S, dtype, device) for form in ("standard", "gram")}
     gram = newton_schulz_flops(M, N, steps, "gram", blocks["gram"], restarts)
     standard = newton_schulz_flops(M, N, steps, "standard", blocks["standard"])
-    if dtype.itemsize >= 4:
-        form: Form = "gram" if gram < standard else "standard"
-    else:
-        plain = newton_schulz_flops(M, N, steps, "standard")
-        wide = L >= _MIN_ASPECT_BELOW_FP32 * S
-        form = "gram" if wide and gram <= _MAX_COST_BELOW_FP32 * plain else "standard"
+    plain = newton_schulz_flops(M, N, steps, "standard")
+    form = cheaper_form(M, N, gram, standard if dtype.itemsize >= 4 else plain, below_fp32=dtype.itemsize < 4)
     return form, blocks[form]
 
 

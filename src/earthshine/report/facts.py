@@ -8,7 +8,7 @@ from typing import Any
 from earthshine.console import human_seconds
 from earthshine.report.document import Cell, Table, Text
 from earthshine.report.runs import Run
-from earthshine.report.scales import fixed, flops, short, whole
+from earthshine.report.scales import fixed, flops, optimizer_name, short, whole
 from earthshine.report.starts import mid_run_changes, segments, starts_table
 
 UNKNOWN = "not recorded"
@@ -130,8 +130,7 @@ def optimizer_words(run: Run) -> str:
     o = dig(run.config, "optimizer")
     if not isinstance(o, Mapping):
         return UNKNOWN
-    name = {"muon": "Muon (AdamW for norms, embedding and head)", "adamw": "AdamW"}.get(str(o.get("algorithm")))
-    words = name or str(o.get("algorithm"))
+    words = optimizer_name(o)
     if o.get("algorithm") == "muon" and "momentum" in o:
         words += f", momentum {o['momentum']}"
     if "weight_decay" in o:
@@ -172,6 +171,7 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Parameters active for a token", [_show(plan_number(r, "active_parameters")) for r in runs]),
         ("Parameters trained by Muon", [_show(plan_number(r, "muon_parameters")) for r in runs]),
         ("Parameters trained by AdamW", [_show(plan_number(r, "adamw_parameters")) for r in runs]),
+        ("Parameters trained by Scion", [_show(plan_number(r, "scion_parameters") or None) for r in runs]),
         ("Parameters frozen", [_show(plan_number(r, "frozen_parameters") or None) for r in runs]),
         ("Steps", [steps_words(r) for r in runs]),
         ("Sequences a step \N{MULTIPLICATION SIGN} tokens", [_batch(r) for r in runs]),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from earthshine.report.document import Table, clean, fence, inline_markdown, markdown_block
-from earthshine.report.scales import fixed, short, whole
+from earthshine.report.scales import fixed, optimizer_name, short, whole
 from earthshine.report.starts import effective, mid_run_changes, start_of
 
 # An id of the Hub, "owner/name". A local folder is told in the text only.
@@ -161,13 +161,12 @@ def _training(training: Mapping[str, Any]) -> str:
     batch = None
     if "sequences_per_step" in job and "seq_len" in job:
         batch = f"{whole(job['sequences_per_step'])} sequences of {whole(job['seq_len'])} tokens"
-    names = {"muon": "Muon (AdamW for norms, embedding and head)", "adamw": "AdamW"}
     return _facts(
         (
             ("Steps", _whole(training.get("steps"))),
             ("Tokens", _whole(training.get("tokens"))),
             ("A step", batch),
-            ("Optimizer", names.get(optimizer.get("algorithm", ""), optimizer.get("algorithm"))),
+            ("Optimizer", optimizer_name(optimizer) if optimizer else None),
             ("Peak learning rate", short(optimizer["lr"]) if "lr" in optimizer else None),
             ("Weight decay", optimizer.get("weight_decay")),
             ("Schedule", schedule.get("kind")),

@@ -1,8 +1,9 @@
-"""Numbers for people, and the axes that carry them: formatting, tick positions, thinning of long series."""
+"""Human-readable numbers and names, and the axes that carry numbers: formatting, ticks, thinning of long series."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
@@ -162,3 +163,15 @@ def thin(x: Sequence[float], y: Sequence[float], max_points: int = 480) -> Thinn
         high=tuple(max(b for _, b in part) for part in parts),
         group=group,
     )
+
+
+def optimizer_name(optimizer: Mapping[str, Any]) -> str:
+    """Who trains what, of an encoded `OptimizerConfig`; an older one lacks fields, which had their defaults."""
+    algorithm = str(optimizer.get("algorithm"))
+    if algorithm != "muon":
+        return {"adamw": "AdamW"}.get(algorithm, algorithm)
+    others = {"adamw": "AdamW", "scion": "Scion"}.get(str(optimizer.get("rest", "adamw")), str(optimizer.get("rest")))
+    routers = ", AdamW for routers" if optimizer.get("router") == "adamw" else ""
+    heads = ", by attention heads" if optimizer.get("heads") == "split" else ""
+    norm = f" under the Schatten-{optimizer.get('schatten_p')} norm" if optimizer.get("norm") == "schatten" else ""
+    return f"Muon{norm}{heads} ({others} for norms, embedding and head{routers})"

@@ -23,6 +23,7 @@ from earthshine.model.counts import count_parameters, recomputed_flops_per_token
 from earthshine.model.hf_config import from_hf, read_hf_config
 from earthshine.model.matrices import router_biases, weights
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
+from earthshine.optim.cost import cost
 from earthshine.optim.schedule import learning_rate
 
 
@@ -248,11 +249,14 @@ def changes_on_resume(
         steps_done: steps of the checkpoint that would be resumed from.
         same_data: "data" and "heldout" where the data are the same, if in another place.
     """
+    if not isinstance(old, dict):
+        raise ConfigError(f"the saved config is a {type(old).__name__}, not that of a run: restore config.json.")
     old = completed(old)
     lines = diff(_in_their_old_place(old, encode(job), same_data), encode(job))
     refused = [line for line in lines if not _allowed(line.partition(": ")[0])]
     only_length = [line.partition(": ")[0] for line in refused] == ["num_steps"]
-    if only_length and job.num_steps >= steps_done and _same_rates(job, old["num_steps"], steps_done):
+    before = old.get("num_steps")
+    if only_length and isinstance(before, int) and job.num_steps >= steps_done and _same_rates(job, before, steps_done):
         return []
     return refused
 
@@ -323,6 +327,7 @@ class Derived:
     trainable_parameters: int
     muon_parameters: int
     adamw_parameters: int
+    scion_parameters: int
     frozen_parameters: int
     frozen_router_biases: tuple[int, ...]
     forward_backward_flops_per_step: float
@@ -353,6 +358,7 @@ class Derived:
             ("active per token", f"{self.active_parameters:,}"),
             ("trained by Muon", f"{self.muon_parameters:,}"),
             ("trained by AdamW", f"{self.adamw_parameters:,}"),
+            *([("trained by Scion", f"{self.scion_parameters:,}")] if self.scion_parameters else []),
             *([("frozen", f"{self.frozen_parameters:,}")] if self.frozen_parameters else []),
             *([("router bias frozen in layers", ", ".join(map(str, biases)))] if biases else []),
             ("steps", f"{self.num_steps:,}"),
@@ -399,9 +405,8 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
     trained = [w for w in found if w.name not in frozen]
     if not trained:
         raise ConfigError(f"optimizer.freeze={list(optimizer.freeze)} leaves no parameter to train.")
-    muon = [w for w in trained if w.for_muon and optimizer.algorithm == "muon"]
-    trainable, by_muon = sum(w.elements for w in trained), sum(w.elements for w in muon)
-    newton_schulz = sum(w.count * _newton_schulz_flops(optimizer, w.rows, w.columns) for w in muon)
+    trainable, by = sum(w.elements for w in trained), cost(optimizer, trained)
+    newton_schulz = by["muon"].newton_schulz_flops
     forward_backward = train_flops_per_token(model, job.seq_len, frozen=frozen) * job.tokens_per_step
     repeated = 0.0
     if job.balance.scope == "step":  # a routing pass through all blocks
@@ -419,8 +424,9 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         parameters=counts.total,
         active_parameters=counts.active,
         trainable_parameters=trainable,
-        muon_parameters=by_muon,
-        adamw_parameters=trainable - by_muon,
+        muon_parameters=by["muon"].elements,
+        adamw_parameters=by["adamw"].elements,
+        scion_parameters=by["scion"].elements,
         frozen_parameters=sum(w.elements for w in found if w.name in frozen),
         frozen_router_biases=_frozen_biases(optimizer, model),
         forward_backward_flops_per_step=forward_backward,
@@ -429,7 +435,7 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         total_flops=(forward_backward + repeated + newton_schulz) * job.num_steps,
         parameter_bytes=4 * counts.total,
         gradient_bytes=4 * trainable,
-        optimizer_bytes=4 * by_muon + 8 * (trainable - by_muon),
+        optimizer_bytes=sum(c.state_bytes for c in by.values()),
         sources=sources,
         heldout_sha256=fingerprint(job.heldout.path),
         warnings=_warnings(job, model, sources),
@@ -466,14 +472,3 @@ def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -
             f"{job.sequences_per_micro_batch}. 'sequence' and 'step' give the same one for any."
         )
     return tuple(found)
-
-
-def _newton_schulz_flops(optimizer: OptimizerConfig, rows: int, columns: int) -> float:
-    """FLOPs to orthogonalise one matrix, as `ops.orthogonalize.newton_schulz_flops` counts them without torch.
-
-    "auto" is taken as the cheaper form; halves of symmetric products that are left out on a CPU are counted.
-    """
-    short, long, steps = min(rows, columns), max(rows, columns), optimizer.newton_schulz_steps
-    standard = steps * (4.0 * short * short * long + 2.0 * short**3)
-    gram = 4.0 * short * short * long + (4 * steps - 3) * 2.0 * short**3
-    return {"standard": standard, "gram": gram, "auto": min(standard, gram)}[optimizer.ns_form]

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earthshine.report.scales import compact, fixed, flops, linear_axis, log_axis, short, thin, with_error
+from earthshine.report.scales import (
+    compact,
+    fixed,
+    flops,
+    linear_axis,
+    log_axis,
+    optimizer_name,
+    short,
+    thin,
+    with_error,
+)
 
 
 def test_numbers():
@@ -74,3 +84,23 @@ def test_thinning_keeps_mean_and_extremes(y, max_points):
         assert mean == pytest.approx(math.fsum(values) / len(values), abs=1e-6)
     if len(values) <= max_points:
         assert shown.y == tuple(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"algorithm": "adamw", "rest": "adamw"}, "AdamW"),
+        ({"algorithm": "muon"}, "Muon (AdamW for norms, embedding and head)"),
+        ({"algorithm": "muon", "rest": "scion"}, "Muon (Scion for norms, embedding and head)"),
+        (
+            {"algorithm": "muon", "rest": "scion", "router": "adamw", "heads": "split"},
+            "Muon, by attention heads (Scion for norms, embedding and head, AdamW for routers)",
+        ),
+        (
+            {"algorithm": "muon", "norm": "schatten", "schatten_p": 4.0},
+            "Muon under the Schatten-4.0 norm (AdamW for norms, embedding and head)",
+        ),
+    ],
+)
+def test_the_optimizer_is_named_as_it_was(options, words):
+    assert optimizer_name(options) == words

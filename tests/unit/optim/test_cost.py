@@ -1,0 +1,95 @@
+"""optim/cost.py beside the optimizer that is built, for every option that changes who trains what, state or FLOPs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from earthshine.model.config import ModelConfig
+from earthshine.model.matrices import weights
+from earthshine.model.presets import preset
+from earthshine.model.transformer import Transformer
+from earthshine.ops.orthogonalize import resolve_method
+from earthshine.optim.config import OptimizerConfig
+from earthshine.optim.cost import Cost, cost
+from earthshine.optim.matrices import logical_matrices
+from earthshine.optim.muon import build_optimizer
+
+FP32 = OptimizerConfig(ns_dtype="float32")
+OPTIONS: dict[str, OptimizerConfig] = {
+    "default": FP32,
+    "adamw": replace(FP32, algorithm="adamw"),
+    "scion": replace(FP32, rest="scion"),
+    "router": replace(FP32, router="adamw"),
+    "router, scion": replace(FP32, router="adamw", rest="scion"),
+    "heads": replace(FP32, heads="split"),
+    "bf16 momentum": replace(FP32, momentum_dtype="bfloat16"),
+    "bf16 momentum, scion": replace(FP32, momentum_dtype="bfloat16", rest="scion"),
+    "normuon": replace(FP32, normuon_beta2=0.95),
+    "normuon, heads": replace(FP32, normuon_beta2=0.95, heads="split"),
+    "schatten": replace(FP32, norm="schatten", schatten_p=4.0),
+    "adamw, schatten": replace(FP32, algorithm="adamw", norm="schatten", schatten_p=4.0),
+    "exact rms": replace(FP32, exact_rms=True),
+    "skip idle": replace(FP32, skip_idle=True),
+    "table": replace(FP32, ns_coefficients="table", ns_table=((2.0, -1.5, 0.5),) * 3),
+    "steps": replace(FP32, ns_steps=7),
+    **{
+        f"{table}, {form}, {dtype}": OptimizerConfig(ns_coefficients=table, ns_form=form, ns_dtype=dtype)
+        for table in ("keller5", "you5", "polar_express", "deepseek_v4")
+        for form in ("standard", "gram", "auto")
+        for dtype in ("float32", "bfloat16", "float16")
+    },
+}
+
+
+def of_the_built(model: ModelConfig, config: OptimizerConfig) -> dict[str, Cost]:
+    """From the groups, tensors of state, and logical matrices of an optimizer on the meta device, as an accelerator."""
+    with torch.device("meta"):
+        built = build_optimizer(Transformer(model), config)
+    found = {"muon": Cost(), "adamw": Cost(), "scion": Cost()}
+    for group in built.param_groups:
+        total = found[group["algorithm"]]
+        for i, p in enumerate(group["params"]):
+            total.elements += p.numel()
+            total.state_bytes += sum(t.nbytes for key, t in built.state[p].items() if key != "step")
+            if group["algorithm"] == "muon" and group["norm"] == "spectral":
+                total.newton_schulz_flops += sum(
+                    _flops(m.M, m.N, group) for m in logical_matrices(p.shape, group["matrices"][i])
+                )
+    return found
+
+
+def _flops(M: int, N: int, group: dict[str, Any]) -> int:
+    dtype, device = getattr(torch, group["ns_dtype"]), torch.device("meta")
+    table, steps = group["ns_coefficients"], group["ns_steps"]
+    return resolve_method(group["ns_form"], M, N, dtype, device, table, steps).flops(M, N)
+
+
+@pytest.mark.parametrize("name", ["llama3_tiny", "llama3_tiny_e8t2", "moonlight_tiny"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_cost_is_that_of_the_optimizer_that_is_built(name: str, option: str) -> None:
+    config = OPTIONS[option]
+    model = preset(name)
+    if "router" in option and not model.is_moe:
+        pytest.skip("a dense model has no router")
+    assert cost(config, weights(model)) == of_the_built(model, config)
+
+
+def _changed(field: str, value: Any) -> Callable[[], ModelConfig]:
+    return lambda: replace(preset("llama3_tiny_e8t2"), **{field: value})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        _changed("tie_word_embeddings", True),
+        _changed("qk_norm", True),
+        lambda: replace(preset("moonlight_tiny"), mla=replace(preset("moonlight_tiny").mla, q_lora_rank=24)),
+    ],
+    ids=["tied", "qk norm", "latent queries"],
+)
+@pytest.mark.parametrize("option", ["default", "scion", "heads", "normuon, heads"])
+def test_so_it_is_for_other_architectures(model: Callable[[], ModelConfig], option: str) -> None:
+    assert cost(OPTIONS[option], weights(model())) == of_the_built(model(), OPTIONS[option])
