@@ -41,6 +41,7 @@ from earthshine.optim.measure import Measure
 from earthshine.optim.options import (
     check_group,
     check_keys,
+    complete,
     group_differences,
     initial_options,
     name_of,
@@ -138,8 +139,10 @@ class Muon(torch.optim.Optimizer):
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"_stepped": True, "_made": True} | state)
         self.defaults.pop("differentiable", None)  # torch adds it here; later groups would have an option more
+        for options in (self.defaults, *self.param_groups):
+            complete(options, _defaults())
         self._process_group = None
         self._forget()
 
@@ -356,9 +359,7 @@ class Muon(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        # Muon's own defaults: self.defaults are those that this one was made with.
-        parameters = inspect.signature(Muon.__init__).parameters
-        groups = saved_groups(state_dict, {name: given.default for name, given in parameters.items()})
+        groups = saved_groups(state_dict, _defaults())
         states = state_dict["state"]
         problems = group_differences(self.param_groups, groups)
         if problems:
@@ -432,6 +433,11 @@ class Muon(torch.optim.Optimizer):
                     )
                 found[key] = torch.zeros_like(live) if live.shape == expected else torch.zeros(expected)
         return found
+
+
+def _defaults() -> dict[str, Any]:
+    """Muon's own, where `Muon.defaults` are those that one was made with."""
+    return {name: given.default for name, given in inspect.signature(Muon.__init__).parameters.items()}
 
 
 def _holds_anything(state: Any, everywhere: bool = False) -> bool:

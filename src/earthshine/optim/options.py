@@ -167,6 +167,14 @@ def initial_options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple((key, group[key]) for key in _LOOPS)
 
 
+def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """The default of every option that did not exist when the group, or the defaults of groups, was pickled."""
+    group |= {key: defaults[key] for key in (*PLANNED, *_LOOPS) if key not in group}
+    if "params" in group:
+        resolve_group(group)
+        group.setdefault("initial_options", initial_options(group))
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """ConfigError for options out of range and for parameters that the algorithm cannot take."""
     named = group["ns_coefficients"] in NS_STEPS or isinstance(group["ns_coefficients"], str)
@@ -328,9 +336,10 @@ def group_differences(current: Sequence[Mapping[str, Any]], saved: Sequence[Mapp
         return [f"parameters per group: {sizes[0]} (saved) -> {sizes[1]}"]
     lines = []
     for index, (new, old) in enumerate(zip(current, saved, strict=True)):
+        unnamed = {"param_names"} if "param_names" not in old or "param_names" not in new else set()
         initially = [{key: _plain(v) for key, v in g.get("initial_options", ())} for g in (old, new)]
         # Entries that are neither ours nor what we keep are a scheduler's.
-        compared = {*_KEPT, *PLANNED, *_LOOPS} - {"params", "initial_options"}
+        compared = {*_KEPT, *PLANNED, *_LOOPS} - {"params", "initial_options"} - unnamed
         for key in sorted(key for key in compared if key in new or key in old):
             was, now = _plain(old.get(key, "(absent)")), _plain(new.get(key, "(absent)"))
             first = [values.get(key, value) for values, value in zip(initially, (was, now), strict=True)]

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,36 @@ def test_an_option_that_a_checkpoint_does_not_know_had_its_default(key: str) -> 
     other = {"skip_idle": True, "payload_dtype": "bfloat16", "rounding": "stochastic", "ns_steps": 3, "eps": 1e-4}
     with pytest.raises(CheckpointError, match=rf"group 0 {key}: "):
         muon(parameters(), **{key: other.get(key, 0.9)}).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key", ["rounding", "ns_steps", "normuon_beta2", "eps", "initial_options"])
+def test_a_pickle_that_does_not_know_an_option_had_its_default(key: str) -> None:
+    optimizer = muon(parameters())
+    step(optimizer, 0)
+    expected = pickle.loads(pickle.dumps(optimizer))
+    optimizer.defaults.pop(key, None)
+    for group in optimizer.param_groups:
+        del group[key]
+    older = pickle.loads(pickle.dumps(optimizer))
+    assert older.param_groups[0][key] == expected.param_groups[0][key]
+    for one in (older, expected):
+        one.add_param_group({"params": [("late", nn.Parameter(torch.ones(3, 3)))]})
+        step(one, 1)
+    for ours, theirs in zip(older.param_groups, expected.param_groups, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours["params"], theirs["params"], strict=True))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_names_that_only_one_side_has_are_no_difference(named: bool) -> None:
+    params = parameters()
+    unnamed = [{"params": params[:-1]}, {"params": params[-1:], "algorithm": "adamw"}]
+    pair = [Muon(unnamed, lr=0.01, ns_dtype="float32"), muon(parameters())]
+    old, new = pair if named else pair[::-1]
+    step(old, 0)
+    new.load_state_dict(copy.deepcopy(old.state_dict()))
+    assert ("param_names" in new.param_groups[0]) is named
+    for a, b in zip(old.param_groups[0]["params"], new.param_groups[0]["params"], strict=True):
+        assert torch.equal(state_of(old, a), state_of(new, b))
 
 
 @pytest.mark.parametrize("wrong", [{}, {"state": {}}, {"param_groups": []}, {"state": [], "param_groups": []}])
