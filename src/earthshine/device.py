@@ -184,11 +184,11 @@ def read(*readings: Readings) -> None:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """An NVIDIA GPU's compute capability; (0, 0) for AMD's, whose numbers mean something else, and for a CPU.
+    """An NVIDIA GPU's compute capability; (0, 0) for all else, AMD's, whose numbers mean something else, included.
 
     A device that is not here (meta, fake tensors) stands for a current one, (9, 0).
     """
-    if device.type == "cpu" or torch.version.hip:
+    if device.type not in ("cuda", "meta") or torch.version.hip:
         return (0, 0)
     here = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_capability(device) if here else (9, 0)
@@ -196,7 +196,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether the device is an accelerator with matrix units for bf16: NVIDIA's from Ampere on, and AMD's."""
-    return device.type != "cpu" and (torch.version.hip is not None or capability(device) >= (8, 0))
+    known = device.type in ("cuda", "meta")  # not Apple's or Intel's: their kernels are others
+    return known and (torch.version.hip is not None or capability(device) >= (8, 0))
 
 
 def has_flash_attention(device: torch.device, dtype: torch.dtype, width: int) -> bool:

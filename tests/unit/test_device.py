@@ -84,6 +84,14 @@ def test_a_cpu_is_asked_with_small_products(feed, float32, bfloat16, dtype):
     assert choice.reason.startswith(words) and "on one thread" in choice.reason
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu", "hpu"])
+def test_other_makers_accelerators_are_not_taken_for_nvidias(kind):
+    device = torch.device(kind)
+    assert devices.capability(device) == (0, 0) and not devices.has_native_bf16(device)
+    assert not devices.has_flash_attention(device, torch.bfloat16, 64)
+    assert not devices.has_grouped_product(device, torch.bfloat16)
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_an_accelerator_with_bf16_units_computes_in_bf16_whatever_is_measured(feed, gpu, capability):
     feed(float32=1e12, bfloat16=1e12, latency=1e-3)
