@@ -159,7 +159,7 @@ def _median(values: Sequence[float], scale: float = 1.0) -> float | None:
 def _show(value: Any, form: Any = whole) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return UNKNOWN
-    return str(form(value))
+    return str(form(value)) if form is str or isinstance(value, int | float) else str(value)
 
 
 def what_was_run(runs: Sequence[Run]) -> Table:

@@ -82,7 +82,7 @@ def _before(run_dir: Path, done: int, saved: dict[str, Any] | None) -> dict[str,
     starts = [line.record for line in json_lines(run_dir / STARTS) if line.record]
     kept = [s for s in starts if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
     if kept:
-        return kept[-1]
+        return {part: found for part, found in kept[-1].items() if isinstance(found, dict)}
     files = {"config": CONFIG, "plan": PLAN, "environment": ENV}
     found = {part: stored(run_dir / name) or {} for part, name in files.items()}
     return found | ({"config": saved} if saved else {})

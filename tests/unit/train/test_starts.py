@@ -182,3 +182,13 @@ def test_a_replay_does_not_pass_by_what_is_lost(job: TrainJob, tmp_path: Path) -
     proof = verify_checkpoint(run, replay=True)
     bad = [r for r in proof["rows"] if not r["ok"]]
     assert [r["measured"] for r in bad] == [2, 2, 2, 2] and "2 of which metrics.jsonl has lost" in bad[0]["note"]
+
+
+def test_a_start_of_another_shape_stops_neither_resume_nor_report(job: TrainJob, tmp_path: Path) -> None:
+    fit(job, tmp_path / "run", device="cpu", stop_after=2)
+    odd = {"first_step": 1, "config": 3, "plan": [4], "environment": "here"}
+    (tmp_path / "run/starts.jsonl").write_text(json.dumps(odd) + "\n")
+    fit(job, tmp_path / "run", device="cpu", stop_after=4)
+    changes = {"config": [{"field": "optimizer.lr", "from": "fast", "to": 0.1}]}
+    (tmp_path / "run/starts.jsonl").write_text(json.dumps({"first_step": 3, "changes": changes}) + "\n")
+    assert "fast from step 1" in write_report([tmp_path / "run"]).with_suffix(".md").read_text()
