@@ -73,6 +73,7 @@ _BOMS = (
 )
 _CONTROL = re.compile(rb"[\x00-\x07\x0e-\x19\x1c-\x1f\x7f]")
 _WORD = re.compile(rb"[A-Za-z\x80-\xff]{4}")
+_OBJECT = re.compile(rb'(\[\s*)?\{\s*"')
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, or one that decoders step over
 
@@ -261,7 +262,7 @@ def _json(head: bytes, stream: BinaryIO, whole: bool, inner: str, text_key: str)
         line = body.partition(b"\n")[0].rstrip()
         return Format("records" if re.match(rb"\[\s*\{", body) or line.endswith((b"{", b"[", b",")) else "lines")
     if inner != ".json":
-        return _json_unnamed(body, whole, text_key)
+        return _json_unnamed(body, stream, whole, text_key)
     if not body:
         return Format("text")
     if body.startswith(b"["):
@@ -299,7 +300,7 @@ def _json_object(body: bytes, whole: bool, text_key: str) -> Format:
     )
 
 
-def _json_unnamed(body: bytes, whole: bool, text_key: str) -> Format | None:
+def _json_unnamed(body: bytes, stream: BinaryIO, whole: bool, text_key: str) -> Format | None:
     """JSON under another name: only what cannot well be anything else."""
     if not body.startswith((b"{", b"[")):
         return None
@@ -307,15 +308,18 @@ def _json_unnamed(body: bytes, whole: bool, text_key: str) -> Format | None:
     first = _parsed(lines[0])
     if isinstance(first, dict):
         second = _parsed(lines[1]) if len(lines) > 1 else None
-        cut = len(lines) == 2 and not whole and lines[1].startswith(b"{")
-        if isinstance(second, dict) or ((len(lines) == 1 or cut) and text_key in first):
+        cut = len(lines) == 2 and not whole and _OBJECT.match(lines[1])
+        if isinstance(second, dict) or cut or (len(lines) == 1 and text_key in first):
             return Format("lines")
         return None
     start = re.match(rb"\[?\s*(?=\{)", body)
     try:
         value, _ = json.JSONDecoder().raw_decode(body[start.end() :].decode(errors="replace")) if start else (None, 0)
     except (ValueError, RecursionError):
-        return None
+        if whole or not _OBJECT.match(body):
+            return None
+        more = stream.read(_CONFIG_BYTES)  # a record may be longer than the head
+        return _json_unnamed(body + more, stream, len(more) < _CONFIG_BYTES, text_key) if more else None
     return Format("records") if isinstance(value, dict) and isinstance(value.get(text_key), str) else None
 
 

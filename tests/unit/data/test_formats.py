@@ -237,10 +237,27 @@ def test_one_record_in_a_file_of_its_own(tmp_path: Path) -> None:
         assert read(write(tmp_path / name, json.dumps(ROWS[3], indent=indent).encode())) == TEXTS[3:4]
 
 
-def test_a_first_line_longer_than_what_is_looked_at(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.json", "part-00000"])
+def test_a_first_line_longer_than_what_is_looked_at(tmp_path: Path, name: str) -> None:
     rows = [{"id": i, "text": "long " * 40_000} for i in range(3)]
     for raw in ("\n".join(map(json.dumps, rows)), json.dumps(rows), json.dumps(rows[0], indent=1)):
-        assert set(read(write(tmp_path / "a.json", raw.encode()))) == {rows[0]["text"]}
+        assert set(read(write(tmp_path / name, raw.encode()))) == {rows[0]["text"]}
+
+
+def test_a_second_line_longer_than_what_is_looked_at(tmp_path: Path) -> None:
+    rows = [{"body": "short"}, {"body": "long " * 40_000}]
+    with pytest.raises(DataError, match="has no key 'text'"):
+        found(write(tmp_path / "part-00000", "\n".join(map(json.dumps, rows)).encode()))
+
+
+def test_a_long_text_that_begins_like_json_stays_a_text(tmp_path: Path) -> None:
+    for text in ('{"a": 1, ' * 20_000, "{% raw %}\n" * 20_000, json.dumps({"cells": ["x" * 99] * 2_000}, indent=1)):
+        assert read(write(tmp_path / "a.md", text.encode())) == [text]
+
+
+def test_how_deep_a_record_nests_beside_its_text_does_not_matter(tmp_path: Path) -> None:
+    line = '{"text": "a", "meta": ' + "[" * 300 + "]" * 300 + "}\n"
+    assert read(write(tmp_path / "a.jsonl", 2 * line.encode())) == ["a", "a"]
 
 
 def test_records_are_cut_into_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +279,7 @@ def test_records_are_cut_into_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (b'[{"text": "a"}, {"text": "b" "c"}]', "record 2 is not JSON"),
         (b'[{"text": "a"}, ' + b"[" * 100_000, "record 2 is nested too deeply"),
         (b'{"text": "a"}\n{"text": "b"\n{"text": "c"}', "line 2 is not JSON"),
-        (b'{"text": "a"}\n{"text": ' + b"[" * 100_000, "line 2 is not JSON .it nests deeper"),
+        (b'{"text": "a"}\n{"text": ' + b"[" * 100_000, "line 2 is nested too deeply"),
         (b'{"text": "a"\n{"text": "b"}\n', "line 1 is not JSON"),
     ],
 )
