@@ -265,7 +265,7 @@ def _sample(path: Path, label: str, model: Path, tokenizer: Path) -> None:
     from earthshine.evaluate.generate import generate
     from earthshine.evaluate.prompts import Prompts
 
-    loaded, prompts = load_model(model), Prompts(model, tokenizer)
+    loaded, prompts = load_model(model), Prompts(model, tokenizer, special_tokens=True)  # one is a chat, with its marks
     samples = []
     for prompt in PROMPTS:
         prompt_ids = prompts.encode(prompt)

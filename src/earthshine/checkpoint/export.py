@@ -72,7 +72,9 @@ def export(
         raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
     named = None if tokenizer_dir is None else companion_files(tokenizer_dir)
     if named is not None and not has_tokenizer(named):
-        raise ConfigError(f"{tokenizer_dir} holds no tokenizer file to copy.")
+        raise ConfigError(
+            f"{tokenizer_dir} holds no tokenizer file to copy; name the folder that its tokenizer.json is in."
+        )
     read = _from_run if is_run(source) else _from_directory
     config, blocks, origin, facts = read(source, DTYPES[dtype], trust)
     config, blocks = _as_served(config, blocks, DTYPES[dtype])
@@ -88,6 +90,11 @@ def export(
         log(f"{out_dir} gets no tokenizer: {said}; name a folder that holds one (--tokenizer).")
     files = _keep_class(files, config, Path(tokenizer_dir) if tokenizer_dir is not None else origin)
     texts = _texts(config, files, _common_facts(config, out_dir, dtype) | facts)
+    if parse_object({**texts, **files}[GENERATION], GENERATION).get("eos_token_id") in (None, []):
+        log(
+            f"warning: {out_dir} names no end token, so that generation ends only at its limit: write an eos_token_id "
+            f"into its {GENERATION} and config.json."
+        )
     with staged_directory(out_dir) as staging:
         write_model(
             staging, config, {e.hf: e.dtype(DTYPES[dtype]) for e in entries(config)}, blocks, {**files, **texts}

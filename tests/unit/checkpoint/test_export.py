@@ -208,3 +208,19 @@ def test_the_end_token_of_the_data_ends_a_text(
     make_run(tmp_path / "run", dense, origin, tokenization=rule)
     export(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == given | {"eos_token_id": after}
+
+
+def test_a_model_without_an_end_token_leaves_with_a_word(dense: ModelConfig, origin: Path, tmp_path: Path, capsys):
+    """As of a run from before checkpoints kept the end token of the data."""
+    make_run(tmp_path / "run", replace(dense, eos_token_ids=()), origin)
+    export(tmp_path / "run", tmp_path / "out")
+    assert "out names no end token" in capsys.readouterr().err
+    make_run(tmp_path / "ends", replace(dense, eos_token_ids=(0,)), origin)
+    export(tmp_path / "ends", tmp_path / "out2")
+    assert "end token" not in capsys.readouterr().err
+
+
+def test_a_tokenizers_file_in_place_of_its_folder(dense: ModelConfig, origin: Path, tmp_path: Path):
+    make_run(tmp_path / "run", dense, None)
+    with pytest.raises(ConfigError, match="tokenizer.json holds no tokenizer file to copy; name the folder"):
+        export(tmp_path / "run", tmp_path / "out", tokenizer_dir=origin / "tokenizer.json")
