@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 _INDEX = "model.safetensors.index.json"
+_OLDER_VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def instead_of_model(path: Path) -> str:
@@ -29,6 +30,21 @@ def hub_advice(path: Path) -> str:
     if path.exists() or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path)):
         return ""
     return f" If it is a name on the Hugging Face Hub: hf download {path} --local-dir models/{path.name}"
+
+
+def instead_of_tokenizer(path: Path) -> str:
+    """How to get a tokenizer.json where there is none, with a space before it; "" where nothing is known."""
+    older = [name for name in _OLDER_VOCABULARIES if (path / name).is_file()]
+    named = any(
+        (path / name).is_file() for name in ("config.json", "tokenizer_config.json")
+    )  # else whose it is is open
+    if not (older and named):
+        return hub_advice(path)
+    code = f"A.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+    return (
+        f" It holds {older[0]}: make a tokenizer.json of that, with "
+        f'python -c "from transformers import AutoTokenizer as A; {code}"'
+    )
 
 
 def gguf_advice(path: Path) -> str:

@@ -64,3 +64,13 @@ def test_a_tokenizer_is_looked_for_at_a_path(tmp_path: Path) -> None:
     gguf.write_bytes(b"GGUF0000")
     with pytest.raises(ConfigError, match="m.gguf is a GGUF file: convert it to a Hugging Face directory first"):
         load_tokenizer(gguf)
+
+
+def test_an_older_vocabulary_in_place_of_a_tokenizer_json(tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match="nor a folder that holds one.$"):  # transformers cannot tell whose it is
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match=r"It holds vocab.json: make .* AutoTokenizer as A; A.from_pretrained\('"):
+        load_tokenizer(tmp_path)

@@ -10,6 +10,8 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping
+from itertools import groupby
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_PREFIXES_WITHIN = 20  # prefixes within prefixes, each a level of parentheses, that a pattern has at most
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -150,8 +153,23 @@ def _is_lost(made: "Backend", content: str, *, must_stay_text: bool) -> bool:
 
 
 def spelling_pattern(contents: Iterable[str]) -> str:
-    """A regular expression for any of the spellings, the longest first."""
-    return "|".join(map(re.escape, sorted(contents, key=len, reverse=True)))
+    """A regular expression for any of the spellings, the longest first.
+
+    What they begin with in common is tried once: of a thousand `<SPECIAL_7>` side by side each would be tried at every
+    `<` of a text.
+    """
+    return _alternatives(sorted(set(contents)), 0)
+
+
+def _alternatives(contents: list[str], depth: int) -> str:
+    """The pattern for sorted spellings that differ."""
+    if depth == _PREFIXES_WITHIN:
+        return "(?:" + "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) + ")"
+    shared = commonprefix(contents)
+    rests = [content[len(shared) :] for content in contents if content != shared]
+    branches = [_alternatives(list(group), depth + 1) for _, group in groupby(rests, key=lambda rest: rest[0])]
+    optional = "?" if len(rests) < len(contents) else ""
+    return re.escape(shared) + (f"(?:{'|'.join(branches)}){optional}" if branches else "")
 
 
 def _listed(contents: Iterable[str]) -> str:

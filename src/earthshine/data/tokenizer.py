@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from earthshine.advice import gguf_advice, hub_advice
+from earthshine.advice import gguf_advice, instead_of_tokenizer
 from earthshine.config import nearest, read_json
 from earthshine.console import log
 from earthshine.data.control_tokens import control_tokens, spelling_pattern, text_backend
@@ -39,9 +39,8 @@ class Tokenizer:
         given = Path(path)
         self.path = given / "tokenizer.json" if given.is_dir() else given
         if not self.path.is_file():
-            raise ConfigError(
-                f"tokenizer={given} is neither a tokenizer.json nor a folder that holds one.{hub_advice(given)}"
-            )
+            fix = instead_of_tokenizer(given)
+            raise ConfigError(f"tokenizer={given} is neither a tokenizer.json nor a folder that holds one.{fix}")
         if gguf := gguf_advice(self.path):
             raise ConfigError(f"tokenizer={gguf}")
         with self._failures_named("is not a tokenizer.json that can be read"):

@@ -1,6 +1,7 @@
 """A special token's spelling inside a text is text, whatever the tokenizer's kind; no id ends a document by itself."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from earthshine.data.control_tokens import spelling_pattern
 from earthshine.data.tokenizer import load_tokenizer
 
 TokenizerMaker = Callable[[str], Path]
@@ -80,3 +82,17 @@ def test_tokens_that_the_files_beside_name_are_special(tokenizer_of: TokenizerMa
 def test_first_spelling(tokenizer_of: TokenizerMaker) -> None:
     t = load_tokenizer(tokenizer_of("llama3"))
     assert [t.spelled(text) for text in ("the moon", "a </s> and <s>", "<s")] == ["", "</s>", ""]
+
+
+def test_the_longest_spelling_is_found_and_shared_beginnings_are_tried_once() -> None:
+    """A thousand `<SPECIAL_7>`, as Mistral has, side by side would each be tried at every `<` of a text."""
+    contents = [*(f"<SPECIAL_{i}>" for i in range(1000)), "<s>", "[INST]", "a", "ab", "a.c", "ab" * 500]
+    pattern = spelling_pattern(contents)
+    for content in contents:
+        found = re.search(pattern, f"<x {content} y")
+        assert found is not None and found.group() == content
+    assert re.search(pattern, "<SPECIAL_> [INS <SPECIAL_1000>") is None
+    assert pattern.count("<SPECIAL_") == 0 and pattern.count("SPECIAL_") == 1
+    deep = ["a" * i for i in range(1, 1500)]  # no deeper in parentheses than `re` can go
+    found = re.search(spelling_pattern(deep), "b" + "a" * 900)
+    assert found is not None and len(found.group()) == 900
