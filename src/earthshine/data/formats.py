@@ -316,7 +316,7 @@ def _json_unnamed(body: bytes, stream: BinaryIO, whole: bool, text_key: str) -> 
     try:
         value, _ = json.JSONDecoder().raw_decode(body[start.end() :].decode(errors="replace")) if start else (None, 0)
     except (ValueError, RecursionError):
-        if whole or not _OBJECT.match(body):
+        if whole or len(body) >= _CONFIG_BYTES or not _OBJECT.match(body):
             return None
         more = stream.read(_CONFIG_BYTES)  # a record may be longer than the head
         return _json_unnamed(body + more, stream, len(more) < _CONFIG_BYTES, text_key) if more else None

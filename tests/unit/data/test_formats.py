@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from earthshine.data import documents
+from earthshine.data import documents, formats
 from earthshine.data.documents import Document, Skipped, find_files, make_tasks, texts
 from earthshine.data.formats import recognise
 from earthshine.data.prepare import prepare
@@ -327,3 +327,11 @@ def test_what_is_found_unreadable_only_late_is_refused_too(tmp_path: Path, token
     good = write(tmp_path / "b.txt", b"word")
     summary = prepare([file, good], tokenizer_dir, tmp_path / "out", skip_unreadable=True)
     assert (summary["documents"], summary["skipped"]) == (1, {"not UTF-8": 1})
+
+
+def test_no_more_of_an_object_is_read_than_a_record_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of gigabytes that begins as an object under another name is not held in memory to see what it is."""
+    monkeypatch.setattr(formats, "_CONFIG_BYTES", 1000)
+    stream = io.BytesIO(b"1, " * 10_000)
+    assert formats._json_unnamed(b'{"a": [', stream, False, "text") is None
+    assert stream.tell() == 1000
