@@ -90,15 +90,14 @@ def export(
         log(f"{out_dir} gets no tokenizer: {said}; name a folder that holds one (--tokenizer).")
     files = _keep_class(files, config, Path(tokenizer_dir) if tokenizer_dir is not None else origin)
     texts = _texts(config, files, _common_facts(config, out_dir, dtype) | facts)
-    if parse_object({**texts, **files}[GENERATION], GENERATION).get("eos_token_id") in (None, []):
+    beside: dict[str, str | bytes] = {**files, **texts}
+    if parse_object(beside[GENERATION], GENERATION).get("eos_token_id") in (None, []):
         log(
             f"warning: {out_dir} names no end token, so that generation ends only at its limit: write an eos_token_id "
             f"into its {GENERATION} and config.json."
         )
     with staged_directory(out_dir) as staging:
-        write_model(
-            staging, config, {e.hf: e.dtype(DTYPES[dtype]) for e in entries(config)}, blocks, {**files, **texts}
-        )
+        write_model(staging, config, {e.hf: e.dtype(DTYPES[dtype]) for e in entries(config)}, blocks, beside)
 
 
 def _check_tokenizer(rule: RunRule, files: Mapping[str, bytes], where: str | Path) -> None:
