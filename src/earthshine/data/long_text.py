@@ -2,7 +2,7 @@
 
 `tokenizers` holds about 100 bytes per character, so a long text has to be cut. Where a cut does not matter is the
 tokenizer's secret (words, runs of digits or spaces, a space put before every text), so it is asked: the text just
-before a cut, the context, must end in the same tokens whether or not it goes on, and the piece that ends there must
+before a cut, the context, must end in the same tokens whether or not it continues, and the piece that ends there must
 end as the context does. The next piece is encoded behind that context, whose tokens are then left out.
 """
 

@@ -130,7 +130,7 @@ def resolve_group(group: dict[str, Any]) -> None:
 def resolve_numbers(group: dict[str, Any]) -> None:
     """Numbers of numpy, and tensors of one, as Python's; lr stays a tensor, which torch's schedulers fill in place.
 
-    A loop may set them before any step: ConfigError for what is no number, or none in its range.
+    A loop may set them before any step: ConfigError for anything that is not a number in its range.
     """
     for key in _NUMBERS:
         if key != "lr" or not isinstance(group[key], Tensor):
@@ -288,7 +288,7 @@ def saved_groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     """The groups of a checkpoint, with the default of every option that did not exist when it was saved.
 
     defaults: of `Muon` itself, not of one that is made. Each leaves things as they were before there was the option.
-    Raises CheckpointError for what is no optimizer's state.
+    Raises CheckpointError for anything that is not the state of an optimizer.
     """
     groups = state_dict.get("param_groups")
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(groups, Sequence):
