@@ -1,6 +1,6 @@
 """Ways to spread the model of `models.py` over processes, with torch's own APIs; and slices of whole tensors by them.
 
-`local_slice` states on its own what torch does, independent of `optim.layout`: FSDP2 cuts what tensor or expert
+`local_slice` states on its own what torch does, independent of `sharding.layout`: FSDP2 cuts what tensor or expert
 parallelism has left on the rank, although its mesh dimension stands first. `held` and `assemble` put the ranks'
 pieces together without a collective and find replicas that disagree.
 """

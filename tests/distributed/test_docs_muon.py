@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from earthshine.optim.matrices import logical_matrices
+from earthshine.optim.logical_matrices import logical_matrices
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "muon.md"
 _BLOCK = re.compile(r"```python ?([^\n]*)\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)

@@ -16,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from earthshine.errors import ConfigError
 from earthshine.optim.groups import param_groups
-from earthshine.optim.matrices import logical_matrices
+from earthshine.optim.logical_matrices import logical_matrices
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4} | {
     "vocab_size": 64,

@@ -32,7 +32,6 @@ from earthshine.checkpoint.hf import (
 from earthshine.checkpoint.name_tables import Entry, entries
 from earthshine.checkpoint.run_rule import RunRule, run_rule
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
-from earthshine.checkpoint.staging import staged_directory
 from earthshine.checkpoint.tokenizer_class import keep_class, warn_of_ids_beyond
 from earthshine.config import encode, nearest, parse_object
 from earthshine.console import log
@@ -42,6 +41,7 @@ from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import to_hf
 from earthshine.model.serving import lacks_bias, serving_notes
 from earthshine.run_folder import METRICS, STARTS, json_lines
+from earthshine.staging import staged_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "README.md"

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from earthshine.model.config import ModelConfig
-from earthshine.model.matrices import Weight, router_biases, weights
+from earthshine.model.parameters import Weight, router_biases, weights
 
 
 @dataclass(frozen=True)

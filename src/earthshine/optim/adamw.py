@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 from earthshine.optim import rules
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise, write_
-from earthshine.optim.shares import Shares
+from earthshine.optim.sharding.local_shards import Shares
 
 # The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
 # element's bits would depend on where a shard ends. No vector is longer (16 fp32 of AVX-512, two at a time for bf16).

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from earthshine.optim.matrices import Spec
+from earthshine.optim.logical_matrices import Spec
 from earthshine.optim.output_layers import layer_name
 
 _SPLIT = re.compile(r"[_\W]+|(?<=[a-z0-9])(?=[A-Z])")

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from earthshine.errors import ConfigError
 from earthshine.optim.adamw import step_adamw
-from earthshine.optim.matrix_plan import MatrixPlan
-from earthshine.optim.matrix_step import step_matrices
 from earthshine.optim.measure import Measure
+from earthshine.optim.muon_step import step_matrices
 from earthshine.optim.options import PLANNED, initial_options, name_of
 from earthshine.optim.rounding import NARROW, Noise, elements
 from earthshine.optim.scion import ScionPlan, step_scion
-from earthshine.optim.shares import Shares
+from earthshine.optim.sharding.batches import MatrixPlan
+from earthshine.optim.sharding.local_shards import Shares
 
 # Entries with a value per parameter: they follow the list of parameters.
 _PER_PARAMETER = ("param_names", "matrices", "lmo")

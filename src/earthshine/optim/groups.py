@@ -6,7 +6,8 @@ row or one column, which have a single singular value. With rest="scion" these o
 (arXiv:2502.07529, its tables of norms) instead: "row_rms" for embeddings, "sign" for the head, also where it is an
 embedding too, "rms" for norms and vectors.
 
-What Newton-Schulz is applied to are the *logical matrices* in a parameter, by a specification of `optim.matrices`. A
+What Newton-Schulz is applied to are the *logical matrices* in a parameter, by a specification of
+`optim.logical_matrices`. A
 module that holds fused or stacked matrices says so by `logical_matrices() -> {parameter name: specification}`, and
 attention names the rows of each head by `query_key_heads()`, for heads="split". transformers' expert stacks and routers
 are read by the flags and sizes that these modules carry.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from earthshine.errors import ConfigError
 from earthshine.optim.flattened import check_shapes
 from earthshine.optim.fused import Fused, expert_factors, fused_layers, layout_of
-from earthshine.optim.matrices import Spec, logical_matrices, normalize
+from earthshine.optim.logical_matrices import Spec, logical_matrices, normalize
 from earthshine.optim.output_layers import EMBEDDINGS, ROUTER_NAMES, head_weights, is_router, possible_heads
 
 _NORMS: tuple[type[nn.Module], ...] = (

@@ -54,16 +54,16 @@ from earthshine.optim.options import (
     warn_of_lost_updates,
 )
 from earthshine.optim.rules import ScaleRule, scale_name
-from earthshine.optim.shares import is_dtensor, local
+from earthshine.optim.sharding.local_shards import is_dtensor, local
 
 
 class Muon(torch.optim.Optimizer):
     """The optimizer of this file's docstring. Raises ConfigError for what it cannot take.
 
     params: parameters, (name, parameter) pairs, or dicts of them with algorithm="muon", "adamw" or "scion" and, where
-        a parameter is not one matrix, "matrices": a specification of `optim.matrices` per parameter ("scion": "lmo",
-        see `optim.scion`). `param_groups(model)` makes these dicts. Without "algorithm" a group is "muon". Any option
-        down to payload_dtype can be set per group; `OptimizerConfig` says what each does.
+        a parameter is not one matrix, "matrices": a specification of `optim.logical_matrices` per parameter
+        ("scion": "lmo", see `optim.scion`). `param_groups(model)` makes these dicts. Without "algorithm" a group
+        is "muon". Any option down to payload_dtype can be set per group; `OptimizerConfig` says what each does.
     scale: also a function(rows, cols) -> float that `optim.rules.register_scale` has given a name.
     schatten_p, normuon_beta2, ns_steps: None is the config's 0.
     ns_coefficients: the name of a table in `ops.orthogonalize.COEFFICIENTS`, or rows (a, b, c) of your own.

@@ -16,7 +16,7 @@ from earthshine.ops.orthogonalize import coefficient_steps, default_steps
 from earthshine.optim import rules, scion
 from earthshine.optim.config import NS_STEPS, OptimizerConfig, check_number
 from earthshine.optim.flattened import FLATTENED
-from earthshine.optim.matrices import logical_matrices, normalize
+from earthshine.optim.logical_matrices import logical_matrices, normalize
 from earthshine.optim.rounding import NARROW
 
 # What a group may hold beside the options: what it is of, and what torch's schedulers and other people's tools note.

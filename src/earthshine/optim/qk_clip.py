@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.ops.attention import max_logits as _max_logits
-from earthshine.optim.layout import read_layout
+from earthshine.optim.sharding.layout import read_layout
 
 _REQUIRED = ("kind", "heads", "key_heads", "rows", "query", "key")
 

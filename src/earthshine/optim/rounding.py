@@ -10,7 +10,7 @@ x between the neighbours a < b becomes b with probability (x - a) / (b - a), so 
 The counter is the element's number in the whole parameter, so the bits depend on no layout and on no order of work; the
 step is part of the state, so a resumed run draws what the uninterrupted one would have drawn.
 
-Legend: R rows and C columns of what this process holds of a parameter, as `optim.layout` sees it.
+Legend: R rows and C columns of what this process holds of a parameter, as `optim.sharding.layout` sees it.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from earthshine.optim.layout import Layout
-from earthshine.optim.matrices import Runs
+from earthshine.optim.logical_matrices import Runs
+from earthshine.optim.sharding.layout import Layout
 
 NARROW = (torch.float16, torch.bfloat16)
 # Elements rounded at once, whose random bits take 8 bytes a few times: on a CPU they stay in the cache, on an

@@ -20,11 +20,11 @@ from torch import Tensor
 from earthshine.errors import ConfigError
 from earthshine.ops import lmo
 from earthshine.optim import rules
-from earthshine.optim.exchange import check_agreement, process_group
-from earthshine.optim.layout import read_layout
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise
-from earthshine.optim.shares import Shares, connect_holders
+from earthshine.optim.sharding.exchange import check_agreement, process_group
+from earthshine.optim.sharding.layout import read_layout
+from earthshine.optim.sharding.local_shards import Shares, connect_holders
 
 # The directions that group["lmo"] may name.
 KINDS = ("row_rms", "sign", "rms")

@@ -21,7 +21,7 @@ from earthshine.files import expand_home
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.counts import count_parameters, recomputed_flops_per_token, train_flops_per_token
 from earthshine.model.hf_config import from_hf, read_hf_config
-from earthshine.model.matrices import router_biases, weights
+from earthshine.model.parameters import router_biases, weights
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.optim.cost import cost
 from earthshine.optim.schedule import learning_rate

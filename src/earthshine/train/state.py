@@ -23,8 +23,8 @@ from earthshine.device import Readings
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize
-from earthshine.optim.matrix_plan import resolve_dtype
 from earthshine.optim.muon import Muon, build_optimizer
+from earthshine.optim.sharding.batches import resolve_dtype
 from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob
 
 _OPTIMIZER_PREFIX = "optimizer."

@@ -10,12 +10,12 @@ from torch import Tensor
 from earthshine.checkpoint.hf import check_tied_copies, write_model
 from earthshine.checkpoint.name_tables import Entry
 from earthshine.checkpoint.safetensors_store import row_blocks
-from earthshine.checkpoint.staging import staged_directory, staging_path
 from earthshine.checkpoint.tokenizer_class import warn_of_ids_beyond
 from earthshine.config import read_json
 from earthshine.console import human_bytes, log, progress
 from earthshine.errors import DiskFullError, OutputExistsError, WeightsError
 from earthshine.files import sha256_file, write_json
+from earthshine.staging import staged_directory, staging_path
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.plan import UpcyclePlan, plan_upcycle
 from earthshine.upcycle.recipe import Recipe

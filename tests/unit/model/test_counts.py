@@ -20,7 +20,7 @@ from earthshine.model.counts import (
     recomputed_flops_per_token,
     train_flops_per_token,
 )
-from earthshine.model.matrices import weights
+from earthshine.model.parameters import weights
 from earthshine.model.presets import PRESETS, llama3_8b, preset
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops import attention

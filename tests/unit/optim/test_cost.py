@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from earthshine.model.config import ModelConfig
-from earthshine.model.matrices import weights
+from earthshine.model.parameters import weights
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer
 from earthshine.ops.orthogonalize import resolve_method
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.cost import Cost, cost
-from earthshine.optim.matrices import logical_matrices
+from earthshine.optim.logical_matrices import logical_matrices
 from earthshine.optim.muon import build_optimizer
 
 FP32 = OptimizerConfig(ns_dtype="float32")

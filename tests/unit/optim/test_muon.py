@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.groups import param_groups
-from earthshine.optim.matrix_plan import resolve_dtype
 from earthshine.optim.muon import Muon, build_optimizer
+from earthshine.optim.sharding.batches import resolve_dtype
 
 KELLER = (3.4445, -4.7750, 2.0315)
 LR, WEIGHT_DECAY, MU = 3e-3, 0.1, 0.95

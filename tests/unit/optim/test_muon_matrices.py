@@ -89,10 +89,10 @@ def test_a_logical_matrix_is_updated_as_if_it_were_a_parameter(recipe: str) -> N
 
 def test_batches_that_are_cut_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """At every size of batch, a stack's boundaries and a batch's come to lie differently."""
-    from earthshine.optim import matrix_plan
+    from earthshine.optim.sharding import batches
 
     for capacity in (1, 2, 3):
-        monkeypatch.setattr(matrix_plan, "matrices_per_batch", lambda *_, capacity=capacity: capacity)
+        monkeypatch.setattr(batches, "matrices_per_batch", lambda *_, capacity=capacity: capacity)
         whole_and_apart(["stack", "matrix", "stack of stacks", "cols"], {})
 
 

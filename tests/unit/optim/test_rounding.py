@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from earthshine.errors import CheckpointError, ConfigError
-from earthshine.optim.layout import Layout
 from earthshine.optim.muon import Muon
 from earthshine.optim.rounding import elements, random_bits, stochastic
+from earthshine.optim.sharding.layout import Layout
 from earthshine.upcycle import recipe
 
 TYPES = [torch.bfloat16, torch.float16]

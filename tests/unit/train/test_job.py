@@ -23,7 +23,7 @@ from earthshine.model.presets import llama3_tiny, llama3_tiny_e8t2
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops.orthogonalize import newton_schulz
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
-from earthshine.optim.matrices import logical_matrices
+from earthshine.optim.logical_matrices import logical_matrices
 from earthshine.optim.muon import build_optimizer
 from earthshine.train.job import (
     FromCheckpoint,

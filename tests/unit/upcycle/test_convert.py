@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from earthshine.checkpoint.safetensors_store import Store
-from earthshine.checkpoint.staging import staging_path
 from earthshine.errors import ConfigError, DiskFullError, OutputExistsError, WeightsError
+from earthshine.staging import staging_path
 from earthshine.upcycle import convert
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.convert import check_manifest, upcycle

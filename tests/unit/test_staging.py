@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from earthshine.checkpoint.staging import staged_directory, staging_path
 from earthshine.errors import ConfigError, OutputExistsError
+from earthshine.staging import staged_directory, staging_path
 
 
 def test_appears_only_when_complete(tmp_path):

@@ -3,7 +3,7 @@
 Moonlight's Distributed Muon (arXiv:2502.16982, Algorithm 1): gradients are reduce-scattered, momentum is updated on
 this rank's share, matrices that a boundary cuts are completed, every rank updates its share, and the parameters are
 gathered. The shares are consecutive rows of the parameters' 2-D views, as even in elements as whole rows allow, so at
-most ranks - 1 matrices are cut. (The completed matrices travel by `optim.exchange`, as those of any sharded layout do;
+most ranks - 1 matrices are cut. (The completed matrices travel by `exchange`, as those of any sharded layout do;
 each is orthogonalized once, by one of its holders, instead of by all of them.)
 
 A share of a parameter is a run of consecutive elements, because its rows are. Elements travel in pieces of bounded
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from earthshine.errors import CheckpointError, ConfigError
-from earthshine.optim.layout import Layout, partition_rows
+from earthshine.optim.sharding.layout import Layout, partition_rows
 
 
 class Partition:

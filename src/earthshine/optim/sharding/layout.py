@@ -2,7 +2,7 @@
 
 A DTensor says how it is spread over processes by one placement per mesh dimension, applied from the left. On a
 parameter's *shard group*, the processes among which one copy of it is divided, each process holds some rows and some
-columns of the two-dimensional view of `optim.matrices`; copies (HSDP's replicas) are other shard groups.
+columns of the two-dimensional view of `optim.logical_matrices`; copies (HSDP's replicas) are other shard groups.
 
     Shard(d)                    torch.chunk of dimension d: pieces of ceil(n / degree), the last ones smaller or empty
     _StridedShard(d, split)     chunk in `split` pieces, each of them as above; a process holds its piece of each. This
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.matrices import Runs, Spec, merge, view_shape
+from earthshine.optim.logical_matrices import Runs, Spec, merge, view_shape
 
 # One sharded mesh dimension: its degree, the tensor dimension, and the split of a strided shard (1: a plain one).
 _Cut = tuple[int, int, int]

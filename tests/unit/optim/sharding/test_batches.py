@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from earthshine.optim import matrix_plan, matrix_step
-from earthshine.optim.layout import Layout, _spread, partition_rows
-from earthshine.optim.matrices import LogicalMatrix, Runs, Spec, logical_matrices, view_shape
-from earthshine.optim.matrix_plan import Batch, MatrixPlan, Rect
-from earthshine.optim.matrix_step import step_matrices
+from earthshine.optim import muon_step
+from earthshine.optim.logical_matrices import LogicalMatrix, Runs, Spec, logical_matrices, view_shape
+from earthshine.optim.muon_step import step_matrices
+from earthshine.optim.sharding import batches
+from earthshine.optim.sharding.batches import Batch, MatrixPlan, Rect
+from earthshine.optim.sharding.layout import Layout, _spread, partition_rows
 
 Cuts = tuple[tuple[int, int, int], ...]  # degree, dimension, split of each sharded mesh dimension
 OPTIONS: dict[str, Any] = {
@@ -45,7 +46,7 @@ OPTIONS: dict[str, Any] = {
 def agreements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What positions would have compared."""
     found: list[str] = []
-    monkeypatch.setattr(matrix_plan, "check_agreement", lambda ranks, fingerprint, device: found.append(fingerprint))
+    monkeypatch.setattr(batches, "check_agreement", lambda ranks, fingerprint, device: found.append(fingerprint))
     return found
 
 
@@ -118,7 +119,7 @@ SPECS: list[Spec] = [
 def test_every_element_is_in_one_rectangle_and_every_matrix_in_a_batch_of_its_sides(
     monkeypatch: pytest.MonkeyPatch, capacity: int
 ) -> None:
-    monkeypatch.setattr(matrix_plan, "matrices_per_batch", lambda *_: capacity)
+    monkeypatch.setattr(batches, "matrices_per_batch", lambda *_: capacity)
     layouts = [whole(shape, spec) for shape, spec in zip(SHAPES, SPECS, strict=True)]
     plan = plan_of(SHAPES, SPECS, layouts)
     assert (plan.transfers, plan.predicted_bytes(), plan.imbalance) == ((), 0, 1.0)
@@ -151,7 +152,7 @@ def test_every_element_is_in_one_rectangle_and_every_matrix_in_a_batch_of_its_si
 
 
 def test_neighbours_in_a_stack_are_one_rectangle_up_to_the_end_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_plan, "matrices_per_batch", lambda *_: 4)
+    monkeypatch.setattr(batches, "matrices_per_batch", lambda *_: 4)
     shapes, specs = [(3, 4, 6), (6, 4), (4, 4, 6)], [("batch",), ("matrix",), ("batch",)]
     plan = plan_of(shapes, specs, [whole(s, spec) for s, spec in zip(shapes, specs, strict=True)])
     got = [[(rect, place.slot) for rect, place in batch.sources] for batch in plan.local]
@@ -427,7 +428,7 @@ def run_steps(
             failures.append(failure)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix_step, "Message", post.message)
+        patch.setattr(muon_step, "Message", post.message)
         threads = [threading.Thread(target=work, args=(k,)) for k in range(len(plans))]
         for thread in threads:
             thread.start()

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.exchange import adopt, check_agreement, connect
-from earthshine.optim.layout import Layout, read_layout
-from earthshine.optim.matrices import Runs, Spec, view_shape
-from earthshine.optim.zero1 import Partition, ShardedState
+from earthshine.optim.logical_matrices import Runs, Spec, view_shape
+from earthshine.optim.sharding.exchange import adopt, check_agreement, connect
+from earthshine.optim.sharding.layout import Layout, read_layout
+from earthshine.optim.sharding.zero1 import Partition, ShardedState
 
 
 class Shares:

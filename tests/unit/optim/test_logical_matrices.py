@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.matrices import LogicalMatrix, Spec, logical_matrices, view_shape
+from earthshine.optim.logical_matrices import LogicalMatrix, Spec, logical_matrices, view_shape
 
 
 def extract(whole: Tensor, spec: Spec) -> list[Tensor]:

@@ -1,5 +1,5 @@
 """One Muon step of a group: momentum where a parameter lives, whole matrices to whoever orthogonalizes them, updates
-back to where it lives. `optim.matrix_plan` says what goes where; this carries it out.
+back to where it lives. `optim.sharding.batches` says what goes where; this carries it out.
 
 The next bucket travels, and local batches run, while a bucket is computed. A rank whose share of a parameter has no
 gradient leaves it alone and contributes zeros to its matrices: it sends and receives all the same.
@@ -18,10 +18,10 @@ from earthshine.device import Stopwatch
 from earthshine.ops import lmo
 from earthshine.ops.orthogonalize import newton_schulz
 from earthshine.optim import rules
-from earthshine.optim.exchange import Message
-from earthshine.optim.matrix_plan import Batch, MatrixPlan, Place, Rect, Segment, Transfer
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise
+from earthshine.optim.sharding.batches import Batch, MatrixPlan, Place, Rect, Segment, Transfer
+from earthshine.optim.sharding.exchange import Message
 
 
 @dataclass

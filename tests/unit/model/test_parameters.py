@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from earthshine.model.config import ModelConfig
-from earthshine.model.matrices import weights
+from earthshine.model.parameters import weights
 from earthshine.model.presets import PRESETS, preset
 from earthshine.model.transformer import Transformer
 from earthshine.optim.groups import describe, param_groups
-from earthshine.optim.matrices import logical_matrices
+from earthshine.optim.logical_matrices import logical_matrices
 
 
 def built(config: ModelConfig) -> Transformer:

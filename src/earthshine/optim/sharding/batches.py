@@ -2,7 +2,7 @@
 
 Made at construction from shapes and layouts alone, never from values: every rank of a shard group sends and receives
 the same messages whatever gradients it has. A matrix that is whole here is local: it goes into a batch with others of
-its shape. Of a matrix that is spread over ranks every holder sends its blocks to the owner (`optim.ownership`), and
+its shape. Of a matrix that is spread over ranks every holder sends its blocks to the owner (`ownership`), and
 gets the same blocks of the update back: messages are mirror images of each other.
 
 Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall matrices lie in a batch transposed.
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from earthshine.ops.orthogonalize import matrices_per_batch, resolve_method
-from earthshine.optim.exchange import check_agreement, send_order
-from earthshine.optim.matrices import logical_matrices
-from earthshine.optim.ownership import Block, Bucket, ShardGroupPlan, Task, plan_ownership
+from earthshine.optim.logical_matrices import logical_matrices
 from earthshine.optim.rounding import Noise
-from earthshine.optim.shares import Shares
+from earthshine.optim.sharding.exchange import check_agreement, send_order
+from earthshine.optim.sharding.local_shards import Shares
+from earthshine.optim.sharding.ownership import Block, Bucket, ShardGroupPlan, Task, plan_ownership
 
 # Entries of a group that processes may hold differently, or that say nothing about the plan.
 _NOT_COMPARED = ("params", "param_names", "lr", "initial_lr")

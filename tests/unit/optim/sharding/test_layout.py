@@ -24,8 +24,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from earthshine.errors import ConfigError
-from earthshine.optim.layout import Layout, _spread, cut, length, partition_rows, read_layout
-from earthshine.optim.matrices import Runs, Spec, merge
+from earthshine.optim.logical_matrices import Runs, Spec, merge
+from earthshine.optim.sharding.layout import Layout, _spread, cut, length, partition_rows, read_layout
 
 MATRIX: Spec = ("matrix",)
 

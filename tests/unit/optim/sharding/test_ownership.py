@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.layout import Layout, _spread, partition_rows
-from earthshine.optim.matrices import LogicalMatrix, Runs, Spec, logical_matrices, view_shape
-from earthshine.optim.ownership import Block, ShardGroupPlan, blocks, plan_ownership
+from earthshine.optim.logical_matrices import LogicalMatrix, Runs, Spec, logical_matrices, view_shape
+from earthshine.optim.sharding.layout import Layout, _spread, partition_rows
+from earthshine.optim.sharding.ownership import Block, ShardGroupPlan, blocks, plan_ownership
 
 Cuts = tuple[tuple[int, int, int], ...]  # degree, dimension, split of each sharded mesh dimension
 Parameter = tuple[tuple[int, ...], Spec, Cuts]

@@ -15,8 +15,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from earthshine.errors import ConfigError
-from earthshine.optim.layout import Layout
-from earthshine.optim.matrices import LogicalMatrix, Runs
+from earthshine.optim.logical_matrices import LogicalMatrix, Runs
+from earthshine.optim.sharding.layout import Layout
 
 
 @dataclass(frozen=True)
