@@ -7,10 +7,9 @@ row or one column, which have a single singular value. With rest="scion" these o
 embedding too, "rms" for norms and vectors.
 
 What Newton-Schulz is applied to are the *logical matrices* in a parameter, by a specification of
-`optim.logical_matrices`. A
-module that holds fused or stacked matrices says so by `logical_matrices() -> {parameter name: specification}`, and
-attention names the rows of each head by `query_key_heads()`, for heads="split". transformers' expert stacks and routers
-are read by the flags and sizes that these modules carry.
+`optim.logical_matrices`. A module that holds fused or stacked matrices says so by `logical_matrices() -> {parameter
+name: specification}`, and attention names the rows of each head by `query_key_heads()`, for heads="split".
+transformers' expert stacks and routers are read by the flags and sizes that these modules carry.
 
 A linear layer is one matrix as it is stored, latent attention's q_b_proj, kv_a_proj_with_mqa and kv_b_proj too, unless
 its name or shape shows that several are fused in it (`optim.fused`). That, what may be an output layer
