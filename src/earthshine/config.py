@@ -6,31 +6,21 @@ dataclasses. A field that may be one of several dataclasses is a union whose mem
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
 MAX_JSON_DEPTH = 100  # far beyond any config, index or manifest
 _TOO_DEEP = f"it nests deeper than {MAX_JSON_DEPTH} levels"
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A suggestion for a mistyped name: ' Did you mean X?', or the choices when none is near."""
-    known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f" Did you mean '{close[0]}'?"
-    return f" Known: {', '.join(known)}." if known else ""
 
 
 def encode(value: Any) -> Any:

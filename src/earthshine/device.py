@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earthshine.config import nearest
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, nearest
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

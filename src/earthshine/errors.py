@@ -1,8 +1,20 @@
-"""Every error a user can meet. Standard library only.
+"""Every error a user can meet, and `nearest`, which suggests what was meant. Standard library only.
 
 A message names the field, the value, the rule and the fix. The command line prints the message without a
 traceback (unless `--traceback`) and exits with the class's `exit_code`.
 """
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """To end a message about an unknown name with: " Did you mean 'X'?", or all choices when none is near."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""
 
 
 class EarthshineError(Exception):

@@ -33,9 +33,9 @@ from earthshine.checkpoint.name_tables import Entry, entries
 from earthshine.checkpoint.run_rule import RunRule, run_rule
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
 from earthshine.checkpoint.tokenizer_class import keep_class, warn_of_ids_beyond
-from earthshine.config import encode, nearest, parse_object
+from earthshine.config import encode, parse_object
 from earthshine.console import log
-from earthshine.errors import CheckpointError, ConfigError, OutputExistsError
+from earthshine.errors import CheckpointError, ConfigError, OutputExistsError, nearest
 from earthshine.model.config import HF_CLASSES, ModelConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import to_hf

@@ -22,9 +22,8 @@ from earthshine.checkpoint.safetensors_store import (
     write_recorded,
     write_sharded,
 )
-from earthshine.config import nearest
 from earthshine.console import log
-from earthshine.errors import WeightsError
+from earthshine.errors import WeightsError, nearest
 from earthshine.model.config import ModelConfig
 from earthshine.model.hf_config import from_hf, read_hf_config, to_hf, without_effect
 from earthshine.staging import staged_directory

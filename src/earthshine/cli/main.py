@@ -11,9 +11,8 @@ import traceback
 from collections.abc import Sequence
 
 import earthshine
-from earthshine.config import nearest
 from earthshine.console import log, printable_stdout, silence, surviving_stderr
-from earthshine.errors import EarthshineError
+from earthshine.errors import EarthshineError, nearest
 
 COMMANDS = {
     "quickstart": "the tour on real input: upcycle, verify, train, evaluate, export, report",

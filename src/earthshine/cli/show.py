@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from earthshine.cli.options import print_json
-from earthshine.config import encode, nearest
+from earthshine.config import encode
 from earthshine.console import human_count
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, nearest
 
 DESCRIPTION = (
     "Print a recipe or a preset: its source, or with --json every resolved value, which `train` reads as a file."

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from earthshine.cli.options import json_text, print_json, print_outcome, shell_quoted
-from earthshine.config import encode, load_json, nearest, override
+from earthshine.config import encode, load_json, override
 from earthshine.console import log
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, nearest
 
 DESCRIPTION = """Run a job, or resume it: the same command does both.
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from earthshine.config import nearest
 from earthshine.data.formats import TO_UTF8, Format, damaged, plain, reading, recognise
-from earthshine.errors import ConfigError, DataError, MissingDependencyError
+from earthshine.errors import ConfigError, DataError, MissingDependencyError, nearest
 
 TASK_BYTES = 1 << 19  # of input in one task: half a second of work or less, so that workers end together
 _TASK_FILES = 256

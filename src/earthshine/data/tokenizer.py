@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from earthshine.advice import gguf_advice, instead_of_tokenizer
-from earthshine.config import nearest, read_json
+from earthshine.config import read_json
 from earthshine.console import log
 from earthshine.data.control_tokens import control_tokens, spelling_pattern, text_backend
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, nearest
 from earthshine.files import sha256_file
 
 MAX_VOCAB_SIZE = 1 << 24  # far beyond any vocabulary; an id near 2**32 is damage, and would cost a row of a model each

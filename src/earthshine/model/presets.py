@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from earthshine.config import nearest
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, nearest
 from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig
 
 

@@ -1,6 +1,5 @@
 """The options of a parameter group: filled in, checked, and compared with those of a checkpoint."""
 
-import difflib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from earthshine.errors import CheckpointError, ConfigError
+from earthshine.errors import CheckpointError, ConfigError, nearest
 from earthshine.ops.orthogonalize import coefficient_steps, default_steps
 from earthshine.optim import rules, scion
 from earthshine.optim.config import NS_STEPS, OptimizerConfig, check_number
@@ -72,11 +71,7 @@ def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     known = {*_KEPT, *_NOTED, *defaults}
     for key in group:
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            raise ConfigError(
-                f"a parameter group has the unknown option {key!r}"
-                + (f": did you mean {close[0]!r}?" if close else ".")
-            )
+            raise ConfigError(f"a parameter group has the unknown option {key!r}.{nearest(key, known)}")
 
 
 def scheduled(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from earthshine.config import nearest
-from earthshine.errors import ConfigError
+from earthshine.errors import ConfigError, nearest
 from earthshine.recipes import tiny
 from earthshine.train.job import TrainJob
 
