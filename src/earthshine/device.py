@@ -336,6 +336,15 @@ def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeC
     return ComputeChoice(dtype, reason, gemm_peak(device, dtype))
 
 
+def resolve_ns_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The dtype of Newton-Schulz: "auto" is bf16 on an accelerator that has it in hardware, and elsewhere only where
+    it is measured to be faster.
+    """
+    if requested != "auto":
+        return DTYPES[requested]
+    return torch.bfloat16 if has_native_bf16(device) else choose_compute_dtype("auto", device).dtype
+
+
 def _forget_peak_memory(device: torch.device) -> None:
     """What a measurement held is no part of a run's peak."""
     if device.type == "cuda" and torch.cuda.is_available():

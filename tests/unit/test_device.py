@@ -174,6 +174,14 @@ def test_an_unknown_type_is_refused_with_the_nearest():
         devices.choose_compute_dtype("bfloat", CPU)
 
 
+def test_newton_schulz_dtype_by_device(monkeypatch):
+    for name in ("float32", "bfloat16"):
+        choice = devices.ComputeChoice(dtype=devices.DTYPES[name], reason="test", peak_flops=1.0)
+        monkeypatch.setattr(devices, "choose_compute_dtype", lambda requested, device, choice=choice: choice)
+        assert devices.resolve_ns_dtype("auto", CPU) == devices.resolve_ns_dtype(name, CPU) == devices.DTYPES[name]
+    assert devices.resolve_ns_dtype("auto", torch.device("meta")) == torch.bfloat16  # not a CPU
+
+
 def test_gemm_peak_is_the_rate_of_the_median_product_and_is_remembered(monkeypatch):
     seconds = itertools.cycle([2e-4, 1e-3, 3e-4])  # one of three disturbed
     monkeypatch.setattr(devices, "_time_product", lambda device, dtype, size: lambda: next(seconds))

@@ -19,12 +19,11 @@ from earthshine.console import log
 from earthshine.data.loader import Loader
 from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import warn_of_other_tokenizer
-from earthshine.device import Readings
+from earthshine.device import Readings, resolve_ns_dtype
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.muon import Muon, build_optimizer
-from earthshine.optim.sharding.batches import resolve_dtype
 from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob
 
 _OPTIMIZER_PREFIX = "optimizer."
@@ -125,7 +124,9 @@ def build_state(
         model = _empty_model(job, _same_model(job, checkpoint), device, compute_dtype)
     ns_dtype: Any = job.optimizer.ns_dtype
     if ns_dtype == "auto":
-        ns_dtype = checkpoint.state["choices"]["ns_dtype"] if checkpoint else _dtype_name(resolve_dtype("auto", device))
+        ns_dtype = (
+            checkpoint.state["choices"]["ns_dtype"] if checkpoint else _dtype_name(resolve_ns_dtype("auto", device))
+        )
     loader = Loader(
         job.data,
         seq_len=job.seq_len,

@@ -15,7 +15,6 @@ from earthshine.errors import CheckpointError, ConfigError
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.groups import param_groups
 from earthshine.optim.muon import Muon, build_optimizer
-from earthshine.optim.sharding.batches import resolve_dtype
 
 KELLER = (3.4445, -4.7750, 2.0315)
 LR, WEIGHT_DECAY, MU = 3e-3, 0.1, 0.95
@@ -426,14 +425,3 @@ def test_build_optimizer_hands_every_field_over() -> None:
     assert not model.embed.weight.requires_grad  # type: ignore[union-attr]
     everything = build_optimizer(tiny_model(), OptimizerConfig(algorithm="adamw", ns_dtype="float32"))
     assert [g["algorithm"] for g in everything.param_groups] == ["adamw"]
-
-
-def test_newton_schulz_type_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from earthshine import device
-
-    for name in ("float32", "bfloat16"):
-        choice = device.ComputeChoice(dtype=getattr(torch, name), reason="test", peak_flops=1.0)
-        monkeypatch.setattr(device, "choose_compute_dtype", lambda requested, where, choice=choice: choice)
-        assert resolve_dtype("auto", torch.device("cpu")) == getattr(torch, name)
-        assert resolve_dtype(name, torch.device("cpu")) == getattr(torch, name)
-    assert resolve_dtype("auto", torch.device("meta")) == torch.bfloat16  # not a CPU

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from earthshine.device import resolve_ns_dtype
 from earthshine.ops.orthogonalize import matrices_per_batch, resolve_method
 from earthshine.optim.logical_matrices import logical_matrices
 from earthshine.optim.rounding import Noise
@@ -137,7 +138,7 @@ class MatrixPlan:
     def __init__(self, group: Mapping[str, Any], shares: Shares, max_bucket_bytes: int) -> None:
         self.shares = shares
         self.device = shares.params[0].device if shares.params else torch.device("cpu")
-        self.dtype = resolve_dtype(group["ns_dtype"], self.device)
+        self.dtype = resolve_ns_dtype(group["ns_dtype"], self.device)
         self.wide = functools.reduce(torch.promote_types, (p.dtype for p in shares.params), torch.float32)
         self.payload = self._payload(group["payload_dtype"])
         self.flags, self.moments = bool(group["skip_idle"]), group["normuon_beta2"] > 0
@@ -268,12 +269,3 @@ def _batch(tasks: Sequence[tuple[Task, Sequence[Block]]]) -> Batch:
                     continue
             sources.append((rect, Place(slot, b.row, b.col)))
     return Batch(shapes, tuple(sources))
-
-
-def resolve_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """The type of Newton-Schulz: "auto" is bf16 where an accelerator has it, elsewhere only where measured faster."""
-    if requested != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[requested]
-    from earthshine.device import choose_compute_dtype, has_native_bf16
-
-    return torch.bfloat16 if has_native_bf16(device) else choose_compute_dtype("auto", device).dtype
