@@ -3,9 +3,12 @@
 A config is a tree of frozen dataclasses whose leaves are str, int, float, bool, Literal, or tuples of these or of
 dataclasses. A field that may be one of several dataclasses is a union whose members each carry a field
 `kind: Literal["..."]`; the JSON's "kind" chooses. Nothing unknown is ever ignored.
+
+A field that was renamed names its old spelling, `field(metadata={"was": "rest"})`: that is read as well, and logged once.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from earthshine.console import log
 from earthshine.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -87,6 +91,7 @@ def _decode_union(members: Sequence[Any], data: Any, where: str) -> Any:
 def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}={data!r} must be an object with the fields of {cls.__name__}.")
+    data = _renamed(cls, data, where)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in data:
@@ -97,6 +102,23 @@ def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
         if required and name not in data:
             raise ConfigError(f"{where}.{name} is missing: {cls.__name__} needs it.")
     return cls(**{k: _decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+
+
+def _renamed(cls: Any, data: dict[str, Any], where: str) -> dict[str, Any]:
+    """`data` with the names that the fields of `cls` have now. Raises ConfigError for a field under both names."""
+    for field in dataclasses.fields(cls):
+        old = field.metadata.get("was")
+        if old in data:
+            if field.name in data:
+                raise ConfigError(f"{where}.{old} is the old name of {where}.{field.name}: give one of them.")
+            _log_renamed(f"{where}.{old}", field.name)
+            data = {field.name if key == old else key: value for key, value in data.items()}
+    return data
+
+
+@functools.cache
+def _log_renamed(old: str, new: str) -> None:
+    log(f"{old} is called {new} now; the old name is still read.")
 
 
 def load_json(cls: type[T], path: str | Path) -> T:
@@ -164,11 +186,16 @@ def override(config: T, assignments: Sequence[str]) -> T:
         if not eq:
             raise ConfigError(f"override {assignment!r} must have the form path.to.field=value.")
         keys = path.split(".")
-        node = data
+        node: Any = data
+        part: Any = config
         for depth, key in enumerate(keys):
+            if dataclasses.is_dataclass(part) and isinstance(node, dict) and key not in node:
+                (key,) = _renamed(part, {key: None}, ".".join(keys[:depth]))
+                keys[depth] = key
             if not isinstance(node, dict) or key not in node:
                 known = node if isinstance(node, dict) else ()
                 raise ConfigError(f"override {path!r}: no field '{'.'.join(keys[: depth + 1])}'.{nearest(key, known)}")
+            part = getattr(part, key, None)
             if depth < len(keys) - 1:
                 node = node[key]
         try:
@@ -178,7 +205,7 @@ def override(config: T, assignments: Sequence[str]) -> T:
         if isinstance(node[keys[-1]], str) and not isinstance(value, str):
             value = text
         if isinstance(node[keys[-1]], dict) and isinstance(value, dict) and "kind" not in value:
-            value = {**node[keys[-1]], **value}
+            value = {**node[keys[-1]], **(_renamed(part, value, path) if dataclasses.is_dataclass(part) else value)}
         node[keys[-1]] = value
     return decode(type(config), data)
 

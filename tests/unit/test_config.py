@@ -1,10 +1,12 @@
 """config.py: what is wrong with a JSON config is said, whatever it is."""
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from earthshine import config
 from earthshine.config import decode, encode, load_json, override, parse_json
 from earthshine.errors import ConfigError
 from earthshine.files import write_json
@@ -53,3 +55,27 @@ def test_a_deep_config_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="job.json is not a readable JSON config: it nests deeper"):
         load_json(TrainJob, path)
     assert override(recipe("tiny"), ["name=" + "[" * 5000]).name == "[" * 5000, "text that is no JSON stays text"
+
+
+@dataclass(frozen=True)
+class Engine:
+    num_cylinders: int = field(default=4, metadata={"was": "pots"})
+
+
+@dataclass(frozen=True)
+class Car:
+    engine: Engine = field(default_factory=Engine)
+
+
+def test_a_renamed_field_is_read_by_its_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From JSON and from both forms of an override, with one line in the log."""
+    lines: list[str] = []
+    monkeypatch.setattr(config, "log", lines.append)
+    config._log_renamed.cache_clear()
+    wanted = Car(Engine(6))
+    assert decode(Car, {"engine": {"pots": 6}}) == decode(Car, {"engine": {"pots": 6}}) == wanted
+    assert lines == ["Car.engine.pots is called num_cylinders now; the old name is still read."]
+    assert override(Car(), ["engine.pots=6"]) == override(Car(), ['engine={"pots": 6}']) == wanted
+    assert encode(wanted) == {"engine": {"num_cylinders": 6}}
+    with pytest.raises(ConfigError, match="Car.engine.pots is the old name of Car.engine.num_cylinders: give one"):
+        decode(Car, {"engine": {"pots": 6, "num_cylinders": 6}})
