@@ -4,7 +4,7 @@ A config is a tree of frozen dataclasses whose leaves are str, int, float, bool,
 dataclasses. A field that may be one of several dataclasses is a union whose members each carry a field
 `kind: Literal["..."]`; the JSON's "kind" chooses. Nothing unknown is ever ignored.
 
-A field that was renamed names its old spelling, `field(metadata={"was": "rest"})`: that is read as well, and logged once.
+A field that was renamed names its old spelling, as in `field(metadata={"was": "rest"})`: that is read too, and logged.
 """
 
 import dataclasses

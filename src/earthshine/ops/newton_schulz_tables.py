@@ -17,6 +17,7 @@ from earthshine.errors import ConfigError
 
 Coefficients = tuple[tuple[float, float, float], ...]
 Form = Literal["standard", "gram", "auto"]
+Table = Literal["keller5", "you5", "polar_express", "deepseek_v4"]  # the names in COEFFICIENTS
 
 _KELLER = (3.4445, -4.7750, 2.0315)
 _POLAR_EXPRESS = (

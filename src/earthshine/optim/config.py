@@ -1,47 +1,32 @@
-"""`OptimizerConfig` and `ScheduleConfig`, without torch."""
+"""`GroupOptions`, `OptimizerConfig` and `ScheduleConfig`, without torch."""
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from earthshine.errors import ConfigError
+from earthshine.ops.newton_schulz_tables import Form, Table, default_steps
 
-# Steps that each table of `ops.orthogonalize.COEFFICIENTS` is made for; repeated here so that a job needs no torch.
-NS_STEPS = {"keller5": 5, "you5": 5, "polar_express": 5, "deepseek_v4": 10}
-_SCALES = ("match_rms_adamw", "original", "spectral")
-_NS_DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Numbers of at least 0; those of the second line are also below 1.
-_SIZES = ("lr", "weight_decay", "eps", "update_rms", "schatten_p")
-_FRACTIONS = ("momentum", "beta1", "beta2", "normuon_beta2")
+T = TypeVar("T")
 
 
-def check_number(name: str, value: Any) -> None:
-    """ConfigError where the value of a numeric option is no number, or none in its range."""
-    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers among them
-        hint = "; YAML reads 1e-3 as text, and 1.0e-3 as a number" if isinstance(value, str) else ""
-        raise ConfigError(f"optimizer.{name}={value!r} is of type {type(value).__name__}: it must be a number{hint}.")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if name in _FRACTIONS and not 0 <= number < 1:
-        raise ConfigError(f"optimizer.{name}={value} must be at least 0 and below 1.")
-    if name in _SIZES and not (number >= 0 and (math.isfinite(number) or name == "schatten_p")):
-        raise ConfigError(f"optimizer.{name}={value} must be a finite number of at least 0.")
+def _option(default: T, **about: Any) -> T:
+    """A field. about: static=True where plan and state of a group are made by it, so that no loop may set it; below=1
+    for numbers below 1; infinite=True for those that may be infinite.
+    """
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Hyper-parameters of `optim.muon.Muon`. The defaults are Moonlight's (arXiv:2502.16982 sections 2 and 3).
+class GroupOptions:
+    """What may be set per parameter group of `optim.muon.Muon`. The defaults are Moonlight's (arXiv:2502.16982).
 
-    algorithm: "muon" gives matrices to Muon and the rest to `rest`; "adamw" gives everything to AdamW.
-    rest: who gets embeddings, head, norms and vectors: "adamw", or "scion" (its norm-ball steps, `optim.scion`).
-    router: who gets the routers' matrices: "muon" as Moonlight does, or "adamw".
-    heads: "whole" orthogonalizes a projection as it is stored, "split" each attention head's rows by themselves.
-    lr: peak learning rate, shared by all: `update_rms` puts Muon's step on AdamW's scale.
+    lr: peak learning rate, shared by all algorithms: `update_rms` puts Muon's step on AdamW's scale.
     weight_decay: decoupled, multiplied by the unscaled lr, on every parameter including norms and embeddings.
-    momentum, nesterov: of Muon. momentum_dtype: the type it is kept in; "float32" means at least that.
+    momentum, nesterov: of Muon. momentum_dtype: the dtype it is kept in; "float32" means at least that.
     scale: what the orthogonal matrix is multiplied by: "match_rms_adamw" (Moonlight) update_rms * sqrt(max(rows,
         cols)), "original" (K. Jordan) sqrt(max(1, rows / cols)), "spectral" sqrt(rows / cols), or the name of a
         rule registered by `optim.rules.register_scale`.
@@ -53,69 +38,46 @@ class OptimizerConfig:
     skip_idle: no update for a matrix whose gradient is zero everywhere (an expert without tokens): see `optim.muon`.
     ns_coefficients: a table of `ops.orthogonalize.COEFFICIENTS`, or "table": the rows (a, b, c) of `ns_table`.
     ns_steps: how many steps are taken; 0 for as many as the table is made for.
-    ns_dtype: type of Newton-Schulz; "auto" is fp32 on a CPU unless bf16 is measured faster, bf16 elsewhere.
+    ns_dtype: dtype of Newton-Schulz; "auto" is fp32 on a CPU unless bf16 is measured faster, bf16 elsewhere.
     ns_form: "standard" is torch.optim.Muon's order of operations; "gram" iterates on the small Gram matrix;
         "auto" takes the faster by the rule of `ops.orthogonalize.choose_form`.
     ns_compile: run Newton-Schulz through torch.compile.
-    payload_dtype: type in which matrices that are spread over processes travel; "auto" is bf16 where Newton-Schulz
+    rounding: of new weights narrower than fp32: to "nearest", where small updates are lost, or "stochastic", where
+        they arrive on average (`optim.rounding`). rounding_seed: its seed, alike on all ranks.
+    payload_dtype: dtype in which matrices that are spread over processes travel; "auto" is bf16 where Newton-Schulz
         runs below fp32, else fp32.
-    freeze: name patterns (fnmatch) of parameters that are not trained. The choice bias of a router whose weight is
-        frozen stays as well; by its own name, "*.router.bias_E", it stays although the weight is trained.
     Raises ConfigError for a value outside its range.
     """
 
-    algorithm: Literal["muon", "adamw"] = "muon"
-    rest: Literal["adamw", "scion"] = "adamw"
-    router: Literal["muon", "adamw"] = "muon"
-    heads: Literal["whole", "split"] = "whole"
     lr: float = 4.2e-4
     weight_decay: float = 0.1
-    momentum: float = 0.95
+    momentum: float = _option(0.95, below=1)
     nesterov: bool = True
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    beta1: float = _option(0.9, below=1)
+    beta2: float = _option(0.95, below=1)
+    eps: float = 1e-8
     update_rms: float = 0.2
     scale: str = "match_rms_adamw"
     exact_rms: bool = False
     norm: Literal["spectral", "schatten"] = "spectral"
-    schatten_p: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    normuon_beta2: float = 0.0
-    cautious_weight_decay: bool = False
-    skip_idle: bool = False
-    ns_coefficients: Literal["keller5", "you5", "polar_express", "deepseek_v4", "table"] = "keller5"
-    ns_table: tuple[tuple[float, float, float], ...] = ()
-    ns_steps: int = 0
-    ns_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    ns_form: Literal["standard", "gram", "auto"] = "auto"
+    schatten_p: float = _option(0.0, infinite=True)
+    ns_coefficients: Literal[Table, "table"] = _option("keller5", static=True)
+    ns_table: tuple[tuple[float, float, float], ...] = _option((), static=True)
+    ns_steps: int = _option(0, static=True)
+    ns_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", static=True)
+    ns_form: Form = _option("auto", static=True)
     ns_compile: bool = False
-    payload_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    freeze: tuple[str, ...] = ()
+    momentum_dtype: Literal["float32", "bfloat16"] = _option("float32", static=True)
+    normuon_beta2: float = _option(0.0, below=1, static=True)
+    cautious_weight_decay: bool = False
+    skip_idle: bool = _option(False, static=True)
+    rounding: Literal["nearest", "stochastic"] = _option("nearest", static=True)
+    rounding_seed: int = _option(0, static=True)
+    payload_dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", static=True)
 
     def __post_init__(self) -> None:
-        for name in (*_SIZES, *_FRACTIONS):
-            check_number(name, getattr(self, name))
-        steps: Any = self.ns_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= 100:
-            raise ConfigError(
-                f"optimizer.ns_steps={self.ns_steps} must be a whole number from 1 to 100, or 0 for the table's own."
-            )
-        choices = {
-            "algorithm": ("muon", "adamw"),
-            "rest": ("adamw", "scion"),
-            "router": ("muon", "adamw"),
-            "heads": ("whole", "split"),
-            "momentum_dtype": ("float32", "bfloat16"),
-            "norm": ("spectral", "schatten"),
-            "ns_coefficients": (*NS_STEPS, "table"),
-            "ns_dtype": _NS_DTYPES,
-            "ns_form": ("standard", "gram", "auto"),
-            "payload_dtype": ("auto", "float32", "bfloat16"),
-        }
-        for name, known in choices.items():
-            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)!r} must be one of {', '.join(known)}.")
+        for option in fields(self):
+            check_option(option.name, getattr(self, option.name))
         if (self.ns_coefficients == "table") != bool(self.ns_table):
             raise ConfigError(
                 f"optimizer.ns_coefficients={self.ns_coefficients!r} with ns_table of {len(self.ns_table)} rows: a "
@@ -142,7 +104,79 @@ class OptimizerConfig:
     @property
     def newton_schulz_steps(self) -> int:
         """How many Newton-Schulz steps are taken."""
-        return self.ns_steps or NS_STEPS.get(self.ns_coefficients) or len(self.ns_table)
+        return self.ns_steps or default_steps(self.ns_table or self.ns_coefficients)
+
+    def as_group(self) -> dict[str, Any]:
+        """As a parameter group holds them: AdamW's `betas` as one pair, as torch's schedulers expect, and in
+        "ns_coefficients" a table's name or its rows."""
+        group = {option.name: getattr(self, option.name) for option in fields(GroupOptions)}
+        group["betas"] = (group.pop("beta1"), group.pop("beta2"))
+        group["ns_coefficients"] = group.pop("ns_table") or self.ns_coefficients
+        return group
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any]) -> "GroupOptions":
+        """Those of a parameter group: the inverse of `as_group`."""
+        values: dict[str, Any] = {o.name: group[o.name] for o in fields(GroupOptions) if o.name in group}
+        values |= {"lr": float(group["lr"]), "beta1": group["betas"][0], "beta2": group["betas"][1]}
+        if not isinstance(group["ns_coefficients"], str):
+            values |= {"ns_coefficients": "table", "ns_table": group["ns_coefficients"]}
+        return GroupOptions(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(GroupOptions):
+    """A job's optimizer: who gets what, and the options of all groups.
+
+    algorithm: "muon" gives matrices to Muon and the others to `rest`; "adamw" gives everything to AdamW.
+    rest: who gets embeddings, head, norms and vectors: "adamw", or "scion" (its norm-ball steps, `optim.scion`).
+    router: who gets the routers' matrices: "muon" as Moonlight does, or "adamw".
+    heads: "whole" orthogonalizes a projection as it is stored, "split" each attention head's rows by themselves.
+    freeze: name patterns (fnmatch) of parameters that are not trained. The choice bias of a router whose weight is
+        frozen stays as well; by its own name, "*.router.bias_E", it stays although the weight is trained.
+    """
+
+    algorithm: Literal["muon", "adamw"] = "muon"
+    rest: Literal["adamw", "scion"] = "adamw"
+    router: Literal["muon", "adamw"] = "muon"
+    heads: Literal["whole", "split"] = "whole"
+    freeze: tuple[str, ...] = ()
+
+
+@functools.cache
+def _kinds() -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """Of each option its type and what `_option` says about it."""
+    hints = get_type_hints(OptimizerConfig)
+    return {option.name: (hints[option.name], option.metadata) for option in fields(OptimizerConfig)}
+
+
+def check_option(name: str, value: Any) -> None:
+    """ConfigError where the option cannot have this value, by its type and range alone."""
+    kind, about = _kinds()[name]
+    if kind is float:
+        _check_number(name, value, about)
+    elif kind is bool and not isinstance(value, bool):
+        raise ConfigError(f"optimizer.{name}={value!r} must be True or False.")
+    elif kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ConfigError(f"optimizer.{name}={value!r} must be a whole number.")
+    elif get_origin(kind) is Literal and not (isinstance(value, str) and value in get_args(kind)):
+        raise ConfigError(f"optimizer.{name}={value!r} must be one of {', '.join(get_args(kind))}.")
+    if name == "ns_steps" and not 0 <= value <= 100:
+        raise ConfigError(f"optimizer.ns_steps={value} must be a whole number from 1 to 100, or 0 for the table's own.")
+
+
+def _check_number(name: str, value: Any, about: Mapping[str, Any]) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers among them
+        hint = "; YAML reads 1e-3 as text, and 1.0e-3 as a number" if isinstance(value, str) else ""
+        raise ConfigError(f"optimizer.{name}={value!r} is of type {type(value).__name__}: it must be a number{hint}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if "below" in about and not 0 <= number < about["below"]:
+        raise ConfigError(f"optimizer.{name}={value} must be at least 0 and below {about['below']}.")
+    if not (number >= 0 and (math.isfinite(number) or about.get("infinite"))):
+        raise ConfigError(f"optimizer.{name}={value} must be a finite number of at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from earthshine.errors import ConfigError
 from earthshine.optim.adamw import step_adamw
 from earthshine.optim.measure import Measure
 from earthshine.optim.muon_step import step_matrices
-from earthshine.optim.options import PLANNED, initial_options, name_of
+from earthshine.optim.options import STATIC, initial_options, name_of
 from earthshine.optim.rounding import NARROW, Noise, elements
 from earthshine.optim.scion import ScionPlan, step_scion
 from earthshine.optim.sharding.batches import MatrixPlan
@@ -47,7 +47,7 @@ class GroupPlan:
         self.algorithm: str = group["algorithm"]
         names = [name_of(group, i) for i in range(len(params))]
         specs = group["matrices"] if self.algorithm == "muon" else ((),) * len(params)
-        self._planned = {key: group.get(key) for key in ("algorithm", *PLANNED)}
+        self._planned = {key: group.get(key) for key in ("algorithm", *STATIC)}
         self.options = initial_options(group)  # as last checked: a loop may set them
         self.per_parameter = {key: copy(group.get(key)) for key in _PER_PARAMETER}
         self._were = [_traits(p) for p in params]

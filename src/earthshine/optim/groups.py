@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
+from earthshine.optim.config import check_option
 from earthshine.optim.flattened import check_shapes
 from earthshine.optim.fused import Fused, expert_factors, fused_layers, layout_of
 from earthshine.optim.logical_matrices import Spec, logical_matrices, normalize
@@ -37,9 +38,6 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,  # batch and instance norms
 )
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CHOICES = {"algorithm": ("muon", "adamw"), "rest": ("adamw", "scion"), "router": ("muon", "adamw")} | {
-    "heads": ("whole", "split")
-}
 # Parts of a name that wrappers add (torch.compile, activation checkpointing, FSDP1): a checkpoint has none of them.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -99,8 +97,7 @@ def param_groups(
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module  # names of groups, as of checkpoints, are the model's own
     for option, value in (("algorithm", algorithm), ("rest", rest), ("router", router), ("heads", heads)):
-        if value not in _CHOICES[option]:
-            raise ConfigError(f"optimizer.{option}={value!r} must be one of {', '.join(_CHOICES[option])}.")
+        check_option(option, value)
     if algorithm == "adamw" and rest != "adamw":
         raise ConfigError(f"optimizer.rest={rest!r} leaves nothing to algorithm='adamw': use algorithm='muon'.")
     everything = ["*"] if algorithm == "adamw" else []

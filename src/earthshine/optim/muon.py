@@ -23,7 +23,6 @@ size of what it is given. That is the published rule; `skip_idle` leaves out suc
 shrinks, weights still decay).
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
@@ -39,6 +38,7 @@ from earthshine.optim.group_plan import GroupPlan, GroupStep, alike
 from earthshine.optim.groups import param_groups
 from earthshine.optim.measure import Measure
 from earthshine.optim.options import (
+    DEFAULTS,
     check_group,
     check_keys,
     complete,
@@ -93,14 +93,14 @@ class Muon(torch.optim.Optimizer):
         scale: str | ScaleRule = "match_rms_adamw",
         exact_rms: bool = False,
         norm: str = "spectral",
-        schatten_p: float | None = None,
+        schatten_p: float | None = 0.0,
         ns_coefficients: Any = "keller5",
-        ns_steps: int | None = None,
+        ns_steps: int | None = 0,
         ns_dtype: str = "auto",
         ns_form: Form = "auto",
         ns_compile: bool = False,
         momentum_dtype: str = "float32",
-        normuon_beta2: float | None = None,
+        normuon_beta2: float | None = 0.0,
         cautious_weight_decay: bool = False,
         skip_idle: bool = False,
         rounding: str = "nearest",
@@ -112,9 +112,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         if isinstance(params, nn.Module):
             raise ConfigError(f"params is a {type(params).__name__}: give Muon param_groups(model), or its parameters.")
-        options = dict(locals())
-        own = ("process_group", "reduce_gradients", "max_bucket_bytes")
-        defaults = {k: v for k, v in options.items() if k not in ("self", "params", "__class__", *own)}
+        given = locals()
+        defaults = {name: given[name] for name in DEFAULTS}
         defaults["scale"] = scale_name(scale)
         if reduce_gradients and process_group is None:
             raise ConfigError("reduce_gradients=True needs process_group: the ranks to average gradients over.")
@@ -142,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         super().__setstate__({"_stepped": True, "_made": True} | state)
         self.defaults.pop("differentiable", None)  # torch adds it here; later groups would have an option more
         for options in (self.defaults, *self.param_groups):
-            complete(options, _defaults())
+            complete(options)
         self._process_group = None
         self._forget()
 
@@ -359,7 +358,7 @@ class Muon(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups = saved_groups(state_dict, _defaults())
+        groups = saved_groups(state_dict)
         states = state_dict["state"]
         problems = group_differences(self.param_groups, groups)
         if problems:
@@ -435,11 +434,6 @@ class Muon(torch.optim.Optimizer):
         return found
 
 
-def _defaults() -> dict[str, Any]:
-    """Muon's own, where `Muon.defaults` are those that one was made with."""
-    return {name: given.default for name, given in inspect.signature(Muon.__init__).parameters.items()}
-
-
 def _holds_anything(state: Any, everywhere: bool = False) -> bool:
     """Whether this process's share of a tensor of state is anything but zero; of all processes, which is collective.
 
@@ -473,27 +467,4 @@ def configured_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[st
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Muon:
     """The optimizer of a config for any module; freezes as `configured_groups` does."""
-    return Muon(
-        configured_groups(model, config),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        update_rms=config.update_rms,
-        scale=config.scale,
-        exact_rms=config.exact_rms,
-        norm=config.norm,
-        schatten_p=config.schatten_p or None,
-        ns_coefficients=config.ns_table or config.ns_coefficients,
-        ns_steps=config.newton_schulz_steps,
-        ns_dtype=config.ns_dtype,
-        ns_form=config.ns_form,
-        ns_compile=config.ns_compile,
-        momentum_dtype=config.momentum_dtype,
-        normuon_beta2=config.normuon_beta2 or None,
-        cautious_weight_decay=config.cautious_weight_decay,
-        skip_idle=config.skip_idle,
-        payload_dtype=config.payload_dtype,
-    )
+    return Muon(configured_groups(model, config), **config.as_group())

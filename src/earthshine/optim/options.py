@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from earthshine.errors import CheckpointError, ConfigError, nearest
 from earthshine.ops.orthogonalize import coefficient_steps, default_steps
 from earthshine.optim import rules, scion
-from earthshine.optim.config import NS_STEPS, OptimizerConfig, check_number
+from earthshine.optim.config import GroupOptions, check_option
 from earthshine.optim.flattened import FLATTENED
 from earthshine.optim.logical_matrices import logical_matrices, normalize
 from earthshine.optim.rounding import NARROW
@@ -21,35 +22,16 @@ from earthshine.optim.rounding import NARROW
 # What a group may hold beside the options: what it is of, and what torch's schedulers and other people's tools note.
 _KEPT = ("params", "param_names", "algorithm", "matrices", "lmo", "initial_options")
 _NOTED = ("reasons", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+# Every option of a group with its default, in the form in which a group holds it.
+DEFAULTS = GroupOptions().as_group()
 # Options that plan and state are made by.
-PLANNED = (
-    "ns_coefficients",
-    "ns_steps",
-    "ns_dtype",
-    "ns_form",
-    "momentum_dtype",
-    "normuon_beta2",
-    "skip_idle",
-    "rounding",
-    "rounding_seed",
-    "payload_dtype",
+STATIC = tuple(
+    option.name for option in fields(GroupOptions) if option.metadata.get("static") and option.name in DEFAULTS
 )
 # The others but lr: a training loop may set them from step to step. "initial_options" has their values at construction.
-_LOOPS = (
-    "weight_decay",
-    "momentum",
-    "nesterov",
-    "betas",
-    "eps",
-    "update_rms",
-    "scale",
-    "exact_rms",
-    "norm",
-    "schatten_p",
-    "ns_compile",
-    "cautious_weight_decay",
-)
-_NUMBERS = ("lr", "weight_decay", "momentum", "eps", "update_rms", "schatten_p", "normuon_beta2")
+_SETTABLE = tuple(key for key in DEFAULTS if key not in (*STATIC, "lr"))
+_NUMBERS = tuple(key for key, default in DEFAULTS.items() if isinstance(default, float))
+ALGORITHMS = ("muon", "adamw", "scion")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -79,7 +61,7 @@ def scheduled(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
 
     Raises CheckpointError for values that they cannot have.
     """
-    found = {key: saved[key] for key in ("lr", "initial_lr", *_LOOPS) if key in saved}
+    found = {key: saved[key] for key in ("lr", "initial_lr", *_SETTABLE) if key in saved}
     whole = dict(group) | found
     try:
         resolve_group(whole)
@@ -92,9 +74,6 @@ def scheduled(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
 def resolve_group(group: dict[str, Any]) -> None:
     """Options in the form that is kept and saved: numbers for None, names for functions, tuples for lists."""
     group["scale"] = rules.scale_name(group["scale"])
-    for key in ("nesterov", "exact_rms", "cautious_weight_decay", "skip_idle", "ns_compile"):
-        if not isinstance(group[key], bool):
-            raise ConfigError(f"{key}={group[key]!r} must be True or False.")
     muon = group["algorithm"] == "muon"
     for key in ("schatten_p", "normuon_beta2"):
         group[key] = 0.0 if group[key] is None or (key == "normuon_beta2" and not muon) else group[key]
@@ -142,7 +121,7 @@ def resolve_numbers(group: dict[str, Any]) -> None:
 def _number(name: str, value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool:
         value = value.item()
-    check_number(name, value)
+    check_option(name, value)
     return value if type(value) in (int, float) else float(value)
 
 
@@ -159,12 +138,12 @@ def _tuple(name: str, value: Any, holds: str) -> tuple[Any, ...]:
 
 def initial_options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The options of a resolved group that a loop may set, as they are now."""
-    return tuple((key, group[key]) for key in _LOOPS)
+    return tuple((key, group[key]) for key in _SETTABLE)
 
 
-def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+def complete(group: dict[str, Any]) -> None:
     """The default of every option that did not exist when the group, or the defaults of groups, was pickled."""
-    group |= {key: defaults[key] for key in (*PLANNED, *_LOOPS) if key not in group}
+    group |= {key: default for key, default in DEFAULTS.items() if key != "lr" and key not in group}
     if "params" in group:
         resolve_group(group)
         group.setdefault("initial_options", initial_options(group))
@@ -172,37 +151,9 @@ def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
 
 def check_group(group: Mapping[str, Any]) -> None:
     """ConfigError for options out of range and for parameters that the algorithm cannot take."""
-    named = group["ns_coefficients"] in NS_STEPS or isinstance(group["ns_coefficients"], str)
-    for key, known in (("algorithm", ("muon", "adamw", "scion")), ("rounding", ("nearest", "stochastic"))):
-        if not isinstance(group[key], str) or group[key] not in known:
-            raise ConfigError(f"{key}={group[key]!r} of a group must be one of {', '.join(known)}.")
-    if isinstance(group["rounding_seed"], bool) or not isinstance(group["rounding_seed"], int):
-        raise ConfigError(f"rounding_seed={group['rounding_seed']!r} must be a whole number.")
-    OptimizerConfig(  # holds the rules of each option
-        lr=float(group["lr"]),
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        nesterov=group["nesterov"],
-        momentum_dtype=group["momentum_dtype"],
-        update_rms=group["update_rms"],
-        scale=group["scale"],
-        exact_rms=group["exact_rms"],
-        norm=group["norm"],
-        schatten_p=group["schatten_p"],
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        eps=group["eps"],
-        normuon_beta2=group["normuon_beta2"],
-        cautious_weight_decay=group["cautious_weight_decay"],
-        skip_idle=group["skip_idle"],
-        ns_coefficients=group["ns_coefficients"] if named else "table",
-        ns_table=() if named else group["ns_coefficients"],
-        ns_steps=group["ns_steps"],
-        ns_dtype=group["ns_dtype"],
-        ns_form=group["ns_form"],
-        ns_compile=group["ns_compile"],
-        payload_dtype=group["payload_dtype"],
-    )
+    if not isinstance(group["algorithm"], str) or group["algorithm"] not in ALGORITHMS:
+        raise ConfigError(f"algorithm={group['algorithm']!r} of a group must be one of {', '.join(ALGORITHMS)}.")
+    GroupOptions.of_group(group)
     coefficient_steps(group["ns_coefficients"], group["ns_steps"])
     params = group["params"]
     for i, p in enumerate(params):
@@ -279,11 +230,11 @@ def realign(group: dict[str, Any], before: Sequence[Tensor], was: Mapping[str, A
             group[key] = type(was[key])(was[key][i] for i in known if i is not None)
 
 
-def saved_groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+def saved_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The groups of a checkpoint, with the default of every option that did not exist when it was saved.
 
-    defaults: of `Muon` itself, not of one that is made. Each leaves things as they were before there was the option.
-    Raises CheckpointError for anything that is not the state of an optimizer.
+    Each default leaves things as they were before there was the option. Raises CheckpointError for anything that is
+    not the state of an optimizer.
     """
     groups = state_dict.get("param_groups")
     if not isinstance(state_dict.get("state"), Mapping) or not isinstance(groups, Sequence):
@@ -293,9 +244,9 @@ def saved_groups(state_dict: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         )
     if not all(isinstance(group, Mapping) and isinstance(group.get("params"), Sequence) for group in groups):
         raise CheckpointError("a saved parameter group lists no 'params': it is not one of Muon.state_dict().")
-    options = dict(defaults) | {"algorithm": "adamw", "params": [], "lr": 0.0}
+    options = DEFAULTS | {"algorithm": "adamw", "params": []}
     resolve_group(options)
-    options = {key: options[key] for key in (*PLANNED, *_LOOPS)}
+    options = {key: options[key] for key in (*STATIC, *_SETTABLE)}
     plain = [{"matrices": (("matrix",),) * len(g["params"])} if g.get("algorithm") == "muon" else {} for g in groups]
     found = [options | unsaid | dict(group) for unsaid, group in zip(plain, groups, strict=True)]
     for group in found:
@@ -334,7 +285,7 @@ def group_differences(current: Sequence[Mapping[str, Any]], saved: Sequence[Mapp
         unnamed = {"param_names"} if "param_names" not in old or "param_names" not in new else set()
         initially = [{key: _plain(v) for key, v in g.get("initial_options", ())} for g in (old, new)]
         # Entries that are neither ours nor what we keep are a scheduler's.
-        compared = {*_KEPT, *PLANNED, *_LOOPS} - {"params", "initial_options"} - unnamed
+        compared = {*_KEPT, *STATIC, *_SETTABLE} - {"params", "initial_options"} - unnamed
         for key in sorted(key for key in compared if key in new or key in old):
             was, now = _plain(old.get(key, "(absent)")), _plain(new.get(key, "(absent)"))
             first = [values.get(key, value) for values, value in zip(initially, (was, now), strict=True)]

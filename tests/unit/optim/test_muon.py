@@ -401,6 +401,8 @@ def test_build_optimizer_hands_every_field_over() -> None:
         "ns_form": "gram",
         "ns_compile": True,
         "payload_dtype": "bfloat16",
+        "rounding": "stochastic",
+        "rounding_seed": 3,
         "beta1": 0.8,
         "beta2": 0.9,
         "rest": "scion",

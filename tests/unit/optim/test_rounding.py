@@ -153,7 +153,7 @@ def test_a_warning_says_that_updates_will_be_lost() -> None:
 def test_rounding_is_an_option_like_the_others() -> None:
     p = nn.Parameter(torch.ones(2, 3).bfloat16())
     for wrong, message in (
-        ("up", "rounding='up' of a group must be one of nearest, stochastic"),
+        ("up", "rounding='up' must be one of nearest, stochastic"),
         (None, "rounding=None"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError
-from earthshine.optim.config import NS_STEPS, OptimizerConfig, ScheduleConfig
+from earthshine.ops.newton_schulz_tables import COEFFICIENTS, Table, default_steps
+from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.optim.schedule import learning_rate
 
 
@@ -87,10 +89,10 @@ def test_configs_survive_json_and_their_defaults_are_moonlights() -> None:
     assert (config.beta1, config.beta2, config.eps, config.newton_schulz_steps) == (0.9, 0.95, 1e-8, 5)
 
 
-def test_the_tables_have_the_steps_that_the_operator_gives_them() -> None:
-    from earthshine.ops.newton_schulz_tables import COEFFICIENTS, default_steps
-
-    assert {name: default_steps(name) for name in COEFFICIENTS} == NS_STEPS
+def test_the_tables_of_the_config_are_those_of_the_operator() -> None:
+    assert get_args(Table) == tuple(COEFFICIENTS)
+    for name in COEFFICIENTS:
+        assert OptimizerConfig(ns_coefficients=name).newton_schulz_steps == default_steps(name)  # type: ignore[arg-type]
     assert OptimizerConfig(ns_coefficients="table", ns_table=((2.0, -1.5, 0.5),) * 3).newton_schulz_steps == 3
 
 
