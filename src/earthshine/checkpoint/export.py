@@ -192,7 +192,7 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
         check_finite(name, tensor)
     job, run_dir = checkpoint.job, checkpoint.folder.parent.parent
     origin = _origin(run_dir, job)
-    lineage = [f"{origin.name}" if origin else "drawn at random", f"trained for {checkpoint.step:,} steps"]
+    lineage = [f"{origin.name}" if origin else "random initialization", f"trained for {checkpoint.step:,} steps"]
     records = [line.record for line in json_lines(run_dir / METRICS) if line.record]
     tokens = [r["total_tokens"] for r in records if r.get("step") == checkpoint.step and "total_tokens" in r]
     facts: dict[str, Any] = {
@@ -218,7 +218,7 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
 
 
 def _origin(run_dir: Path, job: dict[str, Any]) -> Path | None:
-    """The Hugging Face directory that a run's weights began in, through the runs between; None when drawn at random.
+    """The Hugging Face directory that a run's weights began in, through the runs between; None for random ones.
 
     A relative path is meant from the folder in which the run was started; the run's origin.json has it whole.
     """

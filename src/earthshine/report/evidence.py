@@ -1,4 +1,4 @@
-"""The sections that let a reader check: verification, environment, how to reproduce."""
+"""What lets a reader check: verification, environment, how to reproduce."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from earthshine.config import encode
 from earthshine.console import human_bytes
 from earthshine.files import to_json
-from earthshine.report.document import Block, Bullets, Cell, Code, Section, Table, Text
+from earthshine.report.content import Bullets, Cell, Code, Element, Section, Table, Text
 from earthshine.report.runs import CheckRow, Run, Verification
 from earthshine.report.scales import flops, short, whole
 
@@ -18,11 +18,11 @@ ABSENT = "\u2014"
 
 def verification_section(runs: Sequence[Run]) -> Section:
     """Every check with its measured value beside its tolerance."""
-    blocks: list[Block] = [_verification_table(run, v) for run in runs for v in run.verifications]
+    elements: list[Element] = [_verification_table(run, v) for run in runs for v in run.verifications]
     for run in runs:
         if not run.verifications:
-            blocks.append(Text(f"{run.name} has no verification result (eval/verify-*.json).", "absent"))
-    return Section("verification", "Verification", "Verification", tuple(blocks))
+            elements.append(Text(f"{run.name} has no verification result (eval/verify-*.json).", "absent"))
+    return Section("verification", "Verification", "Verification", tuple(elements))
 
 
 def _verification_table(run: Run, v: Verification) -> Table:
@@ -98,23 +98,25 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]
 
 def environment_section(runs: Sequence[Run]) -> Section:
     """Where the runs happened; one column where all agree."""
-    blocks: list[Block] = []
-    known = [r for r in runs if r.env is not None]
-    flat = [flatten(r.env) for r in known]
+    elements: list[Element] = []
+    recorded = [r for r in runs if r.env is not None]
+    flat = [flatten(r.env) for r in recorded]
     paths = list(dict.fromkeys(path for leaves in flat for path in leaves))
     same = all(leaves == flat[0] for leaves in flat)
-    if known:
+    if recorded:
         columns = flat[:1] if same else flat
         rows = tuple((_env_name(p), *(_env_value(p, leaves.get(p)) for leaves in columns)) for p in paths)
-        headers = ("", "all runs" if len(known) > 1 else known[0].name) if same else ("", *(r.name for r in known))
+        headers = (
+            ("", "all runs" if len(recorded) > 1 else recorded[0].name) if same else ("", *(r.name for r in recorded))
+        )
         caption = "Where it ran, as recorded in env.json" + ("." if same else "; the runs differ.")
-        if moved := [r.name for r in known if any(s.moved for s in r.starts)]:
-            caption += f" {_listed(moved)} began there and resumed elsewhere: see What was run."
-        blocks.append(Table(caption, headers, rows))
+        if moved := [r.name for r in recorded if any(s.moved for s in r.starts)]:
+            caption += f" {_listed(moved)} started there and resumed elsewhere: see What was run."
+        elements.append(Table(caption, headers, rows))
     for run in runs:
         if run.env is None:
-            blocks.append(Text(f"{run.name} has no env.json.", "absent"))
-    return Section("environment", "Environment", "Environment", tuple(blocks))
+            elements.append(Text(f"{run.name} has no env.json.", "absent"))
+    return Section("environment", "Environment", "Environment", tuple(elements))
 
 
 def _env_name(path: str) -> str:
@@ -131,28 +133,28 @@ def _env_value(path: str, value: Any) -> str:
 
 def reproduce_section(runs: Sequence[Run]) -> Section:
     """Commands, what differs between the runs' configs, the configs in whole, and what was not there."""
-    blocks: list[Block] = []
+    elements: list[Element] = []
     configured = [r for r in runs if r.config is not None]
     if configured:
         commands = [
             f"earthshine train {quote(f'{r.path}/config.json')} --run {quote(f'{r.path}-again')}" for r in configured
         ]
         commands.append("earthshine report " + " ".join(quote(f"{r.path}-again") for r in configured))
-        blocks.append(Text(_what_the_commands_do(configured)))
-        blocks.append(Code("\n".join(commands), "sh"))
+        elements.append(Text(_what_the_commands_do(configured)))
+        elements.append(Code("\n".join(commands), "sh"))
     if len(configured) > 1:
-        blocks.append(_config_diff(configured))
+        elements.append(_config_diff(configured))
     for run in runs:
         if run.config is None:
-            blocks.append(Text(f"{run.name} has no config.json, so it cannot be repeated from its folder.", "absent"))
+            elements.append(Text(f"{run.name} has no config.json, so it cannot be repeated from its folder.", "absent"))
         else:
             text = to_json(encode(run.config), indent=1)
-            blocks.append(Code(text, "json", f"config.json of {run.name}"))
+            elements.append(Code(text, "json", f"config.json of {run.name}"))
     notes = [(f"{run.name}: {note}", "quiet") for run in runs for note in run.notes]
     if notes:
-        blocks.append(Text("What the run folders did not hold, or held and is not shown:"))
-        blocks.append(Bullets(tuple(notes)))  # type: ignore[arg-type]
-    return Section("reproduce", "Reproduce", "How to reproduce", tuple(blocks))
+        elements.append(Text("What the run folders did not hold, or held and is not shown:"))
+        elements.append(Bullets(tuple(notes)))  # type: ignore[arg-type]
+    return Section("reproduce", "Reproduce", "How to reproduce", tuple(elements))
 
 
 def _what_the_commands_do(runs: Sequence[Run]) -> str:

@@ -1,4 +1,4 @@
-"""What was run, in words and numbers: out of config.json, plan.json and the step lines."""
+"""What was run, in words and numbers, from config.json, plan.json and the step lines."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from earthshine.console import human_seconds
-from earthshine.report.document import Cell, Table, Text
+from earthshine.report.content import Cell, Table, Text
 from earthshine.report.runs import Run
 from earthshine.report.scales import fixed, flops, optimizer_name, short, whole
 from earthshine.report.starts import mid_run_changes, segments, starts_table
@@ -40,7 +40,7 @@ def model_words(run: Run) -> str:
         return f"dense: {words}"
     where = len(dig(model, "moe", "layers") or ())
     spread = "every layer" if where == layers else f"{where} of {layers} layers"
-    return f"mixture: {words}; {num_experts} experts, top\u2011{dig(model, 'moe', 'top_k')}, in {spread}"
+    return f"MoE: {words}; {num_experts} experts, top\u2011{dig(model, 'moe', 'top_k')}, in {spread}"
 
 
 def start_words(run: Run) -> str:
@@ -49,7 +49,7 @@ def start_words(run: Run) -> str:
         return UNKNOWN
     match init.get("kind"):
         case "scratch":
-            return "random initialisation"
+            return "random initialization"
         case "huggingface":
             return f"weights in `{init.get('path')}`, fresh optimizer"
         case "checkpoint":
@@ -77,28 +77,28 @@ def _epochs_per_step(plan: Any) -> dict[str, float]:
 
 
 def epochs_words(run: Run) -> str:
-    """How often each source has been gone through so far, by the plan that each step was made under."""
-    own = _epochs_per_step(run.plan)
-    if not own or not run.steps.step:
+    """How many epochs of each source were trained on so far, by the plan of each step."""
+    per_step = _epochs_per_step(run.plan)
+    if not per_step or not run.steps.step:
         return UNKNOWN
-    total, end = dict.fromkeys(own, 0.0), run.steps.step[-1]
+    total, end = dict.fromkeys(per_step, 0.0), run.steps.step[-1]
     for start in [*reversed(run.starts), None]:
-        own = _epochs_per_step(start.derived) or own if start else own
+        per_step = _epochs_per_step(start.derived) or per_step if start else per_step
         done = max(0, end + 1 - start.first_step) if start else end
-        for name, epochs in own.items():
+        for name, epochs in per_step.items():
             total[name] = total.get(name, 0.0) + done * epochs
         end -= done
-    words = {name: fixed(n, 2) + (" (many times over)" if n > _MANY_EPOCHS else "") for name, n in total.items()}
+    words = {name: fixed(n, 2) + (" (many epochs)" if n > _MANY_EPOCHS else "") for name, n in total.items()}
     return "; ".join(f"{name}: {n}" for name, n in words.items()) if len(words) > 1 else "".join(words.values())
 
 
 def compute_done(run: Run, part: str) -> float | None:
     """FLOPs so far of "forward_backward", "repeated_forward" or "newton_schulz", from the plan's FLOPs per step; None
-    where a plan does not tell them."""
+    where a plan does not record them."""
     key = f"{part}_flops_per_step"
     pieces = segments(run.starts, "plan", key, plan_number(run, key), run.steps.step[-1]) if run.steps.step else []
-    known = [(last + 1 - first) * flops for first, last, flops in pieces if isinstance(flops, int | float)]
-    return math.fsum(known) if pieces and len(known) == len(pieces) else None
+    parts = [(last + 1 - first) * flops for first, last, flops in pieces if isinstance(flops, int | float)]
+    return math.fsum(parts) if pieces and len(parts) == len(pieces) else None
 
 
 def balance_words(run: Run) -> str:
@@ -163,42 +163,42 @@ def _show(value: Any, form: Any = whole) -> str:
 
 
 def what_was_run(runs: Sequence[Run]) -> Table:
-    """One column a run, one row a property; a row that no run knows or has is left out."""
+    """One column per run, one row per property; a row without a value in any run is left out."""
     rows: list[tuple[str, list[str]]] = [
         ("Model", [model_words(r) for r in runs]),
         ("Starts from", [start_words(r) for r in runs]),
         ("Parameters", [_show(plan_number(r, "parameters")) for r in runs]),
-        ("Parameters active for a token", [_show(plan_number(r, "active_parameters")) for r in runs]),
+        ("Active per token", [_show(plan_number(r, "active_parameters")) for r in runs]),
         ("Parameters trained by Muon", [_show(plan_number(r, "muon_parameters")) for r in runs]),
         ("Parameters trained by AdamW", [_show(plan_number(r, "adamw_parameters")) for r in runs]),
         ("Parameters trained by Scion", [_show(plan_number(r, "scion_parameters") or None) for r in runs]),
         ("Parameters frozen", [_show(plan_number(r, "frozen_parameters") or None) for r in runs]),
         ("Steps", [steps_words(r) for r in runs]),
-        ("Sequences a step \N{MULTIPLICATION SIGN} tokens", [_batch(r) for r in runs]),
+        ("Batch", [_batch(r) for r in runs]),
         ("Tokens trained on", [_show(tokens_done(r)) for r in runs]),
         ("Epochs", [epochs_words(r) for r in runs]),
         ("Compute, forward and backward", [_show(compute_done(r, "forward_backward"), flops) for r in runs]),
-        ("Compute, forward once more", [_show(compute_done(r, "repeated_forward"), flops) for r in runs]),
+        ("Compute, recomputed forward", [_show(compute_done(r, "repeated_forward"), flops) for r in runs]),
         ("Compute, Newton-Schulz", [_show(compute_done(r, "newton_schulz"), flops) for r in runs]),
         ("Optimizer", [optimizer_words(r) for r in runs]),
         ("Peak learning rate", [_peak_rate(r) for r in runs]),
         ("Schedule", [schedule_words(r) for r in runs]),
         ("Changed mid-run", [mid_run_changes(r.starts) or NOTHING for r in runs]),
-        ("Balance of the experts", [balance_words(r) for r in runs]),
+        ("Expert balancing", [balance_words(r) for r in runs]),
         ("Seed", [_show(dig(r.config, "seed"), str) for r in runs]),
-        ("Compute type", [_compute_type(r) for r in runs]),
-        ("Type of Newton-Schulz", [_show(dig(r.env, "ns_dtype"), str) for r in runs]),
-        ("Time in steps", [_show(sum(r.steps.finite("seconds")) or None, human_seconds) for r in runs]),
-        ("Tokens a second (median)", [_show(_median(r.steps.finite("tokens_per_second"))) for r in runs]),
-        ("Share of measured peak (median)", [_percent(_median(r.steps.finite("mfu"), 100)) for r in runs]),
+        ("Compute dtype", [_compute_dtype(r) for r in runs]),
+        ("Newton-Schulz dtype", [_show(dig(r.env, "ns_dtype"), str) for r in runs]),
+        ("Training time", [_show(sum(r.steps.finite("seconds")) or None, human_seconds) for r in runs]),
+        ("Tokens per second (median)", [_show(_median(r.steps.finite("tokens_per_second"))) for r in runs]),
+        ("MFU (median)", [_percent(_median(r.steps.finite("mfu"), 100)) for r in runs]),
         ("Peak memory", [_gib(r) for r in runs]),
     ]
-    known = [(name, values) for name, values in rows if not set(values) <= {UNKNOWN, NOTHING, "no experts", flops(0)}]
+    filled = [(name, values) for name, values in rows if not set(values) <= {UNKNOWN, NOTHING, "no experts", flops(0)}]
     return Table(
-        caption="Each run as it was configured and as it went.",
+        caption="Each run as it was configured and as it went. MFU is the share of the measured matmul peak.",
         headers=("", *(r.name for r in runs)),
         rows=tuple(
-            (name, *(Cell(v, "quiet" if v in (UNKNOWN, NOTHING) else "") for v in values)) for name, values in known
+            (name, *(Cell(v, "quiet" if v in (UNKNOWN, NOTHING) else "") for v in values)) for name, values in filled
         ),
     )
 
@@ -223,7 +223,7 @@ def starts(runs: Sequence[Run]) -> list[Table]:
 
 
 def unknown_properties(runs: Sequence[Run]) -> list[Text]:
-    """A line for each thing that only plan.json could have told and did not."""
+    """A line for what only plan.json records, where it is absent."""
     silent = [r.name for r in runs if plan_number(r, "parameters") is None]
     if not silent:
         return []
@@ -232,11 +232,11 @@ def unknown_properties(runs: Sequence[Run]) -> list[Text]:
 
 def _batch(run: Run) -> str:
     sequences, length = dig(run.config, "sequences_per_step"), dig(run.config, "seq_len")
-    return UNKNOWN if None in (sequences, length) else f"{sequences} \N{MULTIPLICATION SIGN} {whole(length)}"
+    return UNKNOWN if None in (sequences, length) else f"{sequences} sequences of {whole(length)} tokens"
 
 
-def _compute_type(run: Run) -> str:
-    """What was computed in; "auto" is decided at the start and told in env.json."""
+def _compute_dtype(run: Run) -> str:
+    """The dtype of the forward and backward pass; "auto" is resolved at the start and recorded in env.json."""
     chosen = dig(run.env, "compute_dtype") or dig(run.config, "compute_dtype")
     return UNKNOWN if chosen is None else str(chosen)
 

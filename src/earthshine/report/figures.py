@@ -1,5 +1,5 @@
-"""Drawings as inline SVG. Colours are CSS classes (`c0`..`c5` for series, `h0`..`h8` for heat), so that one drawing
-serves light and dark; every drawing carries a title and a description for those who hear it.
+"""Drawings as inline SVG. Colors are CSS classes (`c0`..`c5` for series, `h0`..`h8` for heat), so that one drawing
+serves light and dark; every drawing has a title and a description for screen readers.
 """
 
 import math
@@ -12,7 +12,7 @@ from earthshine.report.scales import Axis, fixed, linear_axis, log_axis, short
 
 NUM_COLORS = 6
 WIDE, HALF, PANEL, NARROW = 994, 486, 317, 330  # widths in CSS pixels at which text has its natural size
-MARKER_LIMIT = 60  # up to so many points, each is marked and says its value, where marks do not crowd
+MARKER_LIMIT = 60  # up to so many points, each has a mark and its value as a tooltip, where marks do not crowd
 INSET = 9  # pixels between the frame and the first and last point
 DIGIT, LETTER = 6.9, 6.4  # mean advance at the drawings' font size, generous
 
@@ -36,7 +36,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at `x`, where something changed for the series of that colour; `label` says what."""
+    """A vertical line at `x`, where something changed for the series of that color; `label` says what."""
 
     x: float
     label: str
@@ -45,7 +45,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Series over one pair of axes. `description` says in words what is to be seen."""
+    """Series over one pair of axes. `description` says the same in words."""
 
     title: str
     description: str
@@ -64,7 +64,7 @@ def _n(value: float) -> str:
 
 
 def svg(ident: str, width: float, height: float, title: str, description: str, body: str) -> str:
-    """An SVG element that scales with its container and speaks."""
+    """An SVG element that scales with its container, with its title and description."""
     return (
         f'<svg viewBox="0 0 {_n(width)} {_n(height)}" style="max-width:{_n(width)}px" role="img" '
         f'aria-labelledby="{ident}-t {ident}-d">'
@@ -91,8 +91,8 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def marker(x: float, y: float, color: int, size: float = 3.6) -> str:
-    """The shape that goes with a colour, so that no line is told by its colour alone."""
-    s, k = size, (color + color // NUM_COLORS) % 3  # where colours come again, the shape is another
+    """The shape that goes with a color, so that color alone never tells two lines apart."""
+    s, k = size, (color + color // NUM_COLORS) % 3  # where colors repeat, the shape differs
     if k == 0:
         return f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{_n(s)}"/>'
     if k == 1:
@@ -166,7 +166,7 @@ class Frame:
         return "".join(out)
 
     def mark(self, m: Mark) -> str:
-        """A dotted line from top to bottom that says its label."""
+        """A dotted line from top to bottom, with its label as a tooltip."""
         x = self.x(m.x)
         line = f'<path class="stroke" d="M{_n(x)} {_n(self.top)}V{_n(self.bottom)}"/>'
         return f'<g class="c{m.color % NUM_COLORS} mark">{line}<title>{escape(m.label)}</title></g>'
@@ -239,7 +239,7 @@ MAX_HEAT_COLUMNS = 64
 
 
 def heat_bin(value: float) -> int:
-    """The colour of a load: 4 is the fair share, 0 a quarter or less, 8 four times or more; -1 no token at all."""
+    """The color of a load: 4 is the fair share, 0 a quarter or less, 8 four times or more; -1 no token at all."""
     if value <= 0:
         return -1
     return min(HEAT_BINS - 1, max(0, round(2 * math.log2(value)) + 4))
@@ -257,7 +257,7 @@ def group_columns(row: Sequence[float], size: int) -> list[float]:
 
 
 def draw_heat(title: str, description: str, rows: dict[int, list[float]], width: float, ident: str) -> str:
-    """Load as multiples of the fair share: one row a layer, one column an expert (or a few, where there are many)."""
+    """Load as multiples of the fair share: one row per layer, one column per expert (or per few, of many)."""
     num_experts = max(len(row) for row in rows.values())
     size = math.ceil(num_experts / MAX_HEAT_COLUMNS)
     cells = {layer: group_columns(row, size) for layer, row in rows.items()}

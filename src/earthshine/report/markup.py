@@ -4,16 +4,16 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from earthshine.report.document import (
-    Block,
+from earthshine.report.content import (
     Bullets,
     Cards,
     Cell,
     Code,
-    Document,
     Drawing,
+    Element,
     Figure,
     LegendItem,
+    Report,
     Sides,
     Table,
     Text,
@@ -39,15 +39,15 @@ MOON = """<svg class="moon" viewBox="0 0 120 120" aria-hidden="true" focusable="
 <circle cx="24" cy="6" r=".8"/><circle cx="116" cy="112" r=".9"/></g></svg>"""
 
 
-def to_html(document: Document) -> str:
+def to_html(report: Report) -> str:
     """The page."""
-    title = escape(clean(document.title))
-    links = "".join(f'<li><a href="#{s.anchor}">{_inline(s.short)}</a></li>' for s in document.sections)
+    title = escape(clean(report.title))
+    links = "".join(f'<li><a href="#{s.anchor}">{_inline(s.short)}</a></li>' for s in report.sections)
     body = "".join(
         f'<section id="{s.anchor}" aria-labelledby="{s.anchor}-h"><h2 id="{s.anchor}-h">{_inline(s.title)}</h2>'
-        + "".join(map(block_html, s.blocks))
+        + "".join(map(element_html, s.elements))
         + "</section>\n"
-        for s in document.sections
+        for s in report.sections
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -58,7 +58,7 @@ def to_html(document: Document) -> str:
         f"<style>{style_sheet()}</style></head>\n<body>"
         '<a class="skip" href="#content">Skip to the content</a>'
         f'<header><div class="in">{MOON}<p class="kind">Earthshine report</p><h1>{title}</h1>'
-        f'<p class="lead">{_inline(document.lead)}</p></div></header>\n'
+        f'<p class="lead">{_inline(report.lead)}</p></div></header>\n'
         f'<nav aria-label="Sections"><div class="in"><ul>{links}</ul></div></nav>\n'
         f'<main id="content"><div class="in">{body}</div></main>\n'
         '<footer><div class="in">Made by <code>earthshine report</code> from the run folders alone. '
@@ -74,33 +74,33 @@ def _inline(text: str) -> str:
     return "".join(pieces)
 
 
-def block_html(block: Block) -> str:
-    """One block of a section."""
-    if isinstance(block, Text):
-        kind = "" if block.kind == "plain" else f' class="{block.kind}"'
-        return f"<p{kind}>{_inline(block.text)}</p>"
-    if isinstance(block, Bullets):
-        return _bullets(block)
-    if isinstance(block, Cards):
-        return _cards(block)
-    if isinstance(block, Table):
-        return _table(block)
-    if isinstance(block, Figure):
-        return _figure(block)
-    if isinstance(block, Sides):
-        return _sides(block)
-    return _code(block)
+def element_html(element: Element) -> str:
+    """One element of a section."""
+    if isinstance(element, Text):
+        kind = "" if element.kind == "plain" else f' class="{element.kind}"'
+        return f"<p{kind}>{_inline(element.text)}</p>"
+    if isinstance(element, Bullets):
+        return _bullets(element)
+    if isinstance(element, Cards):
+        return _cards(element)
+    if isinstance(element, Table):
+        return _table(element)
+    if isinstance(element, Figure):
+        return _figure(element)
+    if isinstance(element, Sides):
+        return _sides(element)
+    return _code(element)
 
 
-def _bullets(block: Bullets) -> str:
-    plain = " plain" if all(tone == "" for _, tone in block.items) else ""
-    items = "".join(f'<li class="{tone}">{_inline(text)}</li>' for text, tone in block.items)
+def _bullets(element: Bullets) -> str:
+    plain = " plain" if all(tone == "" for _, tone in element.items) else ""
+    items = "".join(f'<li class="{tone}">{_inline(text)}</li>' for text, tone in element.items)
     return f'<ul class="verdicts{plain}">{items}</ul>'
 
 
-def _cards(block: Cards) -> str:
+def _cards(element: Cards) -> str:
     cards = []
-    for card in block.cards:
+    for card in element.cards:
         color = "" if card.color is None else f" k{card.color % NUM_COLORS}"
         cards.append(
             f'<dl class="card {card.tone}{color}" style="margin:0"><dt>{_inline(card.label)}</dt>'
@@ -186,18 +186,18 @@ def _legend_item(item: LegendItem) -> str:
     return f'<li><svg viewBox="0 0 30 14" aria-hidden="true">{mark}</svg>{_inline(item.label)}</li>'
 
 
-def _sides(block: Sides) -> str:
+def _sides(element: Sides) -> str:
     rows = []
-    for heading, texts in block.rows:
+    for heading, texts in element.rows:
         columns = "".join(
             f'<div><h4>{_inline(column)}</h4><pre dir="auto" tabindex="0">{escape(clean(text))}</pre></div>'
-            for column, text in zip(block.columns, texts, strict=True)
+            for column, text in zip(element.columns, texts, strict=True)
         )
         prompt = f'<div class="prompt"><h4>Prompt</h4><pre dir="auto">{escape(clean(heading))}</pre></div>'
         rows.append(f'<div class="row">{prompt}<div class="two">{columns}</div></div>')
-    return f'<div class="sides"><h3>{_inline(block.caption)}</h3>{"".join(rows)}</div>'
+    return f'<div class="sides"><h3>{_inline(element.caption)}</h3>{"".join(rows)}</div>'
 
 
-def _code(block: Code) -> str:
-    html = f'<pre class="code" tabindex="0"><code>{escape(clean(block.text))}</code></pre>'
-    return f"<details><summary>{_inline(block.summary)}</summary>{html}</details>" if block.summary else html
+def _code(element: Code) -> str:
+    html = f'<pre class="code" tabindex="0"><code>{escape(clean(element.text))}</code></pre>'
+    return f"<details><summary>{_inline(element.summary)}</summary>{html}</details>" if element.summary else html

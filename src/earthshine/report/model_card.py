@@ -1,15 +1,15 @@
-"""A Hugging Face model card (README.md) from what is known about a model; what is not known is left out."""
+"""A Hugging Face model card (README.md) from what is known about a model; unknown facts are left out."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from earthshine.report.document import Table, clean, fence, inline_markdown, markdown_block
+from earthshine.report.content import Table, clean, fence, inline_markdown, markdown_element
 from earthshine.report.scales import fixed, optimizer_name, short, whole
 from earthshine.report.starts import effective, mid_run_changes, start_of
 
-# An id of the Hub, "owner/name". A local folder is told in the text only.
+# An id of the Hub, "owner/name". A local folder appears in the text only.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 KEYS = (
@@ -92,18 +92,18 @@ def _introduction(info: Mapping[str, Any]) -> str:
     if total:
         kind += f" of {whole(total)} parameters"
         if active and active != total:
-            kind += f", of which {whole(active)} are active for a token"
+            kind += f", {whole(active)} of them active per token"
     if info.get("upcycling"):
         kind += ", upcycled from a dense model"
     if info.get("base_model"):
-        kind += f"; {'trained on from' if info.get('training') else 'its weights come from'} `{info['base_model']}`"
+        kind += f"; {'continued from' if info.get('training') else 'its weights come from'} `{info['base_model']}`"
     return inline_markdown(f"{kind}. Made with Earthshine.")
 
 
 def _facts(rows: Sequence[tuple[str, Any]]) -> str:
     """A table of the facts that are known."""
-    known = tuple((name, str(value)) for name, value in rows if value not in (None, "", []))
-    return markdown_block(Table("", ("Fact", "Value"), known)) if known else ""
+    facts = tuple((name, str(value)) for name, value in rows if value not in (None, "", []))
+    return markdown_element(Table("", ("Fact", "Value"), facts)) if facts else ""
 
 
 def _model(info: Mapping[str, Any]) -> str:
@@ -118,13 +118,13 @@ def _model(info: Mapping[str, Any]) -> str:
         (
             ("Architecture", info.get("architecture")),
             ("Parameters", _whole(_get(info, "parameters", "total"))),
-            ("Active for a token", _whole(_get(info, "parameters", "active"))),
+            ("Active per token", _whole(_get(info, "parameters", "active"))),
             ("Layers", model.get("num_hidden_layers")),
             ("Hidden size", model.get("hidden_size")),
             ("Experts", experts),
             ("Vocabulary", _whole(model.get("vocab_size"))),
             ("Context length", _whole(model.get("max_position_embeddings"))),
-            ("Type of the weights", info.get("dtype")),
+            ("Weights dtype", info.get("dtype")),
         )
     )
 
@@ -139,14 +139,14 @@ def _upcycling(recipe: Mapping[str, Any]) -> str:
         return ""
     text = (
         "Every expert starts as a copy of the dense feed-forward network of its layer; attention, norms and embeddings "
-        "are copied; the router is drawn at random. The gate takes the softmax of the chosen experts' logits, so the "
-        "weights add up to one and the mixture computes what the dense model computed, until training moves the "
+        "are copied; the router is initialized at random. The gate takes the softmax of the chosen experts' logits, so "
+        "the weights add up to one and the MoE computes what the dense model computed, until training moves the "
         "experts apart (sparse upcycling: arXiv:2212.05055, arXiv:2412.09952)."
     )
     layers = options.get("layers")
     rows = (
         ("Experts", options.get("experts")),
-        ("Experts a token passes through", options.get("top_k")),
+        ("Experts per token", options.get("top_k")),
         ("Layers converted", "all" if layers in ([], ()) else layers and ", ".join(map(str, layers))),
         ("Router standard deviation", options.get("router_std")),
         ("Seed", options.get("seed")),
@@ -165,7 +165,7 @@ def _training(training: Mapping[str, Any]) -> str:
         (
             ("Steps", _whole(training.get("steps"))),
             ("Tokens", _whole(training.get("tokens"))),
-            ("A step", batch),
+            ("Batch", batch),
             ("Optimizer", optimizer_name(optimizer) if optimizer else None),
             ("Peak learning rate", short(optimizer["lr"]) if "lr" in optimizer else None),
             ("Weight decay", optimizer.get("weight_decay")),
@@ -177,24 +177,24 @@ def _training(training: Mapping[str, Any]) -> str:
 
 
 def _changed(training: Mapping[str, Any]) -> str:
-    """What another config or environment was resumed with: the rows above are those of the last steps."""
+    """What changed when the run resumed: the rows above are those of its last steps."""
     done = training.get("steps")
     starts = effective(start_of(record) for record in training.get("starts") or ())
     return mid_run_changes([s for s in starts if done is None or s.first_step <= done])
 
 
 def _data(sources: Sequence[Mapping[str, Any]]) -> str:
-    columns = (("Source", "path"), ("Weight", "weight"), ("Tokens", "tokens"), ("Licence", "license"))
+    columns = (("Source", "path"), ("Weight", "weight"), ("Tokens", "tokens"), ("License", "license"))
     return _table(columns, sources)
 
 
 def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The columns that any row has."""
+    """A table of the columns for which any row has a value."""
     used = [(title, key) for title, key in columns if any(row.get(key) not in (None, "") for row in rows)]
     if not used:
         return ""
     cells = tuple(tuple(_cell(row.get(key)) for _, key in used) for row in rows)
-    return markdown_block(Table("", tuple(title for title, _ in used), cells))
+    return markdown_element(Table("", tuple(title for title, _ in used), cells))
 
 
 def _cell(value: Any) -> str:
@@ -225,8 +225,8 @@ def _evaluation(results: Sequence[Mapping[str, Any]]) -> str:
     ]
     columns = (
         ("Evaluation", "name"),
-        ("Loss, nats a token", "loss"),
-        ("Bits a byte", "bits_per_byte"),
+        ("Loss, nats per token", "loss"),
+        ("Bits per byte", "bits_per_byte"),
         ("Tokens", "tokens"),
     )
     table = _table(columns, rows)
@@ -258,10 +258,10 @@ def _use(info: Mapping[str, Any]) -> str:
 
 
 def _limitations(info: Mapping[str, Any]) -> str:
-    """Those given, and those that follow from the facts."""
+    """The limitations given, and those that follow from the facts."""
     items = [str(item) for item in info.get("limitations") or ()]
     if info.get("base_model"):
-        items.append(f"It inherits what `{info['base_model']}` has learnt, its errors and its biases included.")
+        items.append(f"It inherits what `{info['base_model']}` has learned, its errors and its biases included.")
     if info.get("evaluation"):
         items.append("Only the evaluations above were made; nothing is known about other abilities, or about safety.")
     if info.get("upcycling") and not info.get("training"):

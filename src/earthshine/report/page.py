@@ -8,7 +8,7 @@ from typing import Any
 from earthshine.errors import ConfigError, DiskFullError
 from earthshine.files import atomic_write, to_json
 from earthshine.report import evidence, facts, results, training
-from earthshine.report.document import Document, Section, clean, to_markdown
+from earthshine.report.content import Report, Section, clean, to_markdown
 from earthshine.report.markup import to_html
 from earthshine.report.results import Comparison, comparisons
 from earthshine.report.runs import COLUMNS, WORST_LOAD, Heldout, Run, read_runs
@@ -34,9 +34,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, titl
     found = read_runs(runs)
     page = _page_path([run.path for run in found], None if out is None else Path(out))
     compared = comparisons(found)
-    document = build(found, compared, title)
-    machine = to_json(_clean(machine_readable(found, compared, document.title)), indent=1)
-    files = {".html": to_html(document), ".md": to_markdown(document), ".json": machine + "\n"}
+    report = build(found, compared, title)
+    machine = to_json(_clean(machine_readable(found, compared, report.title)), indent=1)
+    files = {".html": to_html(report), ".md": to_markdown(report), ".json": machine + "\n"}
     try:
         for suffix, text in files.items():
             atomic_write(page.with_suffix(suffix), text)
@@ -62,7 +62,7 @@ def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
     return out / "report.html"
 
 
-def build(runs: Sequence[Run], compared: Sequence[Comparison], title: str = "") -> Document:
+def build(runs: Sequence[Run], compared: Sequence[Comparison], title: str = "") -> Report:
     """All that the report says."""
     ran = Section(
         "runs", "Runs", "What was run", (facts.what_was_run(runs), *facts.starts(runs), *facts.unknown_properties(runs))
@@ -80,7 +80,7 @@ def build(runs: Sequence[Run], compared: Sequence[Comparison], title: str = "") 
         evidence.environment_section(runs),
         evidence.reproduce_section(runs),
     )
-    return Document(title or _default_title(runs), _lead(runs), sections)
+    return Report(title or _default_title(runs), _lead(runs), sections)
 
 
 def _default_title(runs: Sequence[Run]) -> str:

@@ -1,16 +1,16 @@
-"""The sections about quality: the result in short, held-out losses and their differences, and text samples."""
+"""What the training did for quality: the result in short, held-out losses and their differences, text samples."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from earthshine.report.document import (
-    Block,
+from earthshine.report.content import (
     Bullets,
     Card,
     Cards,
     Cell,
     Drawing,
+    Element,
     Figure,
     Section,
     Sides,
@@ -23,22 +23,22 @@ from earthshine.report.runs import Heldout, Run, Samples
 from earthshine.report.scales import fixed, short, whole, with_error
 from earthshine.report.statistics import BAR, Difference, paired, ratio
 
-UNIT = "nats a token"
+UNIT = "nats per token"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference that was asked for, or the reason why it cannot be had."""
+    """The difference of two held-out losses, or the reason why they cannot be compared."""
 
     label: str  # short, for the table
-    mark: str  # shorter, for the figure, whose title says the rest
-    sentence: str  # "{run}: after training, the held-out loss is", to be finished by the verdict
-    reference: str  # what it is compared with, ends the sentence
+    mark: str  # shorter, for the figure
+    sentence: str  # "{run}: after training, the held-out loss is", which the verdict completes
+    reference: str  # what it is compared with, at the sentence's end
     color: int
     outcome: Difference | str
 
     @property
-    def own(self) -> bool:
+    def within_run(self) -> bool:
         """Whether it compares a run with itself before training."""
         return self.reference == "before it"
 
@@ -53,23 +53,23 @@ def evaluations(run: Run) -> tuple[Heldout | None, Heldout | None]:
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     """After against before for each run; then each other run against the first one, before and after."""
-    found = []
+    compared = []
     for i, run in enumerate(runs):
         before, after = evaluations(run)
         if before and after:
             outcome = paired(after, before, f"{run.name} after", f"{run.name} before")
             start = f"**{run.name}**: after training, the held-out loss is"
-            found.append(Comparison(f"{run.name}: after \u2212 before", run.name, start, "before it", i, outcome))
+            compared.append(Comparison(f"{run.name}: after \u2212 before", run.name, start, "before it", i, outcome))
     for when in (0, 1):
         for i, run in enumerate(runs[1:], 1):
-            mine, base = evaluations(run)[when], evaluations(runs[0])[when]
-            if mine and base:
+            heldout, base = evaluations(run)[when], evaluations(runs[0])[when]
+            if heldout and base:
                 word = ("before", "after")[when]
-                outcome = paired(mine, base, f"{run.name} {word}", f"{runs[0].name} {word}")
+                outcome = paired(heldout, base, f"{run.name} {word}", f"{runs[0].name} {word}")
                 start = f"**{run.name} against {runs[0].name}**, {word} training: the held-out loss is"
                 label = f"{word}: {run.name} \u2212 {runs[0].name}"
-                found.append(Comparison(label, f"{word}: {run.name}", start, f"that of {runs[0].name}", i, outcome))
-    return found
+                compared.append(Comparison(label, f"{word}: {run.name}", start, f"that of {runs[0].name}", i, outcome))
+    return compared
 
 
 def verdict_sentence(c: Comparison) -> str:
@@ -83,11 +83,11 @@ def verdict_sentence(c: Comparison) -> str:
     size, _, error = with_error(abs(d.value), d.stderr).partition(" \u00b1 ")
     start = f"{c.sentence} {size} {UNIT} {way} than {c.reference}"
     if d.verdict == "no error":
-        return f"{start}; measured on a single sequence, so it has no standard error and nothing follows from it."
-    times = f"{short(ratio(d))} times its standard error of {error}"
+        return f"{start}, measured on a single sequence, so without a standard error: nothing follows from it."
+    errors = f"{short(ratio(d))} standard errors of {error}"
     if d.verdict == "unclear":
-        return f"{start}: {times}, so it does **not** exceed twice that error, and chance alone may explain it."
-    return f"{start}: {times}, so it **exceeds** twice that error."
+        return f"{start}: {errors}, **not significant** at {short(BAR)} standard errors."
+    return f"{start}: {errors}, **significant** at {short(BAR)} standard errors."
 
 
 def tone(d: Difference | str) -> Tone:
@@ -100,18 +100,18 @@ def verdict_words(d: Difference) -> str:
     return {
         "lower": "lower",
         "higher": "higher",
-        "unclear": "within 2 errors",
+        "unclear": "not significant",
         "equal": "equal",
-        "no error": "no error known",
+        "no error": "no standard error",
     }[d.verdict]
 
 
-def summary(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
+def summary(runs: Sequence[Run], compared: Sequence[Comparison]) -> Section:
     """Cards and verdict sentences: what a reader with one minute takes away."""
     cards = []
     for i, run in enumerate(runs):
         before, after = evaluations(run)
-        own = next((c.outcome for c in found if c.color == i and c.own), None)
+        own = next((c.outcome for c in compared if c.color == i and c.within_run), None)
         if before and after:
             detail = f"held-out loss, from {fixed(before.loss)}"
             if isinstance(own, Difference):
@@ -129,19 +129,19 @@ def summary(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
         cards.append(
             Card("Verification", count, "checks hold" if good else "hold; see below", "good" if good else "bad")
         )
-    blocks: list[Block] = [Cards(tuple(cards))] if cards else []
-    if found:
-        blocks.append(Bullets(tuple((verdict_sentence(c), tone(c.outcome)) for c in found)))
+    elements: list[Element] = [Cards(tuple(cards))] if cards else []
+    if compared:
+        elements.append(Bullets(tuple((verdict_sentence(c), tone(c.outcome)) for c in compared)))
     else:
-        blocks.append(
+        elements.append(
             Text("No held-out loss was measured both before and after, so no difference is judged.", "absent")
         )
-    return Section("summary", "In short", "The result in short", tuple(blocks))
+    return Section("summary", "In short", "The result in short", tuple(elements))
 
 
-def heldout_section(runs: Sequence[Run], found: Sequence[Comparison]) -> Section:
+def heldout_section(runs: Sequence[Run], compared: Sequence[Comparison]) -> Section:
     """Absolute losses, then the paired differences as a figure and a table."""
-    blocks: list[Block] = []
+    elements: list[Element] = []
     rows = []
     for i, run in enumerate(runs):
         before, after = evaluations(run)
@@ -150,29 +150,29 @@ def heldout_section(runs: Sequence[Run], found: Sequence[Comparison]) -> Section
                 rows.append(_heldout_row(run, i, word, h))
         missing = [w for w, h in (("before", before), ("after", after)) if h is None]
         if missing:
-            blocks.append(Text(f"{run.name} has no held-out loss {' or '.join(missing)} training.", "absent"))
+            elements.append(Text(f"{run.name} has no held-out loss {' or '.join(missing)} training.", "absent"))
     if rows:
-        headers = ("Run", "When", f"Loss, {UNIT}", "Bits a byte", "Tokens", "Sequences")
-        caption = "Loss on text that is not trained on, \u00b1 one standard error over its sequences."
-        blocks.insert(0, Table(caption, headers, tuple(rows), frozenset(range(2, 6))))
-    known = [(c, c.outcome) for c in found if isinstance(c.outcome, Difference)]
-    if known:
-        own = [k for k in known if k[0].own]
-        between = [k for k in known if not k[0].own]
-        figures = (("Change of held-out loss by training", own), (f"Held-out loss against {runs[0].name}", between))
-        blocks += [_interval_figure(title, rows, bool(own) and rows is between) for title, rows in figures if rows]
-        blocks += [_difference_table(known), Text(_CAVEAT, "note")]
-    for c in found:
+        headers = ("Run", "When", f"Loss, {UNIT}", "Bits per byte", "Tokens", "Sequences")
+        caption = "Loss on held-out (validation) text, \u00b1 one standard error over its sequences."
+        elements.insert(0, Table(caption, headers, tuple(rows), frozenset(range(2, 6))))
+    measured = [(c, c.outcome) for c in compared if isinstance(c.outcome, Difference)]
+    if measured:
+        within = [k for k in measured if k[0].within_run]
+        between = [k for k in measured if not k[0].within_run]
+        figures = (("Change of held-out loss by training", within), (f"Held-out loss against {runs[0].name}", between))
+        elements += [_interval_figure(title, rows, bool(within) and rows is between) for title, rows in figures if rows]
+        elements += [_difference_table(measured), Text(_CAVEAT, "note")]
+    for c in compared:
         if isinstance(c.outcome, str):
-            blocks.append(Text(verdict_sentence(c), "absent"))
-    return Section("heldout", "Held-out", "Held-out loss", tuple(blocks))
+            elements.append(Text(verdict_sentence(c), "absent"))
+    return Section("heldout", "Held-out", "Held-out loss", tuple(elements))
 
 
 _CAVEAT = (
-    "Differences are paired: each held-out sequence is compared with itself, so what makes a text easy or hard for "
-    "both models cancels, and the error of a difference is much smaller than the two losses' own errors suggest. The "
-    "error is that of the choice of held-out text, neighbouring sequences of which may belong to one document. It does "
-    "not hold what another seed or another learning rate would change: a single run of each kind cannot show that."
+    "Differences are paired by held-out sequence: what makes a text easy or hard for both models cancels, so the error "
+    "of a difference is much smaller than the two losses' own errors suggest. That error covers the choice of held-out "
+    "text, in which neighboring sequences may share a document. It does not cover the choice of seed or learning rate: "
+    "for that, train several runs of each kind."
 )
 
 
@@ -188,9 +188,10 @@ def _heldout_row(run: Run, color: int, word: str, h: Heldout) -> tuple[Cell | st
     )
 
 
-def _interval_figure(title: str, known: Sequence[tuple[Comparison, Difference]], second: bool) -> Figure:
+def _interval_figure(title: str, measured: Sequence[tuple[Comparison, Difference]], second: bool) -> Figure:
     rows = [
-        Interval(c.mark, d.value, BAR * d.stderr, with_error(d.value, d.stderr, sign=True), c.color) for c, d in known
+        Interval(c.mark, d.value, BAR * d.stderr, with_error(d.value, d.stderr, sign=True), c.color)
+        for c, d in measured
     ]
     described = "; ".join(f"{r.label}: {r.text}" for r in rows)
     drawings = [draw_intervals(title, described, UNIT, rows, w, f"fig-diff{int(second)}-{w}") for w in (WIDE, NARROW)]
@@ -199,13 +200,13 @@ def _interval_figure(title: str, known: Sequence[tuple[Comparison, Difference]],
         if second
         else (
             "Left of zero is better. The point is the difference, the bar reaches two of its standard errors to either "
-            "side: where it does not touch zero, the difference exceeds twice its error. Numbers are \u00b1 one error."
+            "side: where it does not touch zero, the difference is significant. Numbers are \u00b1 one standard error."
         )
     )
     return Figure(title, caption, (Drawing(*drawings),))
 
 
-def _difference_table(known: Sequence[tuple[Comparison, Difference]]) -> Table:
+def _difference_table(measured: Sequence[tuple[Comparison, Difference]]) -> Table:
     rows = tuple(
         (
             c.label,
@@ -215,22 +216,25 @@ def _difference_table(known: Sequence[tuple[Comparison, Difference]]) -> Table:
             whole(d.num_sequences),
             Cell(verdict_words(d), tone(d)),
         )
-        for c, d in known
+        for c, d in measured
     )
-    headers = ("Difference", f"Loss, {UNIT}", "Bits a byte", "Times its error", "Sequences", "Verdict")
+    headers = ("Difference", f"Loss, {UNIT}", "Bits per byte", "Standard errors", "Sequences", "Verdict")
     caption = (
-        f"Paired differences, \u00b1 one standard error. Lower or higher: more than {short(BAR)} errors from zero."
+        f"Paired differences, \u00b1 one standard error. Significant: more than {short(BAR)} standard errors from zero."
     )
     return Table(caption, headers, rows, frozenset(range(1, 5)))
 
 
+_SAMPLES = "Text as the model wrote it. A few samples say nothing about quality; they show that the model still writes."
+
+
 def samples_section(runs: Sequence[Run]) -> Section:
     """What the models write, before and after, side by side for the same prompt."""
-    blocks: list[Block] = []
+    elements: list[Element] = []
     for run in runs:
         before, after = run.samples_before, run.samples_after
         if not before and not after:
-            blocks.append(
+            elements.append(
                 Text(f"{run.name} has no text samples (eval/samples-before.json, eval/samples-after.json).", "absent")
             )
             continue
@@ -238,13 +242,12 @@ def samples_section(runs: Sequence[Run]) -> Section:
         columns = tuple(_column(run, word, s) for word, s in sides)
         prompts = list(dict.fromkeys(sample.prompt for _, s in sides for sample in s.samples))
         rows = tuple((prompt, tuple(_texts(s, prompt) for _, s in sides)) for prompt in prompts)
-        blocks.append(Sides(f"{run.name}", columns, rows))
+        elements.append(Sides(f"{run.name}", columns, rows))
         if not before or not after:
-            blocks.append(Text(f"{run.name} has samples only {'after' if after else 'before'} training.", "absent"))
-    if any(isinstance(b, Sides) for b in blocks):
-        blocks.insert(0, Text("Text is shown as the model wrote it. A few samples say nothing about quality; they show "
-                              "that the model still writes.", "note"))  # fmt: skip
-    return Section("samples", "Samples", "Text samples", tuple(blocks))
+            elements.append(Text(f"{run.name} has samples only {'after' if after else 'before'} training.", "absent"))
+    if any(isinstance(b, Sides) for b in elements):
+        elements.insert(0, Text(_SAMPLES, "note"))
+    return Section("samples", "Samples", "Text samples", tuple(elements))
 
 
 def _column(run: Run, word: str, samples: Samples) -> str:

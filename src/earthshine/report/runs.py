@@ -1,7 +1,6 @@
-"""Run folders read back, strictly: what the report knows comes from here and from nowhere else.
+"""Run folders read back, strictly: all that the report knows comes from here.
 
-A file that is absent is None or empty (the page says so in a line); a file that is there and does not hold together
-is a DataError that names it.
+A file that is absent is None or empty, and the page says so; a damaged file is a DataError that names it.
 """
 
 import json
@@ -57,7 +56,7 @@ class Steps:
 
     @property
     def word(self) -> str:
-        """What its lines are."""
+        """What one line stands for, in the plural."""
         return "steps" if sum(self.stands_for) == len(self) else "logged steps"
 
     def finite(self, name: str) -> list[float]:
@@ -66,7 +65,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Heldout:
-    """A held-out evaluation. Losses are in nats a token; `sequences` are (loss, target tokens) in file order."""
+    """A held-out evaluation. Losses are in nats per token; `sequences` are (loss, target tokens) in file order."""
 
     loss: float
     stderr: float
@@ -113,7 +112,7 @@ class Verification:
 
 @dataclass
 class Run:
-    """One run folder. `notes` say what was absent, cut off or not understood."""
+    """One run folder. `notes` name what was absent, cut off or not understood."""
 
     path: Path
     name: str
@@ -336,7 +335,7 @@ def _read_evaluations(folder: Path, run: Run) -> None:
         elif stem.startswith("verify"):
             run.verifications.append(_verification(data, path))
         else:
-            run.notes.append(f"eval/{path.name} is of a kind that is not shown here.")
+            run.notes.append(f"eval/{path.name} is of a kind that the report does not show.")
 
 
 def _samples(data: dict[str, Any], where: str) -> Samples:

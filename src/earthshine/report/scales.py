@@ -166,7 +166,7 @@ def thin(x: Sequence[float], y: Sequence[float], max_points: int = 480) -> Thinn
 
 
 def optimizer_name(optimizer: Mapping[str, Any]) -> str:
-    """Who trains what, of an encoded `OptimizerConfig`; an older one lacks fields, which had their defaults."""
+    """Which optimizer trains what, from an encoded `OptimizerConfig`; an absent field means its default."""
     algorithm = str(optimizer.get("algorithm"))
     if algorithm != "muon":
         return {"adamw": "AdamW"}.get(algorithm, algorithm)

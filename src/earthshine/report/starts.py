@@ -1,4 +1,4 @@
-"""The starts of a run, out of starts.jsonl: what changed mid-run, in words."""
+"""The starts of a run, from starts.jsonl: what changed mid-run, in words."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ from typing import Any
 
 from earthshine.errors import DataError
 from earthshine.files import to_json
-from earthshine.report.document import Cell, Table
+from earthshine.report.content import Cell, Table
 from earthshine.report.scales import whole
 from earthshine.run_folder import STARTS, json_lines
 
 LONGEST = 80  # characters of a value
-SHOWN = 6  # of the changes of one start, where a line must do
+SHOWN = 6  # changes of one start, where space is short
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Start:
 
     @property
     def moved(self) -> bool:
-        """Whether last bits may differ from here on: another host alone changes none."""
+        """Whether last bits may differ from this start on; another host alone changes none."""
         return any(c.field != "host" for c in self.environment)
 
     @property
@@ -51,7 +51,7 @@ class Start:
 
     @property
     def marked(self) -> bool:
-        """Whether the steps from here on are other ones than an uninterrupted run's, or may be."""
+        """Whether the steps from this start on differ from an uninterrupted run's, or may."""
         return bool(self.another_run or (self.plan and not self.config)) or self.moved
 
 
@@ -60,22 +60,22 @@ def _short(text: str) -> str:
 
 
 def read_starts(path: Path) -> tuple[list[Start], list[int]]:
-    """The starts that steps are kept of, and the numbers of damaged lines. Raises DataError as `start_of`."""
+    """The starts whose steps remain, and the numbers of damaged lines. Raises DataError as `start_of`."""
     lines = list(json_lines(path))
-    found = effective(start_of(x.record, f"{path} line {x.number}") for x in lines if x.record is not None)
-    return found, [x.number for x in lines if x.record is None]
+    starts = effective(start_of(x.record, f"{path} line {x.number}") for x in lines if x.record is not None)
+    return starts, [x.number for x in lines if x.record is None]
 
 
-def effective(starts: Iterable[Start]) -> list[Start]:
-    """By first step, without those whose first step a later start did again: they have left nothing."""
-    found: list[Start] = []
-    for start in starts:
-        found = [s for s in found if s.first_step < start.first_step] + [start]
-    return found
+def effective(records: Iterable[Start]) -> list[Start]:
+    """By first step, without those whose first step a later start repeated: none of their steps remain."""
+    starts: list[Start] = []
+    for start in records:
+        starts = [s for s in starts if s.first_step < start.first_step] + [start]
+    return starts
 
 
 def start_of(record: Mapping[str, Any], where: str = STARTS) -> Start:
-    """Raises DataError for a record that is no start."""
+    """Raises DataError for a record that is not a start."""
     first, changes = record.get("first_step"), record.get("changes")
     if isinstance(first, bool) or not isinstance(first, int) or not isinstance(changes, Mapping):
         raise DataError(f"{where}: a start needs 'first_step' (an integer) and 'changes' (an object).")
@@ -107,14 +107,14 @@ def change_words(start: Start, limit: int = 0) -> str:
 
 def segments(starts: Sequence[Start], part: str, field: str, now: Any, last: int) -> list[tuple[int, int, Any]]:
     """(first step, last step, value) of a field of the "config" or the "plan" whose value is `now` at step `last`."""
-    found = []
+    pieces = []
     for start in reversed(starts):
         before = {c.field: c.before for c in getattr(start, part)}
         if field in before:
-            found.append((start.first_step, last, now))
+            pieces.append((start.first_step, last, now))
             last, now = start.first_step - 1, before[field]
-    found.append((1, last, now))
-    return [piece for piece in reversed(found) if piece[0] <= piece[1]]
+    pieces.append((1, last, now))
+    return [piece for piece in reversed(pieces) if piece[0] <= piece[1]]
 
 
 def mid_run_changes(starts: Sequence[Start]) -> str:

@@ -1,4 +1,4 @@
-"""How far two held-out losses are apart, beside how far chance alone would put them."""
+"""The difference of two held-out losses beside its standard error."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Verdict = Literal["lower", "higher", "unclear", "equal", "no error"]
 
 @dataclass(frozen=True)
 class Difference:
-    """`of` minus `to`, paired by sequence: nats a token and bits a byte, each with its standard error."""
+    """`of` minus `to`, paired by sequence: nats per token and bits per byte, each with its standard error."""
 
     of: str
     to: str

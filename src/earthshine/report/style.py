@@ -1,5 +1,5 @@
-"""The page's style sheet. Colours are variables with a light and a dark value. The series colours have a contrast of at
-least 3 to 1 with their ground and stay apart for the common kinds of colour blindness: a test holds them to both.
+"""The page's style sheet. Colors are variables with a light and a dark value. The series colors have a contrast of at
+least 3 to 1 with their ground and stay apart for the common kinds of color blindness: a test holds them to both.
 """
 
 LIGHT = {

@@ -1,9 +1,9 @@
-"""The sections about how training went: loss curves, learning rate and gradients, expert load, update size."""
+"""How training went: loss curves, learning rate, gradients and speed, update size."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from earthshine.report.document import Block, Drawing, Figure, LegendItem, Section, Table, Text, figure_numbers
+from earthshine.report.content import Drawing, Element, Figure, LegendItem, Section, Table, Text, figure_numbers
 from earthshine.report.facts import same_samples, settings
 from earthshine.report.figures import (
     HALF,
@@ -70,7 +70,7 @@ def _remarks(notes: Iterable[tuple[str, str]]) -> str:
 
 
 def _table(caption: str, runs: Sequence[Run], columns: Sequence[tuple[str, str, Format]]) -> Table | None:
-    """At most TABLE_ROWS steps spread evenly; for each run that has it, a column a (heading, column name, format)."""
+    """At most TABLE_ROWS evenly spread steps; per run that has it, a column for each (heading, column name, format)."""
     steps = sorted({s for r in runs for s in r.steps.step})
     if not steps:
         return None
@@ -108,8 +108,8 @@ def _marks(runs: Sequence[Run]) -> tuple[Mark, ...]:
     )
 
 
-def _said_marks(runs: Sequence[Run]) -> str:
-    """The marks for those who hear the drawing."""
+def _marks_in_words(runs: Sequence[Run]) -> str:
+    """The marks in words, for a drawing's description."""
     return "".join(f" {m.label}." for m in _marks(runs))
 
 
@@ -123,10 +123,10 @@ def curves_section(runs: Sequence[Run]) -> Section:
     series: list[Series] = []
     notes, drawn, heldout = [], [], False
     for i, run in enumerate(runs):
-        own, note = lines(run, "loss", i)
-        if own:
+        curve, note = lines(run, "loss", i)
+        if curve:
             drawn.append((i, run))
-        series += own
+        series += curve
         notes.append((run.name, note))
         points = _heldout_points(run)
         if points:
@@ -134,14 +134,14 @@ def curves_section(runs: Sequence[Run]) -> Section:
             shift = 11 * (i - (len(runs) - 1) / 2)  # side by side, where runs have the same loss at the same step
             xs, ys = zip(*points, strict=True)
             series.append(Series(f"{run.name} held-out", xs, ys, i, "points", shift=shift))
-    blocks: list[Block] = []
+    elements: list[Element] = []
     if series:
-        said = "; ".join(filter(None, (_first_last(r, "loss", fixed) for r in runs)))
+        words = "; ".join(filter(None, (_first_last(r, "loss", fixed) for r in runs)))
         chart = Chart(
             "Training loss by step",
-            f"Training loss: {said}.{_said_marks(runs)}",
+            f"Training loss: {words}.{_marks_in_words(runs)}",
             "step",
-            "nats a token",
+            "nats per token",
             tuple(series),
             marks=_marks(runs),
         )
@@ -149,10 +149,10 @@ def curves_section(runs: Sequence[Run]) -> Section:
         caption = "Training loss of each step's own batch, which is why it jumps from step to step."
         more = []
         if heldout:
-            caption += " Large hollow marks are held-out losses; how sure their differences are is told above."
+            caption += " Large hollow marks are held-out losses; see Held-out loss for their errors."
             more = [LegendItem("held-out loss", 0, "point")]
-        table = _table("Training loss, nats a token", runs, [("", "loss", fixed)])
-        blocks.append(
+        table = _table("Training loss, nats per token", runs, [("", "loss", fixed)])
+        elements.append(
             Figure(
                 "Training loss by step",
                 caption + _remarks(notes),
@@ -163,34 +163,34 @@ def curves_section(runs: Sequence[Run]) -> Section:
         )
     for run in runs:
         if not run.steps.finite("loss"):
-            blocks.append(Text(f"{run.name} has no training loss (metrics.jsonl).", "absent"))
+            elements.append(Text(f"{run.name} has no training loss (metrics.jsonl).", "absent"))
     for run in runs[1:]:
         sentence = same_samples(runs[0], run)
         if sentence:
-            blocks.append(Text(sentence))
-    return Section("curves", "Loss", "Loss curves", tuple(blocks))
+            elements.append(Text(sentence))
+    return Section("curves", "Loss", "Loss curves", tuple(elements))
 
 
 def _heldout_points(run: Run) -> list[tuple[int, float]]:
     """(step, loss): those measured during training; before and after where there are none."""
     if run.heldout_during:
-        found = [(h.step, h) for h in run.heldout_during]
+        evaluations = [(h.step, h) for h in run.heldout_during]
     else:
         last = run.steps.step[-1] if run.steps.step else None
-        found = [(0 if run.before else None, run.before), (last, run.after)]  # type: ignore[list-item]
-    return [(step, h.loss) for step, h in found if h is not None and step is not None]
+        evaluations = [(0 if run.before else None, run.before), (last, run.after)]  # type: ignore[list-item]
+    return [(step, h.loss) for step, h in evaluations if h is not None and step is not None]
 
 
 def _stretches(runs: Sequence[Run], *keys: str) -> list[tuple[tuple[int, int], float]]:
     """(first and last step, value) of a number of the configs above 0, for all runs: equal ones that meet are one."""
-    found: list[tuple[tuple[int, int], float]] = []
+    stretches: list[tuple[tuple[int, int], float]] = []
     pieces = [(v, max(a, r.steps.step[0]), b) for r in runs if r.steps.step for a, b, v in settings(r, *keys)]
     for value, first, last in sorted(p for p in pieces if isinstance(p[0], int | float) and p[0] > 0):
-        if found and found[-1][1] == value and first <= found[-1][0][1] + 1:
-            (start, end), _ = found.pop()
+        if stretches and stretches[-1][1] == value and first <= stretches[-1][0][1] + 1:
+            (start, end), _ = stretches.pop()
             first, last = start, max(end, last)
-        found.append(((first, last), float(value)))
-    return found
+        stretches.append(((first, last), float(value)))
+    return stretches
 
 
 def _panel(runs: Sequence[Run], column: str, title: str, unit: str, ident: str, **options: bool) -> Drawing | None:
@@ -200,12 +200,12 @@ def _panel(runs: Sequence[Run], column: str, title: str, unit: str, ident: str, 
         return None
     values = [v for s in series for v in s.y]
     log = options.pop("may_log", False) and min(values) > 0 and max(values) > 50 * min(values)
-    said = "; ".join(filter(None, (_first_last(r, column, short) for r in runs)))
+    words = "; ".join(filter(None, (_first_last(r, column, short) for r in runs)))
     if column == "grad_norm":
         limits = _stretches(runs, "clip_grad_norm")
         inside = [(span, v) for span, v in limits if 0.4 * min(values) <= v <= 2.5 * max(values)]
         series += [Series(f"clipped at {short(v)}", span, (v, v), 0, "reference") for span, v in inside]
-    chart = Chart(title, f"{title}: {said}.", "step", unit, tuple(series), log_y=log, marks=_marks(runs), **options)
+    chart = Chart(title, f"{title}: {words}.", "step", unit, tuple(series), log_y=log, marks=_marks(runs), **options)
     return Drawing(draw_chart(chart, PANEL, 230, ident), title=title)
 
 
@@ -214,44 +214,42 @@ def dynamics_section(runs: Sequence[Run]) -> Section:
     panels = (
         _panel(runs, "lr", "Learning rate", "peak times schedule", "fig-lr", from_zero=True),
         _panel(runs, "grad_norm", "Gradient norm", "global, before clipping", "fig-grad", may_log=True, from_zero=True),
-        _panel(runs, "tokens_per_second", "Speed", "tokens a second", "fig-speed", from_zero=True),
+        _panel(runs, "tokens_per_second", "Speed", "tokens per second", "fig-speed", from_zero=True),
     )
-    blocks: list[Block] = []
+    elements: list[Element] = []
     if any(panels):
-        caption = "One panel a quantity, the same steps in each."
+        caption = "One panel per quantity, over the same steps."
         if limits := sorted({short(v) for _, v in _stretches(runs, "clip_grad_norm")}):
-            caption += (
-                f" Gradients longer than {' or '.join(limits)} are scaled down to that length (dashed, where in range)."
-            )
+            caption += f" Gradients are clipped to a norm of {' or '.join(limits)} (dashed, where in range)."
         drawn = [(i, r) for i, r in enumerate(runs) if len(r.steps)]
         caption += _remarks((r.name, lines(r, "grad_norm", 0)[1]) for _, r in drawn)
         columns = [("learning rate", "lr", short), ("gradient norm", "grad_norm", short)]
         table = _table("Learning rate and gradient norm", runs, columns)
         title = "Step by step"
-        blocks.append(Figure(title, caption, tuple(p for p in panels if p), _legend(drawn), table))
-    names = zip(panels, ("learning rate", "gradient norm", "tokens a second"), strict=True)
+        elements.append(Figure(title, caption, tuple(p for p in panels if p), _legend(drawn), table))
+    names = zip(panels, ("learning rate", "gradient norm", "tokens per second"), strict=True)
     absent = [what for panel, what in names if panel is None]
     if absent:
-        blocks.append(Text(f"No run recorded its {', '.join(absent)}.", "absent"))
-    return Section("dynamics", "Dynamics", "Learning rate, gradients, speed", tuple(blocks))
+        elements.append(Text(f"No run recorded its {', '.join(absent)}.", "absent"))
+    return Section("dynamics", "Dynamics", "Learning rate, gradients, speed", tuple(elements))
 
 
 def experts_section(runs: Sequence[Run]) -> Section:
-    """Who got the tokens: heat maps at the first and the last step, and the worst overload over the steps."""
-    blocks: list[Block] = []
+    """Who received the tokens: heat maps at the first and the last step, and MaxVio over the steps."""
+    elements: list[Element] = []
     sparse = [(i, r) for i, r in enumerate(runs) if r.steps.finite(WORST_LOAD)]
     for i, run in sparse:
         first, last = run.steps.first_load, run.steps.last_load
         assert first and last  # as the worst load comes from them
-        blocks.append(_heat_figure(run, i, first, last))
+        elements.append(_heat_figure(run, i, first, last))
     if sparse:
-        blocks += [_load_figure(runs, sparse), *_balance_figure(runs, sparse)]
+        elements += [_load_figure(runs, sparse), *_balance_figure(runs, sparse)]
     without = [r.name for r in runs if not r.steps.finite(WORST_LOAD)]
     if without:
         plural = "have" if len(without) > 1 else "has"
         names = ", ".join(without)
-        blocks.append(Text(f"{names} {plural} no expert load in metrics.jsonl (a dense model has none).", "absent"))
-    return Section("experts", "Experts", "Expert load", tuple(blocks))
+        elements.append(Text(f"{names} {plural} no expert load in metrics.jsonl (a dense model has none).", "absent"))
+    return Section("experts", "Experts", "Expert load", tuple(elements))
 
 
 HeatState = tuple[int, dict[int, list[float]]]
@@ -261,8 +259,8 @@ def _heat_figure(run: Run, index: int, first: HeatState, last: HeatState) -> Fig
     drawings = []
     for word, (step, load) in (("First", first), ("Last", last))[: 1 if first[0] == last[0] else 2]:
         title = f"{run.name}, {word.lower()} step ({whole(step)})"
-        said = f"Load of {len(load)} layers as multiples of the fair share, {_extremes(load)}."
-        wide, narrow = (draw_heat(title, said, load, w, f"fig-heat-{index}-{word}-{w}") for w in (HALF, NARROW))
+        words = f"Load of {len(load)} layers as multiples of the fair share, {_extremes(load)}."
+        wide, narrow = (draw_heat(title, words, load, w, f"fig-heat-{index}-{word}-{w}") for w in (HALF, NARROW))
         drawings.append(Drawing(wide, narrow, f"{word} step ({whole(step)})"))
     num_experts = max(map(len, last[1].values()))
     caption = (
@@ -288,7 +286,7 @@ def _heat_figure(run: Run, index: int, first: HeatState, last: HeatState) -> Fig
 
 
 def _extremes(load: dict[int, list[float]]) -> str:
-    """The least and the most loaded expert, for those who hear the drawing; the table behind it has every layer."""
+    """The least and the most loaded expert, for a drawing's description; the table behind it has every layer."""
     cells = [(value, layer, expert) for layer, row in load.items() for expert, value in enumerate(row)]
     (least, l0, e0), (most, l1, e1) = min(cells), max(cells)
     return f"from {fixed(least, 2)} (layer {l0}, expert {e0}) to {fixed(most, 2)} (layer {l1}, expert {e1})"
@@ -297,16 +295,16 @@ def _extremes(load: dict[int, list[float]]) -> str:
 def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figure:
     series, notes = [], []
     for i, run in sparse:
-        own, note = lines(run, WORST_LOAD, i, f"{run.name}, worst layer")
-        series += own
+        curve, note = lines(run, WORST_LOAD, i, f"{run.name}, worst layer")
+        series += curve
         notes.append((run.name, note))
         if run.steps.last_load and len(run.steps.last_load[1]) > 1:  # of a single layer, the middle is the worst
             shown = thin(run.steps.step, run.steps.column(MEDIAN_LOAD))
             smooth = moving_mean(shown.y, _width(shown.y)) if len(shown.y) > MARKER_LIMIT else shown.y
             series.append(Series(f"{run.name}, middle layer", shown.x, smooth, i, "dashed"))
-    said = "; ".join(_first_last(r, WORST_LOAD, lambda v: fixed(v, 2)) for _, r in sparse)
+    words = "; ".join(_first_last(r, WORST_LOAD, lambda v: fixed(v, 2)) for _, r in sparse)
     title = "Most loaded expert over the steps"
-    chart = Chart(title, f"Worst layer: {said}.", "step", "load / fair share", tuple(series), marks=_marks(runs))
+    chart = Chart(title, f"Worst layer: {words}.", "step", "load / fair share", tuple(series), marks=_marks(runs))
     wide, narrow = draw_chart(chart, WIDE, 260, "fig-load-w"), draw_chart(chart, NARROW, 250, "fig-load-n")
     caption = "The tokens of the most chosen expert over the mean of its layer, in the worst layer of each step."
     more: tuple[LegendItem, ...] = ()
@@ -317,9 +315,14 @@ def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figu
 
 
 _BALANCE = (  # column, title, unit, what the caption says of it
-    ("balance", "Balance loss", "1 = uniform", "The balance loss is before its coefficient, averaged over the layers."),
-    ("drop_rate", "Dropped", "share of choices", "Choices are dropped where an expert has no room left for them."),
-    ("dead_experts", "Dead experts", "number", "Dead experts are those of all layers that got no token in the step."),
+    (
+        "balance",
+        "Balance loss",
+        "1 = uniform",
+        "The balance loss, before its coefficient, is the mean over the layers.",
+    ),
+    ("drop_rate", "Dropped", "fraction of choices", "Choices are dropped where an expert's capacity is full."),
+    ("dead_experts", "Dead experts", "number", "Dead experts received no token in the step, over all layers."),
 )
 
 
@@ -334,14 +337,14 @@ def _balance_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> l
     ]
     caption = " ".join(words for *_, words in some)
     caption += _remarks((r.name, lines(r, some[0][0], 0)[1]) for r in runs)
-    table = _table("Balance of the experts", runs, [(title.lower(), column, short) for column, title, *_ in some])
+    table = _table("Expert balancing", runs, [(title.lower(), column, short) for column, title, *_ in some])
     return [Figure("Balance by step", caption, tuple(p for p in panels if p), _legend(sparse), table)]
 
 
 def update_section(runs: Sequence[Run]) -> Section:
-    """Root mean square of the parameters' updates, one panel an algorithm."""
+    """Root mean square of the parameters' updates, one panel per algorithm."""
     algorithms = sorted({c.removeprefix(UPDATE_RMS) for r in runs for c in r.steps.columns if c.startswith(UPDATE_RMS)})
-    blocks: list[Block] = []
+    elements: list[Element] = []
     panels, nominal_drawn = [], False
     for algorithm in reversed(algorithms):
         column = UPDATE_RMS + algorithm
@@ -352,10 +355,10 @@ def update_section(runs: Sequence[Run]) -> Section:
         references = [] if algorithm != "muon" else _nominal(runs)
         nominal_drawn = nominal_drawn or bool(references)
         series += references
-        said = "; ".join(filter(None, (_first_last(r, column, short) for r in runs)))
+        words = "; ".join(filter(None, (_first_last(r, column, short) for r in runs)))
         chart = Chart(
             f"Update RMS, {name}",
-            f"{said}.",
+            f"{words}.",
             "step",
             "update RMS, before the learning rate",
             tuple(series),
@@ -372,11 +375,11 @@ def update_section(runs: Sequence[Run]) -> Section:
         if nominal_drawn:
             caption += _NOMINAL
         caption += _remarks((r.name, lines(r, UPDATE_RMS + algorithms[-1], 0)[1]) for _, r in drawn)
-        blocks.append(Figure("Update RMS by step", caption, tuple(panels), _legend(drawn, *more), table))
+        elements.append(Figure("Update RMS by step", caption, tuple(panels), _legend(drawn, *more), table))
     for run in runs:
         if not any(c.startswith(UPDATE_RMS) for c in run.steps.columns):
-            blocks.append(Text(f"{run.name} has no update RMS in metrics.jsonl.", "absent"))
-    return Section("updates", "Updates", "Size of the updates", tuple(blocks))
+            elements.append(Text(f"{run.name} has no update RMS in metrics.jsonl.", "absent"))
+    return Section("updates", "Updates", "Size of the updates", tuple(elements))
 
 
 NS5_RANGE = (0.86, 1.08)  # what five Newton-Schulz steps give of the nominal size, by shape

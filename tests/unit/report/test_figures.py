@@ -1,4 +1,4 @@
-"""Drawings are well-formed, labelled, inside their frame, and colours can be told apart."""
+"""Drawings are well-formed, labelled, inside their frame, and colors can be told apart."""
 
 import itertools
 import math

@@ -50,7 +50,7 @@ def test_a_full_card():
     assert titles == ["Model", "Lineage", "Upcycling recipe", "Training", "Data", "Evaluation", "Verification", "Use",
                       "Limitations", "Further facts"]  # fmt: skip
     for words in (
-        "155,778,624 are active for a token, upcycled from a dense model; trained on from",
+        "155,778,624 of them active per token, upcycled from a dense model; continued from",
         "8, top-2, in 2 of 30 layers",
         "2. upcycled to 8 experts",
         "| Layers converted | 1, 2 |",

@@ -3,13 +3,13 @@
 import pytest
 from markdown_it import MarkdownIt
 
-from earthshine.report.document import (
+from earthshine.report.content import (
     Bullets,
     Card,
     Cards,
     Cell,
     Code,
-    Document,
+    Report,
     Section,
     Sides,
     Table,
@@ -19,7 +19,7 @@ from earthshine.report.document import (
     split_code,
     to_markdown,
 )
-from earthshine.report.markup import block_html, to_html
+from earthshine.report.markup import element_html, to_html
 from earthshine.report.model_card import model_card
 
 
@@ -36,13 +36,13 @@ def test_a_fence_is_longer_than_what_it_holds():
     assert fence("a ```` b") == "`````\na ```` b\n`````"
 
 
-def document(*blocks):
-    return Document("A <b>title</b> | x", "Lead", (Section("one", "One", "Section one", blocks),))
+def report(*elements):
+    return Report("A <b>title</b> | x", "Lead", (Section("one", "One", "Section one", elements),))
 
 
 def test_markdown():
     text = to_markdown(
-        document(
+        report(
             Text("1 < 2 & `x < y` [link](u)"),
             Text("absent", "absent"),
             Bullets((("**bold** item", "good"),)),
@@ -79,7 +79,7 @@ EVIL = [
 @pytest.mark.parametrize("evil", EVIL)
 def test_no_text_of_a_run_becomes_live_html_in_markdown(evil):
     """markdown-it is a CommonMark parser, here with HTML let through as GitHub and the Hub do, and with tables."""
-    blocks = (
+    elements = (
         Text(evil),
         Text(evil, "absent"),
         Bullets(((evil, ""),)),
@@ -92,7 +92,7 @@ def test_no_text_of_a_run_becomes_live_html_in_markdown(evil):
     card = model_card(
         {"name": evil, "base_model": evil, "limitations": [evil], "lineage": [evil], "data": [{"path": evil}]}
     )
-    for text in (to_markdown(Document(evil, evil, (Section("a", evil, evil, blocks),))), card):
+    for text in (to_markdown(Report(evil, evil, (Section("a", evil, evil, elements),))), card):
         html = page.render(text)
         assert "<img" not in html and "<!--" not in html
         assert "img src=x onerror=alert(1)" in html.replace("\\", ""), "the text itself is still there"
@@ -100,7 +100,7 @@ def test_no_text_of_a_run_becomes_live_html_in_markdown(evil):
 
 def test_html_escapes_every_kind_of_block():
     evil = '<img src=x onerror="alert(1)">&'
-    blocks = (
+    elements = (
         Text(evil),
         Bullets(((evil, ""),)),
         Cards((Card(evil, evil, evil),)),
@@ -108,13 +108,13 @@ def test_html_escapes_every_kind_of_block():
         Sides(evil, (evil,), ((evil, (evil,)),)),
         Code(evil, evil, evil),
     )
-    page = to_html(Document(evil, evil, (Section("a", evil, evil, blocks),)))
+    page = to_html(Report(evil, evil, (Section("a", evil, evil, elements),)))
     assert "<img" not in page
     assert page.count("&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;") >= 14
 
 
 def test_a_table_is_labelled_and_its_bar_is_drawn():
-    html = block_html(Table("Cap **t**", ("", "B"), ((Cell("r", color=1), Cell("50 %", share=0.5)),), frozenset({1})))
+    html = element_html(Table("Cap **t**", ("", "B"), ((Cell("r", color=1), Cell("50 %", share=0.5)),), frozenset({1})))
     assert 'aria-label="Cap t"' in html and "<strong>t</strong>" in html
     assert '<th scope="row"><span class="dot k1"></span>r</th>' in html
     assert '<td class="num">50 %<span class="share"><i style="width:50.0%"></i></span></td>' in html

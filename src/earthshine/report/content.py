@@ -1,4 +1,4 @@
-"""What a report says, apart from how it looks: blocks that both the HTML page and the Markdown file are made from.
+"""What a report says, apart from how it looks: elements that both the HTML page and the Markdown file are made from.
 
 In texts, `code` between backticks and **bold** between double asterisks are marked up; all else is literal.
 """
@@ -12,7 +12,7 @@ Tone = Literal["", "good", "bad", "quiet"]
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph. kind "absent": the line that says what the run folders do not hold; "note": how to read a thing."""
+    """A paragraph. kind "absent": what the run folders do not hold; "note": how to read what stands above."""
 
     text: str
     kind: Literal["plain", "note", "absent"] = "plain"
@@ -25,7 +25,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell. `share` in 0..1 draws a small bar under the text; `color` a swatch of that run's colour."""
+    """A table cell. `share` in 0..1 draws a small bar under the text; `color` a swatch of that run's color."""
 
     text: str
     tone: Tone = ""
@@ -62,7 +62,7 @@ class Cards:
 
 @dataclass(frozen=True)
 class LegendItem:
-    """One entry of a legend: a line of colour `color`, a patch of that class, a dashed reference, a dotted change."""
+    """One entry of a legend: a line of color `color`, a patch of that class, a dashed reference, a dotted change."""
 
     label: str
     color: int = 0
@@ -80,7 +80,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Figure:
-    """Drawings side by side under one legend, with the numbers behind them for those who do not see them."""
+    """Drawings side by side under one legend, with the numbers behind them as a table."""
 
     title: str
     caption: str
@@ -91,7 +91,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Sides:
-    """Texts side by side: rows of (heading, cells), one cell a column."""
+    """Texts side by side: rows of (heading, cells), one cell per column."""
 
     caption: str
     columns: tuple[str, ...]
@@ -105,7 +105,7 @@ class Code:
     summary: str = ""  # when given, the code is folded behind this line
 
 
-Block = Text | Bullets | Table | Cards | Figure | Sides | Code
+Element = Text | Bullets | Table | Cards | Figure | Sides | Code
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class Section:
     anchor: str
     short: str
     title: str
-    blocks: tuple[Block, ...]
+    elements: tuple[Element, ...]
 
 
 @dataclass(frozen=True)
-class Document:
+class Report:
     title: str
     lead: str
     sections: tuple[Section, ...]
@@ -139,12 +139,12 @@ def cell_text(cell: Cell | str) -> str:
     return cell.text if isinstance(cell, Cell) else cell
 
 
-def to_markdown(document: Document) -> str:
-    """The document as Markdown: tables as tables, figures as their captions and numbers."""
-    parts = [f"# {inline_markdown(document.title)}", inline_markdown(document.lead)]
-    for section in document.sections:
+def to_markdown(report: Report) -> str:
+    """The report as Markdown: tables as tables, figures as their captions and numbers."""
+    parts = [f"# {inline_markdown(report.title)}", inline_markdown(report.lead)]
+    for section in report.sections:
         parts.append(f"## {inline_markdown(section.title)}")
-        parts += [markdown_block(block) for block in section.blocks]
+        parts += [markdown_element(element) for element in section.elements]
     return clean("\n\n".join(part for part in parts if part)) + "\n"
 
 
@@ -173,27 +173,29 @@ def inline_markdown(text: str, *, in_table: bool = False) -> str:
     return out
 
 
-def markdown_block(block: Block) -> str:
-    if isinstance(block, Text):
-        return f"> {inline_markdown(block.text)}" if block.kind != "plain" else inline_markdown(block.text)
-    if isinstance(block, Bullets):
-        return "\n".join(f"- {inline_markdown(item)}" for item, _ in block.items)
-    if isinstance(block, Cards):
+def markdown_element(element: Element) -> str:
+    if isinstance(element, Text):
+        return f"> {inline_markdown(element.text)}" if element.kind != "plain" else inline_markdown(element.text)
+    if isinstance(element, Bullets):
+        return "\n".join(f"- {inline_markdown(item)}" for item, _ in element.items)
+    if isinstance(element, Cards):
         return "\n".join(
             f"- **{inline_markdown(c.label)}**: {inline_markdown(c.value)} ({inline_markdown(c.detail)})"
-            for c in block.cards
+            for c in element.cards
         )
-    if isinstance(block, Table):
-        return _markdown_table(block)
-    if isinstance(block, Figure):
-        head = f"**{inline_markdown(block.title)}** (drawn in the HTML page). {inline_markdown(block.caption)}"
-        return head + ("\n\n" + _markdown_table(block.numbers) if block.numbers else "")
-    if isinstance(block, Code):
-        return (f"{inline_markdown(block.summary)}\n\n" if block.summary else "") + fence(block.text, block.language)
-    parts = [f"**{inline_markdown(block.caption)}**"]
-    for heading, texts in block.rows:
+    if isinstance(element, Table):
+        return _markdown_table(element)
+    if isinstance(element, Figure):
+        head = f"**{inline_markdown(element.title)}** (drawn in the HTML page). {inline_markdown(element.caption)}"
+        return head + ("\n\n" + _markdown_table(element.numbers) if element.numbers else "")
+    if isinstance(element, Code):
+        return (f"{inline_markdown(element.summary)}\n\n" if element.summary else "") + fence(
+            element.text, element.language
+        )
+    parts = [f"**{inline_markdown(element.caption)}**"]
+    for heading, texts in element.rows:
         parts.append(f"{inline_markdown(heading)}")
-        for column, text in zip(block.columns, texts, strict=True):
+        for column, text in zip(element.columns, texts, strict=True):
             parts += [f"*{inline_markdown(column)}:*", fence(text)]
     return "\n\n".join(parts)
 
