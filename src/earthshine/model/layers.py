@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from earthshine.ops.grouped_experts import swiglu
 from earthshine.ops.rms_norm import rms_norm
+from earthshine.ops.swiglu import swiglu
 
 
 def to_compute(weight: Tensor, like: Tensor) -> Tensor:

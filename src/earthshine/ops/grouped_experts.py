@@ -1,4 +1,4 @@
-"""Rows sorted by expert, a matrix product per group of rows, and the way back.
+"""Rows sorted by expert, a matmul per group of rows, and the way back.
 
 Shapes: T tokens, K experts per token, R = T*K routed rows, D model width, F expert width, E experts, C rows of each
 expert in the padded layout.
@@ -7,7 +7,6 @@ A dropped choice has the expert E: its row is sorted to the end and counted nowh
 as zeros and take no part in any gradient.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from earthshine.device import has_grouped_product
 from earthshine.ops.routing import count_tokens
+from earthshine.ops.swiglu import swiglu_segments
 
 Backend = Literal["auto", "grouped", "padded", "loop"]
-_SEGMENT_ROWS = 1024  # 3 MB of each product at a width of 704: a few of them fit the last cache of a small CPU
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,10 @@ def swiglu_experts(
 ) -> Tensor:
     """down(silu(gate x) * up x) with each row's own expert (arXiv:2002.05202): shape (R, D).
 
-    Backends: "loop" is one expert after the other, the oracle; "padded" is a batched product over `capacity` rows of
+    Backends: "loop" is one expert after the other, the oracle; "padded" is a batched matmul over `capacity` rows of
     every expert (of the fullest one where 0), whose shapes do not depend on the routing; "grouped" on an accelerator is
-    torch's grouped matrix product (widths in multiples of 16 bytes), which waits for the device in each of its calls
-    where there is no kernel (`device.has_grouped_product`), and on a CPU, where that is a loop too, `swiglu_segments`;
+    torch's grouped matmul (widths in multiples of 16 bytes), which waits for the device in each of its calls where
+    there is no kernel (`device.has_grouped_product`), and on a CPU, where that is a loop too, `swiglu_segments`;
     "auto" is `choose_backend`.
 
     Args:
@@ -124,128 +123,25 @@ def swiglu_experts(
     return looped
 
 
-def swiglu(x: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> Tensor:
-    """down(silu(gate x) * up x) for (..., D): the feed-forward network of a dense layer, as one expert for all rows."""
-    if x.device.type != "cpu":
-        return F.linear(F.silu(F.linear(x, w_gate_FD)) * F.linear(x, w_up_FD), w_down_DF)
-    x_RD = x.reshape(-1, x.shape[-1])
-    weights = (w.unsqueeze(0) for w in (w_gate_FD, w_up_FD, w_down_DF))
-    y_RD: Tensor = swiglu_segments(x_RD, *weights, [x_RD.shape[0]])
-    return y_RD.view(x.shape)
-
-
 def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend, str]:
     """The backend that "auto" takes, and why.
 
     Without torch's kernel on an accelerator (an A100, or float32) it is the loop: its sizes go to the host once for a
-    layer's forward and backward pass, not in each of the nine products; "padded" would wait as often, and multiply the
+    layer's forward and backward pass, not in each of the nine matmuls; "padded" would wait as often, and multiply the
     work by the fullest expert's load over the mean. Only a capacity needs no wait there.
     """
     if x_RD.device.type == "cpu":
-        return "grouped", "on a CPU a product per expert is at the rate of any batched one, and pads nothing"
+        return "grouped", "on a CPU a matmul per expert runs at the rate of any batched one, and pads nothing"
     if capacity:
         return "padded", "with a capacity all shapes are known beforehand"
     if not has_grouped_product(x_RD.device, x_RD.dtype):
-        return "loop", f"torch has no grouped product in {str(x_RD.dtype).removeprefix('torch.')} for this device"
+        return "loop", f"torch has no grouped matmul in {str(x_RD.dtype).removeprefix('torch.')} for this device"
     if any(n * x_RD.element_size() % 16 for n in w_EFD.shape[1:]):
-        return "loop", f"torch's grouped product wants widths of multiples of 16 bytes, not {list(w_EFD.shape[1:])}"
-    return "grouped", "torch's grouped product takes these"
+        return "loop", f"torch's grouped matmul wants widths of multiples of 16 bytes, not {list(w_EFD.shape[1:])}"
+    return "grouped", "torch's grouped matmul takes these"
 
 
 # Not compiled: the loads are data, and each would be another graph.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def swiglu_segments(
-    x_RD: Tensor, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, counts: Sequence[int]
-) -> Tensor:
-    """`swiglu_experts` for a CPU: few rows at a time, so that what one product wrote is in the cache for the next.
-
-    Products write into their place, element-wise work is done in place, and only the products with gate and up are
-    kept for the backward pass.
-    """
-    y_RD: Tensor = _Segments.apply(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts)  # type: ignore[no-untyped-call]
-    return y_RD
-
-
-def _add_product(into: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
-    """into = a b, plus what is there when `keep`; `into` may be wider than the factors."""
-    if into.dtype == a.dtype:  # not `addmm_`, because torch's FLOP counter does not see that
-        torch.addmm(into, a, b, beta=int(keep), out=into)
-    elif keep:
-        into += a @ b
-    else:
-        into.copy_(a @ b)
-
-
-def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice, bool]]:
-    """(expert, rows, whether these are the expert's first), at most `_SEGMENT_ROWS` rows of one expert at a time."""
-    end = 0
-    for expert, count in enumerate(counts):
-        start, end = end, end + count
-        for first in range(start, end, _SEGMENT_ROWS):
-            yield expert, slice(first, min(first + _SEGMENT_ROWS, end)), first == start
-
-
-class _Segments(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts: Sequence[int]
-    ) -> Tensor:
-        kept = []  # by segment: memory of this size is reused, where one tensor of all rows is mapped and cleared anew
-        y_RD = torch.empty_like(x_RD)
-        y_RD[sum(counts) :] = 0
-        for expert, rows, _ in _segments(counts):
-            gate, up = x_RD[rows] @ gate_EFD[expert].T, x_RD[rows] @ up_EFD[expert].T
-            torch.mm(F.silu(gate).mul_(up), down_EDF[expert].T, out=y_RD[rows])
-            if any(ctx.needs_input_grad):
-                kept += [gate, up]
-        ctx.save_for_backward(x_RD, gate_EFD, up_EFD, down_EDF, *kept)
-        ctx.counts = counts
-        return y_RD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, gate_EFD, up_EFD, down_EDF, *kept = ctx.saved_tensors
-        needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
-        grad_x_RD = torch.empty_like(x_RD)
-        grad_x_RD[sum(ctx.counts) :] = 0
-        # Sums over segments are wide: in bf16 each of them would be rounded again.
-        wide = torch.promote_types(x_RD.dtype, torch.float32)
-        weights = (gate_EFD, up_EFD, down_EDF)
-        grad_gate_EFD, grad_up_EFD, grad_down_EDF = (torch.empty_like(w, dtype=wide) for w in weights)
-        for expert, count in enumerate(ctx.counts):
-            if count == 0:
-                for grad in (grad_gate_EFD, grad_up_EFD, grad_down_EDF):
-                    grad[expert] = 0
-        segments = zip(_segments(ctx.counts), kept[0::2], kept[1::2], strict=True)
-        for (expert, rows, first), gate, up in segments:
-            x, grad_y = x_RD[rows], grad_y_RD[rows]
-            keep = not first  # what the expert's earlier rows gave
-            silu = F.silu(gate)
-            if needs_down:
-                _add_product(grad_down_EDF[expert], grad_y.T, silu * up, keep)
-            if not (needs_x or needs_gate or needs_up):
-                continue
-            grad_hidden = grad_y @ down_EDF[expert]
-            grad_up = silu.mul_(grad_hidden)
-            grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
-            if needs_x:
-                _add_product(grad_x_RD[rows], grad_gate, gate_EFD[expert], False)
-                _add_product(grad_x_RD[rows], grad_up, up_EFD[expert], True)
-            if needs_gate:
-                _add_product(grad_gate_EFD[expert], grad_gate.T, x, keep)
-            if needs_up:
-                _add_product(grad_up_EFD[expert], grad_up.T, x, keep)
-        return (
-            grad_x_RD if needs_x else None,
-            grad_gate_EFD.to(x_RD.dtype) if needs_gate else None,
-            grad_up_EFD.to(x_RD.dtype) if needs_up else None,
-            grad_down_EDF.to(x_RD.dtype) if needs_down else None,
-            None,
-        )
-
-
-# Not compiled either: the loads are data here, too.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _loop(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
     *parts, rest = x_RD.split([*(counts := counts_E.tolist()), x_RD.shape[0] - sum(counts)])
@@ -256,7 +152,7 @@ def _loop(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, coun
 
 def _grouped(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    # The grouped product leaves rows beyond the last group unset, and their gradients: neither may be seen.
+    # The grouped matmul leaves rows beyond the last group unset, and their gradients: neither may be seen.
     used_R1 = (torch.arange(x_RD.shape[0], device=x_RD.device) < ends_E[-1]).unsqueeze(1)
     x_RD = x_RD.where(used_R1, 0)
     gate_RF = F.grouped_mm(x_RD, gate_EFD.transpose(1, 2), offs=ends_E)
