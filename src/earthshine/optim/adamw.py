@@ -1,4 +1,4 @@
-"""torch's AdamW on the shares of a group, and the size of its last update."""
+"""torch's AdamW on the local shards of a group, and the size of its last update."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 from earthshine.optim import rules
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise, write_
-from earthshine.optim.sharding.local_shards import Shares
+from earthshine.optim.sharding.local_shards import LocalShards
 
 # The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
 # element's bits would depend on where a shard ends. No vector is longer (16 fp32 of AVX-512, two at a time for bf16).
@@ -22,20 +22,20 @@ _CPU_STATS_ELEMENTS = 1 << 18
 
 
 def step_adamw(
-    shares: Shares,
+    shards: LocalShards,
     group: Mapping[str, Any],
     states: Mapping[int, Mapping[str, Tensor]],
     grads: Mapping[int, Tensor],
     noises: Mapping[int, Noise] = NEAREST,
 ) -> Callable[[], Measure]:
-    """One step of the shares that have a gradient. Returns what measures the update, before the next step.
+    """One step of the local shards that have a gradient. Returns what measures the update, before the next step.
 
     Equation and order of operations are torch.optim.AdamW's (arXiv:1711.05101, algorithm 2). Moments are at least fp32,
     and so is the arithmetic: in fp16 the second moment of gradients below 1e-4 is zero. noises: as of `rules.step_`.
     """
     members = sorted(grads)
-    weights = [shares.weight(i) for i in members]
-    moments = [[shares.state(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
+    weights = [shards.weight(i) for i in members]
+    moments = [[shards.local_state(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
     steps = [states[i]["step"] for i in members]
     rows = list(zip(weights, [grads[i] for i in members], *moments, steps, strict=True))
     _update([row for row in rows if row[0].dtype.itemsize >= 4], group)

@@ -1,4 +1,4 @@
-"""What is derived from one parameter group: the shares of its parameters, and its algorithm's static plan and step."""
+"""What is derived from one parameter group: its local shards, and its algorithm's static plan and step."""
 
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -16,7 +16,7 @@ from earthshine.optim.options import STATIC, initial_options, name_of
 from earthshine.optim.rounding import NARROW, Noise, elements
 from earthshine.optim.scion import ScionPlan, step_scion
 from earthshine.optim.sharding.batches import MatrixPlan
-from earthshine.optim.sharding.local_shards import Shares
+from earthshine.optim.sharding.local_shards import LocalShards
 
 # Entries with a value per parameter: they follow the list of parameters.
 _PER_PARAMETER = ("param_names", "matrices", "lmo")
@@ -51,16 +51,16 @@ class GroupPlan:
         self.options = initial_options(group)  # as last checked: a loop may set them
         self.per_parameter = {key: copy(group.get(key)) for key in _PER_PARAMETER}
         self._were = [_traits(p) for p in params]
-        self.shares = Shares(params, specs, names, process_group, bucket_bytes)
-        self._matrices = MatrixPlan(group, self.shares, bucket_bytes) if self.algorithm == "muon" else None
-        self._scion = ScionPlan(group, self.shares) if self.algorithm == "scion" else None
+        self.shards = LocalShards(params, specs, names, process_group, bucket_bytes)
+        self._matrices = MatrixPlan(group, self.shards, bucket_bytes) if self.algorithm == "muon" else None
+        self._scion = ScionPlan(group, self.shards) if self.algorithm == "scion" else None
         narrow = [i for i, p in enumerate(params) if p.dtype in NARROW and group["rounding"] == "stochastic"]
-        self._elements = {i: elements(self.shares.held(i), params[i].device) for i in narrow}
+        self._elements = {i: elements(self.shards.layout(i), params[i].device) for i in narrow}
 
     def step(
         self, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
     ) -> GroupStep:
-        """Update the shares that have a gradient. states, grads: by the parameter's index in the group."""
+        """Update the local shards that have a gradient. states, grads: by the parameter's index in the group."""
         noises = self._noises(group, states, grads)
         if self._matrices is not None:
             done = step_matrices(self._matrices, group, states, grads, noises)
@@ -75,7 +75,7 @@ class GroupPlan:
         if self._scion is not None:
             measured, sent = step_scion(self._scion, group, states, grads, noises)
             return GroupStep(self.algorithm, lambda: measured, {"norms": sent})
-        return GroupStep(self.algorithm, step_adamw(self.shares, group, states, grads, noises))
+        return GroupStep(self.algorithm, step_adamw(self.shards, group, states, grads, noises))
 
     def _noises(
         self, group: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
@@ -85,7 +85,7 @@ class GroupPlan:
         for i in grads if group["rounding"] == "stochastic" else ():
             step = states[i]["step"]
             if i in self._elements:
-                found[i] = self._elements[i].at(group["rounding_seed"], self.shares.names[i], int(step))
+                found[i] = self._elements[i].at(group["rounding_seed"], self.shards.names[i], int(step))
             if self.algorithm != "adamw":
                 step += 1
         return found
@@ -111,19 +111,19 @@ class GroupPlan:
         """Zeros, for parameter i, where the parameter is; at least fp32 unless the momentum is asked for in bf16."""
         if key == "step":
             return torch.zeros((), dtype=torch.float32)
-        dtype = torch.promote_types(self.shares.params[i].dtype, torch.float32)
+        dtype = torch.promote_types(self.shards.params[i].dtype, torch.float32)
         if key == "momentum_sum" and group["momentum_dtype"] == "bfloat16":
             dtype = torch.bfloat16
         per_row = key == "row_second_moment"
-        return self.shares.new_state(i, torch.float32 if per_row else dtype, per_row=per_row)
+        return self.shards.new_state(i, torch.float32 if per_row else dtype, per_row=per_row)
 
     def whole_shape(self, i: int, key: str) -> tuple[int, ...]:
         """The shape of a kind of state as a checkpoint has it."""
-        return () if key == "step" else self.shares.state_shape(i, key == "row_second_moment")
+        return () if key == "step" else self.shards.state_shape(i, key == "row_second_moment")
 
     def predicted_bytes(self, reduce: bool) -> dict[str, int]:
         """Bytes that a step sends from this rank, by purpose."""
-        found = self.shares.predicted_bytes(reduce)
+        found = self.shards.predicted_bytes(reduce)
         if self._matrices is not None:
             found["orthogonalize"] = self._matrices.predicted_bytes()
         if self._scion is not None:

@@ -28,7 +28,7 @@ from earthshine.errors import ConfigError
 
 Spec = tuple[Any, ...]
 # Half-open ranges of indices: ascending, none empty, none touching the next.
-Runs = tuple[tuple[int, int], ...]
+Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LogicalMatrix:
     step: from each column to the next, of range(*cols, step).
     """
 
-    rows: Runs
+    rows: Ranges
     cols: tuple[int, int]
     step: int = 1
 
@@ -120,7 +120,7 @@ def _find(shape: tuple[int, ...], spec: Spec) -> tuple[LogicalMatrix, ...] | Non
     return tuple(LogicalMatrix(_shift(block, top), (0, cols)) for top in tops for block in blocks)
 
 
-def _row_blocks(rows: int, kind: str, args: tuple[Any, ...]) -> list[Runs] | None:
+def _row_blocks(rows: int, kind: str, args: tuple[Any, ...]) -> list[Ranges] | None:
     """The rows of each matrix within one matrix of the stack."""
     if kind in ("matrix", "batch") and not args:
         return [((0, rows),)]
@@ -163,18 +163,18 @@ def _spans(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
         start += n
 
 
-def _shift(runs: Runs, by: int) -> Runs:
-    return tuple((start + by, stop + by) for start, stop in runs) if by else runs
+def _shift(ranges: Ranges, by: int) -> Ranges:
+    return tuple((start + by, stop + by) for start, stop in ranges) if by else ranges
 
 
-def merge(spans: Iterable[tuple[int, int]]) -> Runs:
-    """Ascending ranges as runs: empty ones left out, touching ones joined."""
-    runs: list[tuple[int, int]] = []
+def merge(spans: Iterable[tuple[int, int]]) -> Ranges:
+    """Ascending ranges as ranges: empty ones left out, touching ones joined."""
+    ranges: list[tuple[int, int]] = []
     for start, stop in spans:
         if start == stop:
             continue
-        if runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], stop)
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
         else:
-            runs.append((start, stop))
-    return tuple(runs)
+            ranges.append((start, stop))
+    return tuple(ranges)

@@ -17,7 +17,7 @@ batches, over all parameters of a group; (c) Newton-Schulz runs in the type aske
 moment, so that a checkpoint never misses it; (e) the momentum is a sum and named so: 20 times torch's average.
 
 A parameter without a gradient is skipped: no momentum, no decay, no update. Where it is spread over ranks, a rank
-whose share has none leaves its share alone and contributes zeros to the whole. An expert that no token chose has a
+whose shard has none leaves its shard alone and contributes zeros to the whole. An expert that no token chose has a
 zero gradient, not none: its momentum shrinks and its update keeps its full size, because orthogonalization forgets the
 size of what it is given. That is the published rule; `skip_idle` leaves out such stale updates (momentum still
 shrinks, weights still decay).
@@ -254,15 +254,15 @@ class Muon(torch.optim.Optimizer):
                 resolve_group(group)
                 check_group(group)
                 plan.options = initial_options(group)
-            plan.shares.check_gradients()
+            plan.shards.check_gradients()
         self._last, self._readings = [], None
         for group, plan in zip(self.param_groups, plans, strict=True):
-            grads, sent = plan.shares.gradients(self._reduce)
+            grads, sent = plan.shards.gradients(self._reduce)
             self._stepped |= bool(grads)
             options = {**group, "lr": float(group["lr"])}  # a tensor of a device: waited for once
-            with _without_autocast(plan.shares.params):
+            with _without_autocast(plan.shards.params):
                 numbers = plan.step(options, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
-            numbers.sent |= {"reduce_gradients": sent, "gather_parameters": plan.shares.gather()}
+            numbers.sent |= {"reduce_gradients": sent, "gather_parameters": plan.shards.gather()}
             self._last.append(numbers)
         return loss
 
@@ -293,7 +293,7 @@ class Muon(torch.optim.Optimizer):
         """Numbers of the last step on this rank; asking waits for the device, once. Ask when you may `measure`.
 
         update_rms: algorithm -> RMS per element of the update before lr and decay, of what this rank orthogonalized
-            (AdamW and Scion: of its shares); only algorithms that updated something. update_rms_by_group: the same
+            (AdamW and Scion: of its shards); only algorithms that updated something. update_rms_by_group: the same
             per group, None where nothing was updated.
         bytes_sent: as `predicted_bytes`, counted where messages were handed over.
         ns_flops, ns_seconds: of Newton-Schulz on this rank. imbalance: the most loaded rank's share of Newton-Schulz
@@ -328,7 +328,7 @@ class Muon(torch.optim.Optimizer):
         found = super().state_dict()
         if self._process_group is not None:
             for index, saved in enumerate(found["param_groups"]):
-                for key, moved in self._moved(index, "leave", None).items():
+                for key, moved in self._moved(index, "to_dtensor", None).items():
                     for i, tensor in moved.items():
                         number = saved["params"][i]
                         found["state"][number] = found["state"][number] | {key: tensor}
@@ -337,14 +337,14 @@ class Muon(torch.optim.Optimizer):
     def _moved(
         self, index: int, way: str, saved: Sequence[Mapping[str, Tensor]] | None
     ) -> dict[str, dict[int, Tensor]]:
-        """Each kind of state of a group's ZeRO-1 parameters, moved by `Shares.leave` or `Shares.enter`."""
-        group, shares = self.param_groups[index], self._plan(index).shares
+        """Each kind of state of a group's ZeRO-1 parameters, moved by `LocalShards.to_dtensor` or `from_dtensor`."""
+        group, shards = self.param_groups[index], self._plan(index).shards
         states = saved if saved is not None else [self.state[p] for p in group["params"]]
         found = {}
         for key in state_keys(group):
             if key != "step":
                 whole = {i: state[key] for i, state in enumerate(states)}
-                found[key] = getattr(shares, way)(whole, key == "row_second_moment")
+                found[key] = getattr(shards, way)(whole, key == "row_second_moment")
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -382,20 +382,20 @@ class Muon(torch.optim.Optimizer):
             after(self)
 
     def _arrived(self, index: int, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """This process's shares of a group's saved state."""
-        shares = self._plan(index).shares
-        moved = self._moved(index, "enter", states) if shares.zero1 else {}
+        """This process's shards of a group's saved state."""
+        shards = self._plan(index).shards
+        moved = self._moved(index, "from_dtensor", states) if shards.zero1 else {}
         return [
-            {key: moved.get(key, {}).get(i, shares.state(value)) for key, value in state.items()}
+            {key: moved.get(key, {}).get(i, shards.local_state(value)) for key, value in state.items()}
             for i, state in enumerate(states)
         ]
 
     @torch.no_grad()
     def _take_over(self, index: int, arrived: list[dict[str, Tensor]]) -> None:
-        shares = self._plan(index).shares
+        shards = self._plan(index).shards
         for p, saved in zip(self.param_groups[index]["params"], arrived, strict=True):
             for key, live in self.state[p].items():
-                shares.state(live).copy_(saved[key])
+                shards.local_state(live).copy_(saved[key])
 
     def _set(self, index: int, key: str, value: Any) -> None:
         """A saved entry of a group; a tensor by value, because schedulers fill tensors in place."""
@@ -424,7 +424,7 @@ class Muon(torch.optim.Optimizer):
                 )
             found[key] = saved[key]
             live = self.state[group["params"][i]][key]
-            if not plan.shares.can_take(i, live, saved[key]):
+            if not plan.shards.state_fits(i, live, saved[key]):
                 if _holds_anything(saved[key], everywhere=True):
                     raise CheckpointError(
                         f"the saved optimizer state {key} of parameter {name_of(group, i)} is placed otherwise than "
@@ -435,7 +435,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _holds_anything(state: Any, everywhere: bool = False) -> bool:
-    """Whether this process's share of a tensor of state is anything but zero; of all processes, which is collective.
+    """Whether this process's shard of a tensor of state is anything but zero; of all processes, which is collective.
 
     Waits for the device.
     """

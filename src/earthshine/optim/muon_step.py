@@ -1,8 +1,8 @@
 """One Muon step of a group: momentum where a parameter lives, whole matrices to whoever orthogonalizes them, updates
 back to where it lives. `optim.sharding.batches` says what goes where; this carries it out.
 
-The next bucket travels, and local batches run, while a bucket is computed. A rank whose share of a parameter has no
-gradient leaves it alone and contributes zeros to its matrices: it sends and receives all the same.
+The next bucket travels, and local batches run, while a bucket is computed. A rank whose local shard of a parameter has
+no gradient leaves it alone and contributes zeros to its matrices: it sends and receives all the same.
 
 Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall matrices lie in a batch transposed.
 """
@@ -57,16 +57,16 @@ def step_matrices(
     grads: Mapping[int, Tensor],
     noises: Mapping[int, Noise] = NEAREST,
 ) -> StepNumbers:
-    """Update the shares of the parameters that have a gradient.
+    """Update the local shards of the parameters that have a gradient.
 
-    states, grads, noises: by the parameter's index in the group; a gradient is this process's share of it, and so are
+    states, grads, noises: by the parameter's index in the group; a gradient is this process's shard of it, and so are
     the elements whose rounding a noise decides (`rules.step_`).
     """
     run = _Run(plan, group, states, grads, noises)
     # One shard group after the other: ranks may share several, and each has its own communicator.
     local = plan.local
-    for shard_group in plan.plans:
-        transfers = [t for t in plan.transfers if t.plan is shard_group]
+    for shard_group in plan.shard_groups:
+        transfers = [t for t in plan.transfers if t.shard_group is shard_group]
         travelling = [run.send(t) for t in transfers[:1]]
         if travelling:
             for batch in local:
@@ -89,7 +89,7 @@ def step_matrices(
 
 
 class _Run:
-    """One step under way: two-dimensional views of the shares of everything that has a gradient."""
+    """One step under way: two-dimensional views of the local shards of everything that has a gradient."""
 
     def __init__(
         self,
@@ -99,21 +99,21 @@ class _Run:
         grads: Mapping[int, Tensor],
         noises: Mapping[int, Noise],
     ) -> None:
-        self.plan, self.group, self.noises, shares = plan, group, noises, plan.shares
-        self.grads = {i: shares.view2d(i, g) for i, g in grads.items()}
-        self.sums = {i: shares.view2d(i, shares.state(states[i]["momentum_sum"])) for i in grads}
-        self.weights = {i: shares.view2d(i, shares.weight(i)) for i in grads}
+        self.plan, self.group, self.noises, shards = plan, group, noises, plan.shards
+        self.grads = {i: shards.view2d(i, g) for i, g in grads.items()}
+        self.sums = {i: shards.view2d(i, shards.local_state(states[i]["momentum_sum"])) for i in grads}
+        self.weights = {i: shards.view2d(i, shards.weight(i)) for i in grads}
         self.moments: dict[int, Tensor] = {}
         if plan.moments:
             # Of every parameter: copies of a row's moment must stay alike where only some holders have a gradient.
-            rows = {i: shares.state(state["row_second_moment"]) for i, state in states.items()}
-            self.moments = {i: shares.view2d(i, share, per_row=True) for i, share in rows.items()}
+            rows = {i: shards.local_state(state["row_second_moment"]) for i, state in states.items()}
+            self.moments = {i: shards.view2d(i, v, per_row=True) for i, v in rows.items()}
         self.numbers = StepNumbers(Stopwatch(plan.device))
 
     def write_back(self) -> None:
-        """Weights whose share cannot be seen as rows and columns in place were updated in a copy."""
+        """Weights whose local shard cannot be seen as rows and columns in place were updated in a copy."""
         for i, view in self.weights.items():
-            weight = self.plan.shares.weight(i)
+            weight = self.plan.shards.weight(i)
             if view.data_ptr() != weight.data_ptr():
                 weight.copy_(view.view(weight.shape))
 
@@ -127,7 +127,7 @@ class _Run:
             torch._foreach_mul_(sums, mu)
             torch._foreach_add_(sums, grads)
             return grads, sums
-        exact = [m.to(self.plan.wide).mul_(mu).add_(g) for m, g in zip(sums, grads, strict=True)]
+        exact = [m.to(self.plan.acc_dtype).mul_(mu).add_(g) for m, g in zip(sums, grads, strict=True)]
         for m, e in zip(sums, exact, strict=True):
             m.copy_(e)
         return grads, exact
@@ -167,33 +167,33 @@ class _Run:
     # ----------------------------------------------------------------------------------------------- spread matrices
 
     def send(self, t: Transfer) -> tuple[Message, Message | None]:
-        """Momentum of this rank's rectangles of a bucket; their directions, and riders, set out for the owners."""
+        """Momentum of this rank's rectangles of a bucket; directions and statistics set out for the owners."""
         here = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
         grads, sums = self.momentum([rect for rect, _ in here])
         make = torch.empty if len(here) == len(t.outgoing) else torch.zeros
-        buffer = make(sum(t.sends), dtype=self.plan.payload, device=self.plan.device)
+        buffer = make(sum(t.sends), dtype=self.plan.comm_dtype, device=self.plan.device)
         for (_, segment), g, m in zip(here, grads, sums, strict=True):
             self.direction(g, m, segment.of(buffer))
-        riders = None
+        stats = None
         if self.plan.flags or self.plan.moments:
-            extra = torch.zeros(sum(t.rider_sends), dtype=torch.float32, device=self.plan.device)
+            buffer_stats = torch.zeros(sum(t.stats_sends), dtype=torch.float32, device=self.plan.device)
             for (_, segment), g in zip(here, grads, strict=True) if self.plan.flags else ():
-                extra[segment.rider] = (g != 0).any()
+                buffer_stats[segment.stats_offset] = (g != 0).any()
             for rect, segment in t.outgoing if self.plan.moments else ():
-                self._rider_rows(extra, segment).copy_(rect.rows_of(self.moments)[0])
-            riders = self._message(t, extra, t.rider_sends, t.rider_receives)
-        return self._message(t, buffer, t.sends, t.receives), riders
+                self._row_stats(buffer_stats, segment).copy_(rect.rows_of(self.moments)[0])
+            stats = self._message(t, buffer_stats, t.stats_sends, t.stats_receives)
+        return self._message(t, buffer, t.sends, t.receives), stats
 
     def orthogonalize_owned(self, t: Transfer, messages: tuple[Message, Message | None]) -> Callable[[], None]:
         """Orthogonalize what arrives here and send it back; the result applies what comes back to this rank."""
-        arrived, extra = messages[0].wait(), messages[1].wait() if messages[1] is not None else None
+        arrived, stats = messages[0].wait(), messages[1].wait() if messages[1] is not None else None
         back = torch.empty_like(arrived)
         for batch in t.owned:
-            self._owned_batch(batch, arrived, extra, back)
+            self._owned_batch(batch, arrived, stats, back)
         returned = self._message(t, back, t.receives, t.sends)
         moments = None
-        if extra is not None and self.plan.moments:
-            moments = self._message(t, extra, t.rider_receives, t.rider_sends)
+        if stats is not None and self.plan.moments:
+            moments = self._message(t, stats, t.stats_receives, t.stats_sends)
 
         def apply() -> None:
             update, rows = returned.wait(), moments.wait() if moments is not None else None
@@ -202,31 +202,31 @@ class _Run:
             self._apply([rect for rect, _ in here], [segment.of(update) for _, segment in here], shapes)
             if rows is not None:
                 for rect, segment in t.outgoing:
-                    rect.rows_of(self.moments)[0] = self._rider_rows(rows, segment)
+                    rect.rows_of(self.moments)[0] = self._row_stats(rows, segment)
 
         return apply
 
-    def _owned_batch(self, batch: Batch, arrived: Tensor, extra: Tensor | None, back: Tensor) -> None:
-        """Matrices that arrived in pieces; `extra` then holds their new riders, `back` their updates."""
+    def _owned_batch(self, batch: Batch, arrived: Tensor, stats: Tensor | None, back: Tensor) -> None:
+        """Matrices that arrived in pieces; `stats` then holds their new statistics, `back` their updates."""
         X_BSL, busy_B, moment_BL = self._new_batch(batch, complete=True), self._flags(batch), self._moments(batch)
         for segment, place in batch.sources:
             batch.part(X_BSL, place, 1, segment.rows, segment.cols).copy_(segment.of(arrived))
-            if busy_B is not None and extra is not None:
-                busy_B[place.slot] |= extra[segment.rider] > 0
-            if moment_BL is not None and extra is not None:
-                _rows(moment_BL, place, 1, segment.rows)[0] = self._rider_rows(extra, segment)
+            if busy_B is not None and stats is not None:
+                busy_B[place.slot] |= stats[segment.stats_offset] > 0
+            if moment_BL is not None and stats is not None:
+                _rows(moment_BL, place, 1, segment.rows)[0] = self._row_stats(stats, segment)
         O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moment_BL)
         for segment, place in batch.sources:
             segment.of(back).copy_(batch.part(O_BSL, place, 1, segment.rows, segment.cols))
-            if moment_BL is not None and extra is not None:
-                self._rider_rows(extra, segment).copy_(_rows(moment_BL, place, 1, segment.rows)[0])
+            if moment_BL is not None and stats is not None:
+                self._row_stats(stats, segment).copy_(_rows(moment_BL, place, 1, segment.rows)[0])
 
-    def _rider_rows(self, extra: Tensor, segment: Segment) -> Tensor:
-        start = segment.rider + int(self.plan.flags)
-        return extra[start : start + segment.rows]
+    def _row_stats(self, stats: Tensor, segment: Segment) -> Tensor:
+        start = segment.stats_offset + int(self.plan.flags)
+        return stats[start : start + segment.rows]
 
     def _message(self, t: Transfer, buffer: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Message:
-        message = Message(t.plan.ranks, buffer, sends, receives, t.plan.position)
+        message = Message(t.shard_group.ranks, buffer, sends, receives, t.shard_group.position)
         self.numbers.bytes_sent += message.bytes_sent
         return message
 
@@ -235,7 +235,7 @@ class _Run:
     def _new_batch(self, batch: Batch, complete: bool) -> Tensor:
         """A matrix that nothing fills, because its parameter has no gradient, is zero."""
         make = torch.empty if complete else torch.zeros
-        return make(batch.size, dtype=self.plan.wide, device=self.plan.device)
+        return make(batch.size, dtype=self.plan.acc_dtype, device=self.plan.device)
 
     def _flags(self, batch: Batch) -> Tensor | None:
         """Per matrix whether any holder's gradient is anything but zero; None where nobody asks."""
@@ -263,7 +263,7 @@ class _Run:
                     X_BSL,
                     group["ns_coefficients"],
                     group["ns_steps"],
-                    self.plan.dtype,
+                    self.plan.ns_dtype,
                     group["ns_form"],
                     consume=True,
                     compile=group["ns_compile"],
@@ -271,7 +271,7 @@ class _Run:
         if busy_B is not None:
             O_BSL *= busy_B[:, None, None]
         if moment_BL is not None and moving_B is not None:
-            for slots, (M, N) in batch.runs():
+            for slots, (M, N) in batch.by_shape():
                 O_BMN = O_BSL[slots].mT if M > N else O_BSL[slots]
                 v_BM, moving_B1 = moment_BL[slots, :M], moving_B[slots, None]
                 hat_BMN, new_BM = rules.normuon(O_BMN, v_BM, group["normuon_beta2"])
@@ -279,7 +279,7 @@ class _Run:
                 v_BM.copy_(torch.where(moving_B1, new_BM, v_BM))
         if group["exact_rms"]:
             O_BSL = rules.exact_rms(O_BSL)
-        norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.wide)
+        norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.acc_dtype)
         self.numbers.norms.append((norms_B, [(self._factor(M, N), M * N) for M, N in batch.shapes]))
         return O_BSL
 

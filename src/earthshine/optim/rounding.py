@@ -21,7 +21,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from earthshine.optim.logical_matrices import Runs
+from earthshine.optim.logical_matrices import Ranges
 from earthshine.optim.sharding.layout import Layout
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -67,8 +67,8 @@ def elements(layout: Layout, device: torch.device) -> Noise:
     return Noise(_indices(rows, device) * layout.view[1], _indices(cols, device))
 
 
-def _indices(runs: Runs, device: torch.device) -> Tensor:
-    parts = [torch.arange(start, stop, device=device) for start, stop in runs]
+def _indices(ranges: Ranges, device: torch.device) -> Tensor:
+    parts = [torch.arange(start, stop, device=device) for start, stop in ranges]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
 

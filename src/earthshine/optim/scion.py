@@ -24,7 +24,7 @@ from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise
 from earthshine.optim.sharding.exchange import check_agreement, process_group
 from earthshine.optim.sharding.layout import read_layout
-from earthshine.optim.sharding.local_shards import Shares, connect_holders
+from earthshine.optim.sharding.local_shards import LocalShards, ensure_group
 
 # The directions that group["lmo"] may name.
 KINDS = ("row_rms", "sign", "rms")
@@ -33,34 +33,34 @@ KINDS = ("row_rms", "sign", "rms")
 class ScionPlan:
     """Over which ranks each vector's norm has to be summed. Raises ConfigError for rows that are cut by columns."""
 
-    def __init__(self, group: Mapping[str, Any], shares: Shares) -> None:
-        self.shares = shares
+    def __init__(self, group: Mapping[str, Any], shards: LocalShards) -> None:
+        self.shards = shards
         # Ranks -> the "rms" parameters that they share.
         self.spread: dict[tuple[int, ...], list[int]] = {}
         for i, kind in enumerate(group["lmo"]):
-            layout = read_layout(shares.params[i], (), shares.names[i])
-            connect_holders(shares.params[i], layout)
-            ranks = shares.zero1_ranks(i) or layout.ranks
+            layout = read_layout(shards.params[i], (), shards.names[i])
+            ensure_group(shards.params[i], layout)
+            ranks = shards.zero1_ranks(i) or layout.ranks
             if kind == "rms" and len(ranks) > 1:
                 self.spread.setdefault(ranks, []).append(i)
-            if kind == "row_rms" and shares.params[i].ndim < 2:
+            if kind == "row_rms" and shards.params[i].ndim < 2:
                 raise ConfigError(
-                    f"{shares.names[i]} of shape {list(shares.params[i].shape)} has no rows: 'row_rms' is for "
+                    f"{shards.names[i]} of shape {list(shards.params[i].shape)} has no rows: 'row_rms' is for "
                     f"embeddings [V, D]; use 'rms'."
                 )
             if (
                 kind == "row_rms"
-                and shares.weight(i).ndim > 1
-                and shares.weight(i).shape[-1] != shares.params[i].shape[-1]
+                and shards.weight(i).ndim > 1
+                and shards.weight(i).shape[-1] != shards.params[i].shape[-1]
             ):
                 raise ConfigError(
-                    f"{shares.names[i]}: its rows are cut by columns over the processes {list(ranks)}, so 'row_rms' "
+                    f"{shards.names[i]}: its rows are cut by columns over the processes {list(ranks)}, so 'row_rms' "
                     f"cannot measure them: shard it by rows (Shard(0)), or give it to AdamW."
                 )
 
         for ranks, members in sorted(self.spread.items()):
-            what = [(shares.names[i], tuple(shares.params[i].shape)) for i in members]
-            check_agreement(ranks, repr(what), shares.params[members[0]].device)
+            what = [(shards.names[i], tuple(shards.params[i].shape)) for i in members]
+            check_agreement(ranks, repr(what), shards.params[members[0]].device)
 
     def predicted_bytes(self) -> int:
         return sum(_bytes(len(ranks), len(members)) for ranks, members in self.spread.items())
@@ -73,9 +73,9 @@ def step_scion(
     grads: Mapping[int, Tensor],
     noises: Mapping[int, Noise] = NEAREST,
 ) -> tuple[Measure, int]:
-    """One step of the shares that have a gradient: (what measures it, bytes sent). noises: as of `rules.step_`."""
-    shares, lr = plan.shares, float(group["lr"])
-    sums = {i: shares.state(states[i]["momentum_sum"]) for i in states}
+    """One step of the local shards that have a gradient: (what measures it, bytes sent). noises: see `rules.step_`."""
+    shards, lr = plan.shards, float(group["lr"])
+    sums = {i: shards.local_state(states[i]["momentum_sum"]) for i in states}
     for i, grad in grads.items():
         kept, wide = sums[i], torch.promote_types(sums[i].dtype, torch.float32)
         sums[i] = kept.to(wide).mul_(group["momentum"]).add_(grad.reshape(kept.shape))  # rounded once, after use
@@ -85,8 +85,8 @@ def step_scion(
     norms: list[Tensor] = []
     elements = 0
     for i in grads:
-        update = _direction(group["lmo"][i], shares, i, sums[i], squares.get(i)).mul_(group["update_rms"])
-        weight = shares.weight(i)
+        update = _direction(group["lmo"][i], shards, i, sums[i], squares.get(i)).mul_(group["update_rms"])
+        weight = shards.weight(i)
         decay, cautious = lr * group["weight_decay"], group["cautious_weight_decay"]
         rules.step_([weight], [update.view(weight.shape)], lr, decay, cautious, [noises.get(i)])
         norms.append(torch.linalg.vector_norm(update))
@@ -94,13 +94,13 @@ def step_scion(
     return Measure(norms, lambda values: (sum(norm**2 for (norm,) in values), elements)), sent
 
 
-def _direction(kind: str, shares: Shares, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
-    """The lmo of a share with RMS 1, as a new tensor."""
+def _direction(kind: str, shards: LocalShards, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
+    """The lmo of a local shard with RMS 1, as a new tensor."""
     if kind == "sign":
         return lmo.sign(total).to(torch.promote_types(total.dtype, torch.float32))
     if kind == "row_rms":
-        return lmo.row_rms(total.view(-1, shares.params[i].shape[-1]))
-    return lmo.rms(total, squares, shares.params[i].numel())
+        return lmo.row_rms(total.view(-1, shards.params[i].shape[-1]))
+    return lmo.rms(total, squares, shards.params[i].numel())
 
 
 def _squares(plan: ScionPlan, sums: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], int]:

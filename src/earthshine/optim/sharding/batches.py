@@ -22,7 +22,7 @@ from earthshine.ops.orthogonalize import matrices_per_batch, resolve_method
 from earthshine.optim.logical_matrices import logical_matrices
 from earthshine.optim.rounding import Noise
 from earthshine.optim.sharding.exchange import check_agreement, send_order
-from earthshine.optim.sharding.local_shards import Shares
+from earthshine.optim.sharding.local_shards import LocalShards
 from earthshine.optim.sharding.ownership import Block, Bucket, ShardGroupPlan, Task, plan_ownership
 
 # Entries of a group that processes may hold differently, or that say nothing about the plan.
@@ -31,7 +31,7 @@ _NOT_COMPARED = ("params", "param_names", "lr", "initial_lr")
 
 @dataclass(frozen=True)
 class Rect:
-    """`count` rectangles, one below the other, of rows x cols in the 2-D view of a parameter's share.
+    """`count` rectangles, one below the other, of rows x cols in the 2-D view of a parameter's local shard.
 
     step: from each of their columns to the next.
     """
@@ -75,7 +75,7 @@ class Place:
 class Batch:
     """Matrices that are orthogonalized together: (rows, cols) per slot, all with the same S and L.
 
-    sources: what fills it, rectangles of shares (local) or (offset in a message, rows, cols, rider offset).
+    sources: what fills it, rectangles of local shards, or segments of a message.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -86,7 +86,7 @@ class Batch:
         rows, cols = self.shapes[0]
         return len(self.shapes), min(rows, cols), max(rows, cols)
 
-    def runs(self) -> Iterator[tuple[slice, tuple[int, int]]]:
+    def by_shape(self) -> Iterator[tuple[slice, tuple[int, int]]]:
         """The slots of each run of matrices of one (rows, cols): all of them tall, or all wide."""
         first = 0
         for shape, members in itertools.groupby(self.shapes):
@@ -106,10 +106,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Segment:
-    """A rectangle of a matrix of this shape in a message: elements from `offset` on, and its riders from `rider` on."""
+    """A rectangle of a matrix of this shape in a message, from element `offset` on; its statistics in theirs."""
 
     offset: int
-    rider: int
+    stats_offset: int
     rows: int
     cols: int
     shape: tuple[int, int]
@@ -123,45 +123,47 @@ class Segment:
 class Transfer:
     """One bucket as this rank sees it. Messages are mirror images: what went out comes back in the same order."""
 
-    plan: ShardGroupPlan
+    shard_group: ShardGroupPlan
     outgoing: tuple[tuple[Rect, Segment], ...]
     sends: tuple[int, ...]
     receives: tuple[int, ...]
-    rider_sends: tuple[int, ...]
-    rider_receives: tuple[int, ...]
+    stats_sends: tuple[int, ...]
+    stats_receives: tuple[int, ...]
     owned: tuple[Batch, ...]
 
 
 class MatrixPlan:
     """The plan of one "muon" group. Raises ConfigError for layouts and options that it cannot serve."""
 
-    def __init__(self, group: Mapping[str, Any], shares: Shares, max_bucket_bytes: int) -> None:
-        self.shares = shares
-        self.device = shares.params[0].device if shares.params else torch.device("cpu")
-        self.dtype = resolve_ns_dtype(group["ns_dtype"], self.device)
-        self.wide = functools.reduce(torch.promote_types, (p.dtype for p in shares.params), torch.float32)
-        self.payload = self._payload(group["payload_dtype"])
+    def __init__(self, group: Mapping[str, Any], shards: LocalShards, max_bucket_bytes: int) -> None:
+        self.shards = shards
+        self.device = shards.params[0].device if shards.params else torch.device("cpu")
+        self.ns_dtype = resolve_ns_dtype(group["ns_dtype"], self.device)
+        self.acc_dtype = functools.reduce(torch.promote_types, (p.dtype for p in shards.params), torch.float32)
+        self.comm_dtype = self._comm_dtype(group["payload_dtype"])
         self.flags, self.moments = bool(group["skip_idle"]), group["normuon_beta2"] > 0
         self._form, self._table, self._steps = group["ns_form"], group["ns_coefficients"], group["ns_steps"]
         self._costs: dict[tuple[int, int], int] = {}
         matrices = [
             logical_matrices(tuple(p.shape), spec, name)
-            for p, spec, name in zip(shares.params, group["matrices"], shares.names, strict=True)
+            for p, spec, name in zip(shards.params, group["matrices"], shards.names, strict=True)
         ]
-        self.plans = plan_ownership(shares.layouts, matrices, self.cost, max_bucket_bytes, self.wide.itemsize)
-        types = (self.dtype, self.wide, self.payload)  # ns_dtype="auto" is a measurement on a CPU
+        self.shard_groups = plan_ownership(
+            shards.layouts, matrices, self.cost, max_bucket_bytes, self.acc_dtype.itemsize
+        )
+        types = (self.ns_dtype, self.acc_dtype, self.comm_dtype)  # ns_dtype="auto" is a measurement on a CPU
         options = repr([types, *((key, group[key]) for key in sorted(group) if key not in _NOT_COMPARED)])
-        for plan in self.plans:
+        for plan in self.shard_groups:
             if len(plan.ranks) > 1:
                 check_agreement(plan.ranks, plan.fingerprint() + options, self.device)
-        self.local = tuple(batch for plan in self.plans for batch in self._local_batches(plan))
-        self.transfers = tuple(self._transfer(plan, bucket) for plan in self.plans for bucket in plan.buckets)
+        self.local = tuple(batch for plan in self.shard_groups for batch in self._local_batches(plan))
+        self.transfers = tuple(self._transfer(plan, bucket) for plan in self.shard_groups for bucket in plan.buckets)
 
-    def _payload(self, requested: str) -> torch.dtype:
+    def _comm_dtype(self, requested: str) -> torch.dtype:
         """What travels: by default no less than Newton-Schulz itself works in."""
         if requested == "auto":
-            return self.wide if self.dtype.itemsize >= 4 else torch.bfloat16
-        return torch.bfloat16 if requested == "bfloat16" else self.wide
+            return self.acc_dtype if self.ns_dtype.itemsize >= 4 else torch.bfloat16
+        return torch.bfloat16 if requested == "bfloat16" else self.acc_dtype
 
     def cost(self, rows: int, cols: int) -> int:
         """Operations of Newton-Schulz on one matrix."""
@@ -170,41 +172,41 @@ class MatrixPlan:
         return self._costs[rows, cols]
 
     def _count(self, rows: int, cols: int) -> int:
-        method = resolve_method(self._form, rows, cols, self.dtype, self.device, self._table, self._steps)
+        method = resolve_method(self._form, rows, cols, self.ns_dtype, self.device, self._table, self._steps)
         return method.flops(rows, cols)
 
     @property
     def imbalance(self) -> float:
         """The largest load over the mean, of the worst shard group."""
-        return max((plan.imbalance for plan in self.plans if len(plan.ranks) > 1), default=1.0)
+        return max((plan.imbalance for plan in self.shard_groups if len(plan.ranks) > 1), default=1.0)
 
     def predicted_bytes(self) -> int:
         """Bytes that a step sends from this rank to others, by the plan."""
-        total = sum(plan.payload_elements(plan.position) for plan in self.plans) * self.payload.itemsize
-        for t in self.transfers:  # riders go both ways in fp32
-            me = t.plan.position
-            total += 4 * (sum(t.rider_sends) - t.rider_sends[me])
+        total = sum(plan.elements_sent(plan.position) for plan in self.shard_groups) * self.comm_dtype.itemsize
+        for t in self.transfers:  # statistics are fp32; the moments among them come back
+            me = t.shard_group.position
+            total += 4 * (sum(t.stats_sends) - t.stats_sends[me])
             if self.moments:
-                total += 4 * (sum(t.rider_receives) - t.rider_receives[me])
+                total += 4 * (sum(t.stats_receives) - t.stats_receives[me])
         return total
 
     def _local_batches(self, plan: ShardGroupPlan) -> Iterator[Batch]:
-        """Whole matrices by (S, L), cut to fit the cache; neighbours in one share become one rectangle."""
+        """Whole matrices by (S, L), cut to fit the cache; neighbors in one local shard become one rectangle."""
         by_shape: dict[tuple[int, int], list[tuple[Task, tuple[Any, ...]]]] = {}
         for task in plan.local:
             key = (min(task.M, task.N), max(task.M, task.N))
             if key[0]:
                 by_shape.setdefault(key, []).append((task, plan.pieces(task, plan.position)))
         for (S, L), tasks in by_shape.items():
-            capacity = matrices_per_batch(S, L, self.dtype, self.device)
+            capacity = matrices_per_batch(S, L, self.ns_dtype, self.device)
             for start in range(0, len(tasks), capacity):
                 yield _batch(tasks[start : start + capacity])
 
     def _transfer(self, plan: ShardGroupPlan, bucket: Bucket) -> Transfer:
         me, order = plan.position, send_order(plan.ranks)
         outgoing: list[tuple[Rect, Segment]] = []
-        sends, riders = [0] * len(order), [0] * len(order)
-        at = rider_at = 0
+        sends, stats_sends = [0] * len(order), [0] * len(order)
+        at = stats_at = 0
         by_owner: dict[int, list[Task]] = {}
         for task in bucket.tasks:
             by_owner.setdefault(task.owner, []).append(task)
@@ -212,24 +214,24 @@ class MatrixPlan:
             for task in by_owner.get(k, ()):
                 for b in plan.pieces(task, me):
                     rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols, step=b.step)
-                    outgoing.append((rect, Segment(at, rider_at, b.rows, b.cols, (task.M, task.N))))
-                    at, rider_at = at + b.rows * b.cols, rider_at + self._rider_size(b.rows)
+                    outgoing.append((rect, Segment(at, stats_at, b.rows, b.cols, (task.M, task.N))))
+                    at, stats_at = at + b.rows * b.cols, stats_at + self._num_stats(b.rows)
                     sends[k] += b.rows * b.cols
-                    riders[k] += self._rider_size(b.rows)
+                    stats_sends[k] += self._num_stats(b.rows)
         mine = by_owner.get(me, [])
-        receives, rider_receives = [0] * len(order), [0] * len(order)
+        receives, stats_receives = [0] * len(order), [0] * len(order)
         segments: dict[int, list[tuple[Segment, int, int]]] = {n: [] for n in range(len(mine))}
-        at = rider_at = 0
+        at = stats_at = 0
         for k in order:
             for n, task in enumerate(mine):
                 for b in plan.pieces(task, k):
-                    segments[n].append((Segment(at, rider_at, b.rows, b.cols, (task.M, task.N)), b.row, b.col))
-                    at, rider_at = at + b.rows * b.cols, rider_at + self._rider_size(b.rows)
+                    segments[n].append((Segment(at, stats_at, b.rows, b.cols, (task.M, task.N)), b.row, b.col))
+                    at, stats_at = at + b.rows * b.cols, stats_at + self._num_stats(b.rows)
                     receives[k] += b.rows * b.cols
-                    rider_receives[k] += self._rider_size(b.rows)
+                    stats_receives[k] += self._num_stats(b.rows)
         owned = tuple(self._owned_batches(mine, segments))
         return Transfer(
-            plan, tuple(outgoing), tuple(sends), tuple(receives), tuple(riders), tuple(rider_receives), owned
+            plan, tuple(outgoing), tuple(sends), tuple(receives), tuple(stats_sends), tuple(stats_receives), owned
         )
 
     def _owned_batches(
@@ -239,7 +241,7 @@ class MatrixPlan:
         for n, task in enumerate(tasks):
             by_shape.setdefault((min(task.M, task.N), max(task.M, task.N)), []).append(n)
         for (S, L), members in by_shape.items():
-            capacity = matrices_per_batch(S, L, self.dtype, self.device)
+            capacity = matrices_per_batch(S, L, self.ns_dtype, self.device)
             for start in range(0, len(members), capacity):
                 part = members[start : start + capacity]
                 shapes = tuple((tasks[n].M, tasks[n].N) for n in part)
@@ -248,13 +250,13 @@ class MatrixPlan:
                 )
                 yield Batch(shapes, sources)
 
-    def _rider_size(self, rows: int) -> int:
+    def _num_stats(self, rows: int) -> int:
         """fp32 numbers that accompany a block: whether its gradient is anything but zero; NorMuon's moment per row."""
         return int(self.flags) + rows * int(self.moments)
 
 
 def _batch(tasks: Sequence[tuple[Task, Sequence[Block]]]) -> Batch:
-    """Whole matrices of one (S, L); those that lie below each other in one share are one rectangle."""
+    """Whole matrices of one (S, L); those that lie below each other in one local shard are one rectangle."""
     shapes = tuple((task.M, task.N) for task, _ in tasks)
     sources: list[tuple[Rect, Place]] = []
     for slot, (task, found) in enumerate(tasks):

@@ -20,12 +20,12 @@ _groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
 def process_group(ranks: Sequence[int]) -> Any:
-    """The process group of these global ranks: one that `adopt` or `connect` made known, or the world."""
+    """The process group of these global ranks: one that `register_group` or `create_group` made known, or the world."""
     world, group = _groups.get(tuple(ranks), (None, None))
     return group if world is dist.group.WORLD and group is not None else dist.group.WORLD
 
 
-def connect(ranks: Sequence[int], parts: Sequence[Any], device: torch.device) -> None:
+def create_group(ranks: Sequence[int], parts: Sequence[Any], device: torch.device) -> None:
     """Make the process group of these ranks known, a new one if need be. Collective among them.
 
     parts: process groups that together connect the ranks: the mesh dimensions that they span.
@@ -45,7 +45,7 @@ def connect(ranks: Sequence[int], parts: Sequence[Any], device: torch.device) ->
     _groups[tuple(ranks)] = (dist.group.WORLD, dist.new_group(sorted(ranks), use_local_synchronization=True))
 
 
-def adopt(ranks: Sequence[int], group: Any) -> None:
+def register_group(ranks: Sequence[int], group: Any) -> None:
     """Use a group that exists for these ranks (a mesh dimension's), instead of making another communicator."""
     if dist.get_process_group_ranks(group) == sorted(ranks):
         _groups[tuple(ranks)] = (dist.group.WORLD, group)

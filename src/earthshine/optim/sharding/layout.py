@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import Runs, Spec, merge, view_shape
+from earthshine.optim.logical_matrices import Ranges, Spec, merge, view_shape
 
 # One sharded mesh dimension: its degree, the tensor dimension, and the split of a strided shard (1: a plain one).
 _Cut = tuple[int, int, int]
@@ -42,8 +42,8 @@ class Layout:
     view: tuple[int, int]
     ranks: tuple[int, ...]
     position: int
-    rows: tuple[Runs, ...]
-    cols: tuple[Runs, ...]
+    rows: tuple[Ranges, ...]
+    cols: tuple[Ranges, ...]
 
 
 def read_layout(p: Tensor, spec: Spec, name: str) -> Layout:
@@ -179,12 +179,12 @@ def _layout(
 @cache
 def _spread(
     shape: tuple[int, ...], flatten: bool, cuts: tuple[_Cut, ...]
-) -> tuple[tuple[Runs, ...], tuple[Runs, ...], tuple[tuple[int, ...], ...]]:
+) -> tuple[tuple[Ranges, ...], tuple[Ranges, ...], tuple[tuple[int, ...], ...]]:
     """Rows, columns and local shape of every coordinate of the shard group, row-major."""
     first = 1 if flatten else max(0, len(shape) - 1)  # dimensions that make up the rows of the view
     rows, cols, local = [], [], []
     held = cache(_held)
-    flat = cache(_flatten_runs)
+    flat = cache(_flatten_ranges)
     for coordinate in product(*(range(degree) for degree, _, _ in cuts)):
         per_dim = tuple(
             held(n, tuple((c, i) for c, i in zip(cuts, coordinate, strict=True) if c[1] == dim))
@@ -196,30 +196,30 @@ def _spread(
     return tuple(rows), tuple(cols), tuple(local)
 
 
-def _held(n: int, cuts: tuple[tuple[_Cut, int], ...]) -> Runs:
+def _held(n: int, cuts: tuple[tuple[_Cut, int], ...]) -> Ranges:
     """The indices of a dimension of size n that are left after its cuts, each with the process's coordinate in it."""
-    runs = merge([(0, n)])
+    ranges = merge([(0, n)])
     for (degree, _, split), index in cuts:
-        size = length(runs)
+        size = length(ranges)
         whole = -(-size // split)  # torch.chunk's rule, for the pieces and for the piece of each
         pieces: list[tuple[int, int]] = []
         for start in range(0, size, whole or 1):
             part = min(whole, size - start)
             each = -(-part // degree)
-            pieces.extend(cut(runs, start + min(index * each, part), start + min((index + 1) * each, part)))
-        runs = merge(pieces)
-    return runs
+            pieces.extend(cut(ranges, start + min(index * each, part), start + min((index + 1) * each, part)))
+        ranges = merge(pieces)
+    return ranges
 
 
-def length(runs: Runs) -> int:
-    """How many indices the runs hold."""
-    return sum(stop - start for start, stop in runs)
+def length(ranges: Ranges) -> int:
+    """How many indices the ranges hold."""
+    return sum(stop - start for start, stop in ranges)
 
 
-def cut(runs: Runs, start: int, stop: int) -> Runs:
-    """The runs of the indices number `start` to `stop` that `runs` hold."""
+def cut(ranges: Ranges, start: int, stop: int) -> Ranges:
+    """The ranges of the indices number `start` to `stop` that `ranges` hold."""
     found, before = [], 0
-    for a, b in runs:
+    for a, b in ranges:
         low, high = max(a, a + start - before), min(b, a + stop - before)
         if low < high:
             found.append((low, high))
@@ -227,16 +227,16 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
     return tuple(found)
 
 
-def _flatten_runs(shape: tuple[int, ...], per_dim: tuple[Runs, ...]) -> Runs:
-    """The runs of the flattened dimensions where each holds its own: their product, row-major."""
-    runs: Runs = ((0, 1),)
+def _flatten_ranges(shape: tuple[int, ...], per_dim: tuple[Ranges, ...]) -> Ranges:
+    """The ranges of the flattened dimensions where each holds its own: their product, row-major."""
+    ranges: Ranges = ((0, 1),)
     size = 1
     for n, held in zip(reversed(shape), reversed(per_dim), strict=True):
-        if runs == ((0, size),):
-            runs = tuple((a * size, b * size) for a, b in held)
+        if ranges == ((0, size),):
+            ranges = tuple((a * size, b * size) for a, b in held)
         else:
-            runs = merge(
-                (i * size + a, i * size + b) for start, stop in held for i in range(start, stop) for a, b in runs
+            ranges = merge(
+                (i * size + a, i * size + b) for start, stop in held for i in range(start, stop) for a, b in ranges
             )
         size *= n
-    return merge(runs) if math.prod(shape) else ()
+    return merge(ranges) if math.prod(shape) else ()

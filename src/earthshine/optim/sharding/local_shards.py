@@ -1,7 +1,6 @@
-"""What this process holds of each parameter of a group, whatever spreads it: nothing, DTensor placements, or ZeRO-1.
+"""The local shard of each parameter: a plain tensor, a DTensor's local tensor, or this rank's ZeRO-1 rows, flat.
 
-A *share* is the local tensor of a DTensor, the whole of a plain tensor, or, where Muon was given a process group, this
-rank's rows of a plain tensor, flat. The optimizer's arithmetic sees shares only; so it is the same in every layout.
+The optimizer's arithmetic sees local shards only; so it is the same in every layout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,18 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import Runs, Spec, view_shape
-from earthshine.optim.sharding.exchange import adopt, check_agreement, connect
+from earthshine.optim.logical_matrices import Ranges, Spec, view_shape
+from earthshine.optim.sharding.exchange import check_agreement, create_group, register_group
 from earthshine.optim.sharding.layout import Layout, read_layout
 from earthshine.optim.sharding.zero1 import Partition, ShardedState
 
 
-class Shares:
-    """The shares of one group.
+class LocalShards:
+    """The local shards of one group.
 
     specs: how each parameter divides into matrices; () where that does not matter (it is then seen as rows of
     dimension 0). process_group: ZeRO-1 over it for the plain parameters; None for none.
-    Raises ConfigError for what cannot be shared so.
+    Raises ConfigError for what cannot be sharded so.
     """
 
     def __init__(
@@ -50,9 +49,9 @@ class Shares:
                 self.layouts.append(partition.layouts[index])
             else:
                 self.layouts.append(read_layout(p, spec, name) if spec else _whole(self.views[i]))
-                connect_holders(p, self.layouts[i])
+                ensure_group(p, self.layouts[i])
 
-        # Rows and columns of each share.
+        # Rows and columns of each local shard.
         self._sizes = [(_length(x.rows[x.position]), _length(x.cols[x.position])) for x in self.layouts]
 
     def _partition(self, process_group: Any, piece_bytes: int) -> None:
@@ -69,29 +68,29 @@ class Shares:
             part = Partition(
                 [self.params[i] for i in members], [self.views[i] for i in members], process_group, piece_bytes
             )
-            adopt(part.ranks, process_group)
+            register_group(part.ranks, process_group)
             first = self.params[members[0]]
             what = [(self.names[i], tuple(self.params[i].shape), self.views[i]) for i in members]
             check_agreement(part.ranks, repr((first.dtype, piece_bytes, what)), first.device)
             self._partitions.append((part, members))
             self._place |= {i: (part, index) for index, i in enumerate(members)}
 
-    def of(self, i: int, tensor: Tensor) -> Tensor:
-        """This process's share of a tensor that is like parameter i: its weight, gradient or unsharded state."""
+    def local_shard(self, i: int, tensor: Tensor) -> Tensor:
+        """This process's shard of a tensor that is like parameter i: its weight, gradient or unsharded state."""
         if i in self._place:
             partition, index = self._place[i]
-            return partition.mine(index, tensor)
+            return partition.local_shard(index, tensor)
         return local(tensor)
 
-    def state(self, tensor: Tensor) -> Tensor:
-        """This process's share of state made by `new_state`."""
+    def local_state(self, tensor: Tensor) -> Tensor:
+        """This process's shard of state made by `new_state`."""
         return local(tensor)
 
     def weight(self, i: int) -> Tensor:
-        return self.of(i, self.params[i].detach())
+        return self.local_shard(i, self.params[i].detach())
 
     def gradients(self, reduce: bool) -> tuple[dict[int, Tensor], int]:
-        """The shares of the gradients of the parameters that have one, and the bytes sent for them.
+        """The local shards of the gradients of the parameters that have one, and the bytes sent for them.
 
         reduce: average those of ZeRO-1 parameters over their process group.
         """
@@ -107,7 +106,7 @@ class Shares:
                 sent += self._reduce_scalar(i, placed)
         for i, grad in placed.items():
             if not (reduce and i in self._place):
-                found[i] = self.of(i, grad)
+                found[i] = self.local_shard(i, grad)
         return found, sent
 
     def _reduce_scalar(self, i: int, placed: dict[int, Tensor]) -> int:
@@ -153,7 +152,7 @@ class Shares:
         moved: Tensor = placed.redistribute(placements=p.placements)
         return moved
 
-    def held(self, i: int) -> Layout:
+    def layout(self, i: int) -> Layout:
         """Which elements of parameter i this process holds, also where its algorithm does not ask for its layout."""
         known = self._specs[i] or i in self._place
         return self.layouts[i] if known else read_layout(self.params[i], (), self.names[i])
@@ -173,17 +172,18 @@ class Shares:
             total["reduce_gradients"] = total.get("reduce_gradients", 0) + n
         return total
 
-    def view2d(self, i: int, share: Tensor, per_row: bool = False) -> Tensor:
-        """A share as rows and columns of the parameter's 2-D view: the same memory where strides allow."""
+    def view2d(self, i: int, shard: Tensor, per_row: bool = False) -> Tensor:
+        """A local shard as rows and columns of the parameter's 2-D view: the same memory where strides allow."""
         rows, cols = self._sizes[i]
-        return share.reshape(rows, 1 if per_row else cols)
+        return shard.reshape(rows, 1 if per_row else cols)
 
     def new_state(self, i: int, dtype: torch.dtype, per_row: bool = False) -> Tensor:
         """Zeros in the parameter's own placement; per_row: one value per row, [..., 1] (conv: [rows, 1, ...])."""
         p: Any = self.params[i]
         if i in self._place:
-            share = self.weight(i)
-            return share.new_zeros(share.numel() // max(1, self.views[i][1]) if per_row else share.numel(), dtype=dtype)
+            weight = self.weight(i)
+            size = weight.numel() // max(1, self.views[i][1]) if per_row else weight.numel()
+            return weight.new_zeros(size, dtype=dtype)
         if not is_dtensor(p):
             return torch.zeros(self._state_shape(i, p.shape, per_row), dtype=dtype, device=p.device)
         from torch.distributed.tensor import DTensor, Replicate
@@ -201,10 +201,10 @@ class Shares:
         """The shape of parameter i's state, whole."""
         return self._state_shape(i, self.params[i].shape, per_row)
 
-    def can_take(self, i: int, live: Tensor, saved: Tensor) -> bool:
+    def state_fits(self, i: int, live: Tensor, saved: Tensor) -> bool:
         """Whether saved state, whole or placed, can be copied into this process's."""
         if i in self._place:
-            return self._place[i][0].can_enter(saved)
+            return self._place[i][0].accepts(saved)
         if is_dtensor(live) != is_dtensor(saved):
             return False
         a: Any = live
@@ -226,21 +226,21 @@ class Shares:
         """The partitions of ZeRO-1 and the parameters in each."""
         return self._partitions
 
-    def leave(self, states: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
+    def to_dtensor(self, states: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
         """State of ZeRO-1 parameters as DTensors, for a checkpoint. Collective."""
         found: dict[int, Tensor] = {}
         for partition, members in self._partitions:
             shapes = [self.state_shape(i, per_row) for i in members]
-            out = ShardedState(partition).leave([states[i] for i in members], shapes)
+            out = ShardedState(partition).to_dtensor([states[i] for i in members], shapes)
             found |= dict(zip(members, out, strict=True))
         return found
 
-    def enter(self, saved: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
-        """The reverse of `leave`: this rank's shares. Collective."""
+    def from_dtensor(self, saved: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
+        """The reverse of `to_dtensor`: this rank's shards. Collective."""
         found: dict[int, Tensor] = {}
         for partition, members in self._partitions:
             shapes = [self.state_shape(i, per_row) for i in members]
-            out = ShardedState(partition).enter([saved[i] for i in members], shapes)
+            out = ShardedState(partition).from_dtensor([saved[i] for i in members], shapes)
             found |= dict(zip(members, out, strict=True))
         return found
 
@@ -256,19 +256,19 @@ def local(tensor: Tensor) -> Tensor:
     return mine.to_local() if is_dtensor(tensor) else tensor
 
 
-def connect_holders(p: Any, layout: Layout) -> None:
+def ensure_group(p: Any, layout: Layout) -> None:
     """Make the process group known over which a spread parameter travels: a mesh dimension's own, if one divides it."""
     if len(layout.ranks) > 1 and is_dtensor(p):
         dims = [d for d, placement in enumerate(p.placements) if not placement.is_replicate()]
         parts = [p.device_mesh.get_group(d) for d in dims]
         if len(parts) == 1 and dist.get_process_group_ranks(parts[0]) == sorted(layout.ranks):
-            adopt(layout.ranks, parts[0])
+            register_group(layout.ranks, parts[0])
         else:
-            connect(layout.ranks, parts, p.device)
+            create_group(layout.ranks, parts, p.device)
 
 
-def _length(runs: Runs) -> int:
-    return sum(stop - start for start, stop in runs)
+def _length(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
 
 
 def _scalar_bytes(both: Tensor, ranks: int) -> int:
@@ -284,7 +284,7 @@ def _view(p: Tensor, spec: Spec) -> tuple[int, int]:
 
 
 def _whole(view: tuple[int, int]) -> Layout:
-    """The layout of a parameter of which only its own share matters: nothing of it ever travels by layout."""
+    """The layout of a parameter of which only its own local shard matters: nothing of it ever travels by layout."""
     rows = ((0, view[0]),) if view[0] else ()
     cols = ((0, view[1]),) if view[1] else ()
     return Layout(view, (0,), 0, (rows,), (cols,))

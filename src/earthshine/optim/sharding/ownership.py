@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import LogicalMatrix, Runs
+from earthshine.optim.logical_matrices import LogicalMatrix, Ranges
 from earthshine.optim.sharding.layout import Layout
 
 
@@ -116,13 +116,13 @@ class ShardGroupPlan:
                     counts[holder] += self.elements(task, holder)
         return tuple(counts)
 
-    def payload_elements(self, position: int) -> int:
+    def elements_sent(self, position: int) -> int:
         """Elements that leave `position` for other processes in a step, out and back; what it keeps is not counted."""
         total = 0
         for bucket in self.buckets:
             for task in bucket.tasks:
-                own = self.elements(task, position)
-                total += task.M * task.N - own if task.owner == position else own
+                held = self.elements(task, position)
+                total += task.M * task.N - held if task.owner == position else held
         return total
 
 
@@ -170,7 +170,7 @@ def plan_ownership(
         tasks = []
         for flops, M, N, param, index in spread:
             holders_of = held.holders(param, index)
-            owner = balance.take(holders_of.by_share, flops, M * N)
+            owner = balance.take(holders_of.most_first, flops, M * N)
             tasks.append(Task(param, index, M, N, flops, owner, holders_of.ascending))
         plans.append(
             ShardGroupPlan(
@@ -204,7 +204,7 @@ def _buckets(tasks: Sequence[Task], positions: int, max_elements: int) -> tuple[
 
 class _Holders(NamedTuple):
     ascending: tuple[int, ...]
-    by_share: tuple[int, ...]  # most elements first, then ascending
+    most_first: tuple[int, ...]  # most elements first, then ascending
 
 
 class _Held:
@@ -223,9 +223,9 @@ class _Held:
             self.known[key] = [self._of(matrix, present) for matrix in self.matrices[param]]
         return self.known[key][index]
 
-    def _of(self, matrix: LogicalMatrix, present: Sequence[tuple[int, Runs, Runs]]) -> _Holders:
-        shares = {i: n for i, rows, cols in present if (n := _elements(matrix, rows, cols))}
-        return _Holders(tuple(shares), tuple(sorted(shares, key=lambda i: (-shares[i], i))))
+    def _of(self, matrix: LogicalMatrix, present: Sequence[tuple[int, Ranges, Ranges]]) -> _Holders:
+        counts = {i: n for i, rows, cols in present if (n := _elements(matrix, rows, cols))}
+        return _Holders(tuple(counts), tuple(sorted(counts, key=lambda i: (-counts[i], i))))
 
 
 class _Balance:
@@ -266,7 +266,7 @@ class _Balance:
         self.level[key].add(position)
 
 
-def blocks(matrix: LogicalMatrix, rows: Runs, cols: Runs) -> tuple[Block, ...]:
+def blocks(matrix: LogicalMatrix, rows: Ranges, cols: Ranges) -> tuple[Block, ...]:
     """What a holder of these rows and columns of the view has of a matrix, ordered by row and column; maybe ()."""
     across = list(_common_cols(cols, matrix))
     return tuple(
@@ -276,7 +276,7 @@ def blocks(matrix: LogicalMatrix, rows: Runs, cols: Runs) -> tuple[Block, ...]:
     )
 
 
-def _common_cols(held: Runs, matrix: LogicalMatrix) -> Iterator[tuple[int, int, int]]:
+def _common_cols(held: Ranges, matrix: LogicalMatrix) -> Iterator[tuple[int, int, int]]:
     """(offset among the held columns, offset among the matrix's, number) of each range that is in both."""
     if matrix.step == 1:
         yield from _common(held, (matrix.cols,))
@@ -289,11 +289,11 @@ def _common_cols(held: Runs, matrix: LogicalMatrix) -> Iterator[tuple[int, int, 
         before += stop - start
 
 
-def _common(held: Runs, wanted: Runs) -> Iterator[tuple[int, int, int]]:
+def _common(held: Ranges, wanted: Ranges) -> Iterator[tuple[int, int, int]]:
     """(offset among the held indices, offset among the wanted ones, length) of each range that is in both."""
     if not held or not wanted:
         return
-    # Runs of a stack are many, and most of them are elsewhere.
+    # Ranges of a stack are many, and most of them are elsewhere.
     first, last = _near(held, wanted[0][0], wanted[-1][1])
     offsets = list(accumulate((b - a for a, b in held[:last]), initial=0))
     i, j, before = first, 0, 0
@@ -309,18 +309,18 @@ def _common(held: Runs, wanted: Runs) -> Iterator[tuple[int, int, int]]:
             j += 1
 
 
-def _near(runs: Runs, start: int, stop: int) -> tuple[int, int]:
-    """The slice of the runs that may have something in [start, stop)."""
-    first = max(0, bisect_right(runs, (start, start)) - 1)
-    return first, bisect_right(runs, (stop, stop), first)
+def _near(ranges: Ranges, start: int, stop: int) -> tuple[int, int]:
+    """The slice of the ranges that may have something in [start, stop)."""
+    first = max(0, bisect_right(ranges, (start, start)) - 1)
+    return first, bisect_right(ranges, (stop, stop), first)
 
 
-def _elements(matrix: LogicalMatrix, rows: Runs, cols: Runs) -> int:
+def _elements(matrix: LogicalMatrix, rows: Ranges, cols: Ranges) -> int:
     wide = sum(n for *_, n in _common_cols(cols, matrix)) if matrix.step > 1 else _overlap(cols, (matrix.cols,))
     return wide * _overlap(rows, matrix.rows) if wide else 0
 
 
-def _overlap(held: Runs, wanted: Runs) -> int:
+def _overlap(held: Ranges, wanted: Ranges) -> int:
     """How many indices are in both."""
     if not held or not wanted:
         return 0

@@ -1,13 +1,13 @@
-"""ZeRO-1 for parameters that every rank holds whole: each rank keeps the optimizer state of its share of the rows.
+"""ZeRO-1 for parameters that every rank holds whole: each rank keeps the optimizer state of its rows.
 
 Moonlight's Distributed Muon (arXiv:2502.16982, Algorithm 1): gradients are reduce-scattered, momentum is updated on
-this rank's share, matrices that a boundary cuts are completed, every rank updates its share, and the parameters are
-gathered. The shares are consecutive rows of the parameters' 2-D views, as even in elements as whole rows allow, so at
+this rank's shard, matrices that a boundary cuts are completed, every rank updates its shard, and the parameters are
+gathered. The shards are consecutive rows of the parameters' 2-D views, as even in elements as whole rows allow, so at
 most ranks - 1 matrices are cut. (The completed matrices travel by `exchange`, as those of any sharded layout do;
 each is orthogonalized once, by one of its holders, instead of by all of them.)
 
-A share of a parameter is a run of consecutive elements, because its rows are. Elements travel in pieces of bounded
-size, padded to the longest share, which is at most a few rows more than the others.
+A shard of a parameter is a run of consecutive elements, because its rows are. Elements travel in pieces of bounded
+size, padded to the longest shard, which is at most a few rows more than the others.
 
 State leaves and enters as DTensors that are Shard(0) over the process group, as FSDP2 would hold it: so a checkpoint
 does not depend on where these boundaries are, and resumes on any layout.
@@ -25,9 +25,9 @@ from earthshine.optim.sharding.layout import Layout, partition_rows
 
 
 class Partition:
-    """The shares of `params` (replicated, of one type and device) over the ranks of `group`.
+    """The shards of `params` (replicated, of one type and device) over the ranks of `group`.
 
-    views: the 2-D view of each parameter, to whose rows the shares are rounded.
+    views: the 2-D view of each parameter, to whose rows the shards are rounded.
     piece_bytes: the most that one gathered piece takes on a rank.
     """
 
@@ -44,8 +44,8 @@ class Partition:
         self.position = dist.get_rank(group)
         self.layouts: list[Layout] = partition_rows(views, self.ranks, self.position)
         # Elements [start, stop) of parameter i that position k owns.
-        self.shares = [[_elements(layout, k) for layout in self.layouts] for k in range(len(self.ranks))]
-        self.longest = max(sum(stop - start for start, stop in share) for share in self.shares)
+        self.shards = [[_elements(layout, k) for layout in self.layouts] for k in range(len(self.ranks))]
+        self.longest = max(sum(stop - start for start, stop in shard) for shard in self.shards)
         self._dtype, self.device = params[0].dtype, params[0].device
         self._wide = torch.promote_types(self._dtype, torch.float32)  # of gradients that are summed
         self._step = max(1, piece_bytes // (len(self.ranks) * params[0].element_size()))
@@ -53,20 +53,20 @@ class Partition:
         self._spans: list[list[list[tuple[int, int, int, int]]]] = [
             [[] for _ in self.ranks] for _ in range(0, self.longest, self._step)
         ]
-        for k, share in enumerate(self.shares):
-            self._cut(k, share)
+        for k, shard in enumerate(self.shards):
+            self._cut(k, shard)
 
-    def _cut(self, k: int, share: Sequence[tuple[int, int]]) -> None:
+    def _cut(self, k: int, shard: Sequence[tuple[int, int]]) -> None:
         done = 0
-        for index, (low, high) in enumerate(share):
+        for index, (low, high) in enumerate(shard):
             while low < high:
                 piece, offset = divmod(done, self._step)
                 n = min(high - low, self._step - offset)
                 self._spans[piece][k].append((offset, index, low, low + n))
                 low, done = low + n, done + n
 
-    def can_enter(self, saved: Tensor) -> bool:
-        """Whether saved state is whole, or divided as `ShardedState.leave` does it."""
+    def accepts(self, saved: Tensor) -> bool:
+        """Whether saved state is whole, or divided as `ShardedState.to_dtensor` does it."""
         from torch.distributed.tensor import DTensor, Shard
 
         if not isinstance(saved, DTensor):
@@ -74,13 +74,13 @@ class Partition:
         ranks = tuple(saved.device_mesh.mesh.flatten().tolist())
         return tuple(saved.placements) == (Shard(0),) and ranks == self.ranks
 
-    def mine(self, index: int, tensor: Tensor) -> Tensor:
-        """The share of parameter `index`, of a whole tensor like it: a view [elements]."""
-        start, stop = self.shares[self.position][index]
+    def local_shard(self, index: int, tensor: Tensor) -> Tensor:
+        """The shard of parameter `index`, of a whole tensor like it: a view [elements]."""
+        start, stop = self.shards[self.position][index]
         return tensor.view(-1)[start:stop] if tensor.is_contiguous() else tensor.reshape(-1)[start:stop]
 
     def predicted_bytes(self, reduce: bool) -> dict[str, int]:
-        """Bytes that leave a rank per step, as an all-gather by ring sends them: (ranks - 1) times its share."""
+        """Bytes that leave a rank per step, as an all-gather by ring sends them: (ranks - 1) times its shard."""
         others = len(self.ranks) - 1
         found = {"gather_parameters": others * self.longest * self._dtype.itemsize}
         if reduce:
@@ -94,7 +94,7 @@ class Partition:
             yield piece * self._step, min((piece + 1) * self._step, self.longest), spans
 
     def reduce(self, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
-        """The mean over the ranks of this rank's share of every gradient, in at least fp32, and the bytes.
+        """The mean over the ranks of this rank's part of every gradient, in at least fp32, and the bytes.
 
         None for a parameter that has no gradient on any rank; one that some ranks lack counts as zero there. The flags
         that tell are read on the host, which an accelerator has to be waited for.
@@ -103,7 +103,7 @@ class Partition:
         present = torch.tensor([grad is not None for grad in grads], dtype=torch.uint8, device=device)
         dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.group)
         sent = 2 * (n - 1) * len(grads) // n
-        share = torch.empty(self.longest, dtype=self._wide, device=device)
+        shard = torch.empty(self.longest, dtype=self._wide, device=device)
         flat_grads = [None if grad is None else grad.reshape(-1) for grad in grads]
         for start, stop, spans in self._sizes():
             whole = torch.zeros(n, stop - start, dtype=self._wide, device=device)
@@ -112,15 +112,15 @@ class Partition:
                     grad = flat_grads[index]
                     if grad is not None:
                         whole[k, offset : offset + high - low] = grad[low:high]
-            dist.reduce_scatter_single(share[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
+            dist.reduce_scatter_single(shard[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
             sent += (n - 1) * (stop - start) * self._wide.itemsize
-        share.div_(n)
-        sizes = [stop - start for start, stop in self.shares[self.position]]
-        parts = share[: sum(sizes)].split(sizes)
+        shard.div_(n)
+        sizes = [stop - start for start, stop in self.shards[self.position]]
+        parts = shard[: sum(sizes)].split(sizes)
         return [part if on else None for part, on in zip(parts, present.tolist(), strict=True)], sent
 
     def gather(self, params: Sequence[Tensor]) -> int:
-        """Every rank's share of the parameters into all of them, in place. Returns the bytes sent."""
+        """Every rank's shard of the parameters into all of them, in place. Returns the bytes sent."""
         n, sent = len(self.ranks), 0
         for start, stop, spans in self._sizes():
             own = torch.zeros(stop - start, dtype=self._dtype, device=self.device)
@@ -136,7 +136,7 @@ class Partition:
 
 
 def _elements(layout: Layout, position: int) -> tuple[int, int]:
-    """Rows as a range of elements of the flat view: a share's rows are one run, over all columns."""
+    """Rows as a range of elements of the flat view: a shard's rows are one run, over all columns."""
     runs = layout.rows[position]
     start, stop = (runs[0][0], runs[-1][1]) if runs else (0, 0)
     return start * layout.view[1], stop * layout.view[1]
@@ -148,7 +148,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 class ShardedState:
-    """Moves state of a partition between this rank's shares and DTensors that are Shard(0) over the same ranks.
+    """Moves state of a partition between this rank's shards and DTensors that are Shard(0) over the same ranks.
 
     Each call is one all-to-all of the whole state: it is for checkpoints, not for steps. Collective.
     """
@@ -159,14 +159,14 @@ class ShardedState:
         self._partition = partition
         self._mesh = DeviceMesh.from_group(partition.group, partition.device.type)
 
-    def leave(self, shares: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """DTensors of `shapes` from this rank's flat shares of them."""
+    def to_dtensor(self, shards: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """DTensors of `shapes` from this rank's flat shards of them."""
         from torch.distributed.tensor import DTensor, Shard
 
         part = self._partition
         ours = [self._rows(i, shapes[i]) for i in range(len(shapes))]
         theirs = [[_chunk(shape, k, len(part.ranks)) for shape in shapes] for k in range(len(part.ranks))]
-        locals_ = _redistribute(shares, ours, theirs, part)
+        locals_ = _redistribute(shards, ours, theirs, part)
         found: list[Tensor] = []
         for i, shape in enumerate(shapes):
             start, stop = theirs[part.position][i]
@@ -181,8 +181,8 @@ class ShardedState:
             )
         return found
 
-    def enter(self, saved: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """This rank's flat shares of saved tensors: DTensors as `leave` makes them, or whole plain tensors."""
+    def from_dtensor(self, saved: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """This rank's flat shards of saved tensors: DTensors as `to_dtensor` makes them, or whole plain tensors."""
         from torch.distributed.tensor import DTensor
 
         part = self._partition
@@ -192,7 +192,7 @@ class ShardedState:
             return [t.reshape(-1)[start:stop] for t, (start, stop) in zip(saved, mine, strict=True)]
         locals_ = []
         for tensor in saved:
-            if not isinstance(tensor, DTensor) or not part.can_enter(tensor):
+            if not isinstance(tensor, DTensor) or not part.accepts(tensor):
                 raise CheckpointError(
                     "saved state of ZeRO-1 parameters must be whole tensors, or DTensors with Shard(0) over the "
                     "process group as state_dict() gives them: load it through torch.distributed.checkpoint."
@@ -203,12 +203,12 @@ class ShardedState:
         return _redistribute(locals_, theirs, [[ours[i][k] for i in range(len(shapes))] for k in range(n)], part)
 
     def _rows(self, index: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Per position, its share of parameter `index` as elements of a state tensor of `shape`, which has as many
+        """Per position, its shard of parameter `index` as elements of a state tensor of `shape`, which has as many
         rows as the parameter's view and may have fewer columns (one value per row)."""
         part = self._partition
         rows, cols = part.layouts[index].view
         scale = _size(shape) // max(1, rows)
-        return [(lo // max(cols, 1) * scale, hi // max(cols, 1) * scale) for lo, hi in (s[index] for s in part.shares)]
+        return [(lo // max(cols, 1) * scale, hi // max(cols, 1) * scale) for lo, hi in (s[index] for s in part.shards)]
 
 
 def _redistribute(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earthshine.optim import muon_step
-from earthshine.optim.logical_matrices import LogicalMatrix, Runs, Spec, logical_matrices, view_shape
+from earthshine.optim.logical_matrices import LogicalMatrix, Ranges, Spec, logical_matrices, view_shape
 from earthshine.optim.muon_step import step_matrices
 from earthshine.optim.sharding import batches
 from earthshine.optim.sharding.batches import Batch, MatrixPlan, Rect
@@ -51,7 +51,7 @@ def agreements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Held:
-    """Stands for `Shares`: what one position holds, as rows and columns."""
+    """Stands for `LocalShards`: what one position holds, as rows and columns."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], layouts: Sequence[Layout], dtype: torch.dtype) -> None:
         self.params = [torch.empty(shape, dtype=dtype) for shape in shapes]
@@ -61,7 +61,7 @@ class Held:
     def weight(self, i: int) -> Tensor:
         return self.weights[i]
 
-    def state(self, tensor: Tensor) -> Tensor:
+    def local_state(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def view2d(self, i: int, share: Tensor, per_row: bool = False) -> Tensor:
@@ -76,8 +76,8 @@ def plan_of(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> MatrixPlan:
-    shares: Any = Held(shapes, layouts, dtype)
-    return MatrixPlan(OPTIONS | {"matrices": tuple(specs)} | options, shares, bucket_bytes)
+    shards: Any = Held(shapes, layouts, dtype)
+    return MatrixPlan(OPTIONS | {"matrices": tuple(specs)} | options, shards, bucket_bytes)
 
 
 def whole(shape: tuple[int, ...], spec: Spec) -> Layout:
@@ -85,8 +85,8 @@ def whole(shape: tuple[int, ...], spec: Spec) -> Layout:
     return Layout((rows, cols), (0,), 0, (((0, rows),),), (((0, cols),),))
 
 
-def indices(runs: Runs) -> list[int]:
-    return [i for start, stop in runs for i in range(start, stop)]
+def indices(ranges: Ranges) -> list[int]:
+    return [i for start, stop in ranges for i in range(start, stop)]
 
 
 def held_by(view: Tensor, layout: Layout, position: int) -> Tensor:
@@ -163,7 +163,7 @@ def test_neighbours_in_a_stack_are_one_rectangle_up_to_the_end_of_the_batch(monk
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype", "payload"),
+    ("options", "dtype", "comm_dtype"),
     [
         ({}, torch.float32, torch.float32),
         ({}, torch.bfloat16, torch.float32),
@@ -174,9 +174,10 @@ def test_neighbours_in_a_stack_are_one_rectangle_up_to_the_end_of_the_batch(monk
     ],
 )
 def test_what_travels_is_no_less_than_newton_schulz_works_in(
-    options: dict[str, Any], dtype: torch.dtype, payload: torch.dtype
+    options: dict[str, Any], dtype: torch.dtype, comm_dtype: torch.dtype
 ) -> None:
-    assert plan_of([(4, 6)], [("matrix",)], [whole((4, 6), ("matrix",))], dtype=dtype, **options).payload == payload
+    plan = plan_of([(4, 6)], [("matrix",)], [whole((4, 6), ("matrix",))], dtype=dtype, **options)
+    assert plan.comm_dtype == comm_dtype
 
 
 # ------------------------------------------------------------------------------------------ several: mirrored messages
@@ -294,13 +295,13 @@ def test_what_one_position_sends_is_what_the_other_expects(
         for a in range(N):
             for b in range(N):
                 assert transfers[a].sends[b] == transfers[b].receives[a]
-                assert transfers[a].rider_sends[b] == transfers[b].rider_receives[a]
+                assert transfers[a].stats_sends[b] == transfers[b].stats_receives[a]
         for k, t in enumerate(transfers):
-            # Updates go back to where directions came from; of the riders, only NorMuon's moments.
-            elements = [*away(t.sends, k), *away(t.receives, k), *away(t.rider_sends, k)]
-            bytes_sent[k] += 4 * sum(elements + (away(t.rider_receives, k) if plans[k].moments else []))
+            # Updates go back to where directions came from; of the stats, only NorMuon's moments.
+            elements = [*away(t.sends, k), *away(t.receives, k), *away(t.stats_sends, k)]
+            bytes_sent[k] += 4 * sum(elements + (away(t.stats_receives, k) if plans[k].moments else []))
             arrived = torch.cat([outgoing[j][k] for j in order])
-            riders = torch.zeros(sum(t.rider_receives))
+            stats = torch.zeros(sum(t.stats_receives))
             for batch in t.owned:
                 X_BSL = torch.full(batch.size, -1.0)
                 for segment, place in batch.sources:
@@ -308,9 +309,9 @@ def test_what_one_position_sends_is_what_the_other_expects(
                     assert (part == -1).all()
                     part.copy_(segment.of(arrived))
                     size = int(plan.flags) + segment.rows * int(plan.moments)
-                    riders[segment.rider : segment.rider + size] += 1
+                    stats[segment.stats_offset : segment.stats_offset + size] += 1
                 matrices += upright(batch, X_BSL)
-            assert (riders == 1).all()
+            assert (stats == 1).all()
     assert all((count == 1).all() for mine in touched for count in mine.values())
     expected = [
         cut_out(full[i], matrix)
@@ -409,11 +410,11 @@ def run_steps(
     for k, plan in enumerate(plans):
         for i, (shape, spec) in enumerate(zip(case.shapes, case.specs, strict=True)):
             W = torch.randn(view_shape(shape, spec), generator=torch.Generator().manual_seed(i))
-            plan.shares.weights[i] = held_by(W, layouts[i], k)  # type: ignore[attr-defined]
+            plan.shards.weights[i] = held_by(W, layouts[i], k)  # type: ignore[attr-defined]
         states.append(
             {
                 i: {STATE_KEYS[0]: torch.zeros_like(w), STATE_KEYS[1]: torch.zeros(w.shape[0], 1)}
-                for i, w in plan.shares.weights.items()  # type: ignore[attr-defined]
+                for i, w in plan.shards.weights.items()  # type: ignore[attr-defined]
             }
         )
     sent: list[list[int]] = [[] for _ in plans]
@@ -437,7 +438,7 @@ def run_steps(
     if failures:
         raise failures[0]
     assert sent == [[plan.predicted_bytes()] * len(grads) for plan in plans]
-    return [plan.shares.weights for plan in plans], states, sent  # type: ignore[attr-defined]
+    return [plan.shards.weights for plan in plans], states, sent  # type: ignore[attr-defined]
 
 
 RECIPES: list[dict[str, Any]] = [

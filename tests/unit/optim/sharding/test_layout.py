@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import Runs, Spec, merge
+from earthshine.optim.logical_matrices import Ranges, Spec, merge
 from earthshine.optim.sharding.layout import Layout, _spread, cut, length, partition_rows, read_layout
 
 MATRIX: Spec = ("matrix",)
@@ -46,17 +46,17 @@ def numbered(*shape: int) -> Tensor:
     return torch.arange(float(torch.Size(shape).numel())).view(shape)
 
 
-def indices(runs: Runs) -> list[int]:
-    return [i for start, stop in runs for i in range(start, stop)]
+def indices(ranges: Ranges) -> list[int]:
+    return [i for start, stop in ranges for i in range(start, stop)]
 
 
-def held(whole: Tensor, view: tuple[int, int], rows: Runs, cols: Runs) -> Tensor:
+def held(whole: Tensor, view: tuple[int, int], rows: Ranges, cols: Ranges) -> Tensor:
     return whole.reshape(view)[indices(rows)][:, indices(cols)]
 
 
-def assert_well_formed(runs: Runs) -> None:
-    assert all(start < stop for start, stop in runs)
-    assert all(a[1] < b[0] for a, b in zip(runs, runs[1:], strict=False))
+def assert_well_formed(ranges: Ranges) -> None:
+    assert all(start < stop for start, stop in ranges)
+    assert all(a[1] < b[0] for a, b in zip(ranges, ranges[1:], strict=False))
 
 
 @st.composite
@@ -243,11 +243,11 @@ def test_equal_parameters_share_their_layout() -> None:
 
 
 def test_cut() -> None:
-    runs = ((0, 3), (5, 6), (8, 12))
-    assert [cut(runs, 1, 5), cut(runs, 3, 3), cut(runs, 0, 8), cut(runs, 4, 99)] == [
+    ranges = ((0, 3), (5, 6), (8, 12))
+    assert [cut(ranges, 1, 5), cut(ranges, 3, 3), cut(ranges, 0, 8), cut(ranges, 4, 99)] == [
         ((1, 3), (5, 6), (8, 9)),
         (),
-        runs,
+        ranges,
         ((8, 12),),
     ]
 
@@ -268,11 +268,11 @@ def test_a_partition_is_as_even_as_whole_rows_allow(views: list[tuple[int, int]]
     order = []
     for (rows, cols), layout in zip(views, layouts, strict=True):
         assert layout.cols == (((0, cols),),) * parts
-        assert merge(run for runs in layout.rows for run in runs) == merge([(0, rows)])  # once, in order
-        for part, runs in enumerate(layout.rows):
-            order += [part] * length(runs)
-            element += length(runs) * cols
-            if runs:
+        assert merge(span for ranges in layout.rows for span in ranges) == merge([(0, rows)])  # once, in order
+        for part, ranges in enumerate(layout.rows):
+            order += [part] * length(ranges)
+            element += length(ranges) * cols
+            if ranges:
                 ends[part] = element
     assert order == sorted(order)  # a part is one piece of the list
     for part, end in enumerate(ends):

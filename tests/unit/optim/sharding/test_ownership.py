@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import LogicalMatrix, Runs, Spec, logical_matrices, view_shape
+from earthshine.optim.logical_matrices import LogicalMatrix, Ranges, Spec, logical_matrices, view_shape
 from earthshine.optim.sharding.layout import Layout, _spread, partition_rows
 from earthshine.optim.sharding.ownership import Block, ShardGroupPlan, blocks, plan_ownership
 
@@ -43,8 +43,8 @@ def plans_of(
     return plans
 
 
-def indices(runs: Runs) -> list[int]:
-    return [i for start, stop in runs for i in range(start, stop)]
+def indices(ranges: Ranges) -> list[int]:
+    return [i for start, stop in ranges for i in range(start, stop)]
 
 
 def local(whole: Tensor, layout: Layout, position: int) -> Tensor:
@@ -142,7 +142,7 @@ def test_matrices_travel_whole_and_return_and_the_counts_are_what_travels(
             assert held[position] <= bucket_bytes or len(single) == 1
     assert sorted(seen) == [(p, i) for p, of in enumerate(matrices) for i in range(len(of))]
     assert plans[0].loads == tuple(loads)
-    assert [plans[0].payload_elements(position) for position in range(size)] == moved
+    assert [plans[0].elements_sent(position) for position in range(size)] == moved
     for param, layout in enumerate(layouts):
         assert all(torch.equal(back[param][i], local(whole[param], layout, i)) for i in range(size))
 
@@ -172,7 +172,7 @@ def test_fsdp_traffic_keeps_its_bound(parts: int) -> None:
     parameters: list[Parameter] = [((8, 6), ("matrix",), ((parts, 0, 1),))] * 8
     plan = plans_of(parameters, tuple(range(parts)))[0]
     elements = 8 * 48
-    assert {plan.payload_elements(i) for i in range(parts)} == {2 * elements * (parts - 1) // parts**2}
+    assert {plan.elements_sent(i) for i in range(parts)} == {2 * elements * (parts - 1) // parts**2}
     assert plan.imbalance == 1
 
 
@@ -188,7 +188,7 @@ def test_what_one_position_holds_is_its_own_and_counts_as_its_load() -> None:
     (task,) = first.buckets[0].tasks
     assert (task.param, task.owner, task.holders, task.cost) == (1, 1, (0, 1), 64)
     assert first.loads == (192, 192)
-    assert (first.payload_elements(0), first.payload_elements(1)) == (8, 8)
+    assert (first.elements_sent(0), first.elements_sent(1)) == (8, 8)
 
 
 def test_the_costliest_first_to_the_least_loaded() -> None:
@@ -217,7 +217,7 @@ def test_among_equals_the_one_that_holds_most() -> None:
     matrices = [logical_matrices(view, ("matrix",)) for view in views]
     (plan,) = plan_ownership(layouts, matrices, cube, 1 << 20)
     assert [(t.owner, t.holders) for t in plan.buckets[0].tasks] == [(0, (0, 1)), (2, (1, 2))]
-    assert [plan.payload_elements(i) for i in range(3)] == [4, 8, 4]
+    assert [plan.elements_sent(i) for i in range(3)] == [4, 8, 4]
 
 
 def test_buckets_bound_what_an_owner_holds() -> None:
