@@ -153,7 +153,7 @@ class Study:
         return shares
 
     def plan(self, algorithm: str) -> dict[str, Any]:
-        """What `train.job.derive` says of the optimizer's runs."""
+        """What `train.derive` says of the optimizer's runs."""
         return dict(next(r for key, r in self.runs.items() if key[0] == algorithm)["plan"])
 
     def newton_schulz_share(self) -> float:

@@ -1,4 +1,17 @@
-"""What a run folder holds, by name, and how its files of lines are read: for all who write or read one.
+"""The run folder: every name in it, and how it is read; for all who write or read one.
+
+    RUN/
+        config.json      the job, as the last start had it
+        plan.json        every number that follows from it (`train.derive`)
+        env.json         where the first start ran
+        origin.json      where the weights began, when not at random
+        starts.jsonl     one line per start, with what had changed (`train.starts`)
+        metrics.jsonl    one line per logged step and per held-out evaluation (`train.metrics`)
+        metrics.damaged  lines of it that were no JSON, set aside at a resume
+        checkpoints/     step-NNNNNN/manifest.json, ... (`checkpoint.manifest`)
+        eval/            held-out results, samples, verifications
+        tensorboard/     with tracker="tensorboard"
+        report.html      `earthshine report`
 
 A file of lines outlives what befalls one of them: a line that was cut off or damaged is told apart, and costs no other.
 """
@@ -9,12 +22,53 @@ from typing import Any, NamedTuple
 
 from earthshine.config import parse_json
 
-CONFIG, PLAN, ENV, METRICS, STARTS, EVAL = (
-    "config.json", "plan.json", "env.json", "metrics.jsonl", "starts.jsonl", "eval",
-)  # fmt: skip
-ORIGIN = "origin.json"  # where the weights began, when not at random
-HELDOUT_BEFORE = "heldout-before.json"  # in EVAL: the held-out loss at step 0
-DAMAGED = "metrics.damaged"  # lines of metrics.jsonl that are no JSON, set aside
+CONFIG, PLAN, ENV, ORIGIN = "config.json", "plan.json", "env.json", "origin.json"
+STARTS, METRICS, DAMAGED = "starts.jsonl", "metrics.jsonl", "metrics.damaged"
+TENSORBOARD, REPORT = "tensorboard", "report.html"
+
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"  # in a checkpoint, written last
+_STEP = "step-"
+
+EVAL = "eval"
+HELDOUT_BEFORE, HELDOUT_AFTER = "heldout-before.json", "heldout-after.json"  # at step 0 and at the end
+SAMPLES_BEFORE, SAMPLES_AFTER = "samples-before.json", "samples-after.json"
+VERIFY_UPCYCLE, VERIFY_HUGGINGFACE = "verify-upcycle.json", "verify-huggingface.json"
+VERIFICATIONS = "verify-*.json"  # a pattern of all of them
+
+UPCYCLING = "earthshine.json"  # not of a run: beside the weights of an upcycled model, its options, ledger and hashes
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return run_dir / CHECKPOINTS / f"{_STEP}{step:06d}"
+
+
+def step_folders(run_dir: Path) -> list[Path]:
+    """The folders of finished checkpoints, newest first; nothing is read."""
+    folders = [p for p in (run_dir / CHECKPOINTS).glob(f"{_STEP}*") if p.is_dir() and _number(p).isdecimal()]
+    return sorted(folders, key=lambda p: int(_number(p)), reverse=True)
+
+
+def _number(folder: Path) -> str:
+    return folder.name.removeprefix(_STEP)
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The checkpoint folders that `path` can mean, newest first: itself, or those of a run folder."""
+    if (path / MANIFEST).is_file():
+        return [path]
+    return step_folders(path.parent if path.name == CHECKPOINTS else path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a training run's folder, or one of its checkpoints, rather than a Hugging Face directory."""
+    return (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir()
+
+
+def run_of(path: Path) -> Path:
+    """The run folder of a path that `is_run`."""
+    return path if (path / CHECKPOINTS).is_dir() else path.parent.parent
 
 
 class Line(NamedTuple):
@@ -44,3 +98,13 @@ def json_lines(path: Path) -> Iterator[Line]:
             except ValueError:  # not JSON, or not even text
                 record = None
             yield Line(number, raw, record if isinstance(record, dict) else None)
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of lines, in order; damaged lines are passed over."""
+    return (line.record for line in json_lines(path) if line.record is not None)
+
+
+def read_steps(metrics: Path) -> dict[int, dict[str, Any]]:
+    """The step records of a metrics.jsonl, by step; those that are damaged or missing are not there."""
+    return {r["step"]: r for r in records(metrics) if r.get("kind") == "step" and isinstance(r.get("step"), int)}

@@ -26,6 +26,7 @@ from earthshine.files import sha256_file, write_json
 from earthshine.model.config import ModelConfig
 from earthshine.model.counts import count_parameters
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
+from earthshine.run_folder import EVAL, REPORT, SAMPLES_AFTER, SAMPLES_BEFORE, VERIFY_HUGGINGFACE, VERIFY_UPCYCLE
 from earthshine.train.job import CheckpointConfig, FromHuggingFace, HeldoutConfig, TrainJob
 from earthshine.upcycle.config import UpcycleConfig
 
@@ -77,22 +78,22 @@ def quickstart(
     _say(f"3/6 upcycle {len(MOE_LAYERS)} of its 30 layers, and verify that it is still the same function")
     moe = _upcycled_model(root / "models" / "smollm2-e8t2", dense)
     moe_run, dense_run = root / "smollm2-e8t2", root / "smollm2-dense"
-    upcycle_proof = _verified(root / "verify-upcycle.json", moe, lambda: _verify_upcycle(dense, moe))
+    upcycle_proof = _verified(root / VERIFY_UPCYCLE, moe, lambda: _verify_upcycle(dense, moe))
     _say("4/6 token shards from the Python standard library's source files, held-out files apart")
     _prepare_tokens(root / "tokens", dense, _stdlib_sources())
     _say("5/6 continue both models on the same tokens with Muon")
     base = _job(root / "tokens", STEPS if steps is None else steps, tokens)
     for run, model in ((dense_run, dense), (moe_run, moe)):
         _train(replace(base, name=run.name, init=FromHuggingFace(path=str(model))), run)
-    write_json(moe_run / "eval" / "verify-upcycle.json", upcycle_proof)
+    write_json(moe_run / EVAL / VERIFY_UPCYCLE, upcycle_proof)
     _say("6/6 samples, export, transformers, report")
     exported = root / "models" / "smollm2-e8t2-trained"
     _export(moe_run, exported, moe)
-    _verified(moe_run / "eval" / "verify-huggingface.json", exported, lambda: _verify_huggingface(exported))
+    _verified(moe_run / EVAL / VERIFY_HUGGINGFACE, exported, lambda: _verify_huggingface(exported))
     for run, before, after in ((dense_run, dense, dense_run), (moe_run, moe, exported)):
-        _sample(run / "eval" / "samples-before.json", f"{run.name} before", before, tokenizer=dense)
-        _sample(run / "eval" / "samples-after.json", f"{run.name} after", after, tokenizer=dense)
-    report = _report([dense_run, moe_run], root / "report.html")
+        _sample(run / EVAL / SAMPLES_BEFORE, f"{run.name} before", before, tokenizer=dense)
+        _sample(run / EVAL / SAMPLES_AFTER, f"{run.name} after", after, tokenizer=dense)
+    report = _report([dense_run, moe_run], root / REPORT)
     log(f"The tour took {human_seconds(time.monotonic() - start)}. Open {report} in a browser.")
     quoted = shlex.quote(str(exported))
     log(f"Next: earthshine generate {quoted} --prompt 'def main():'   or   earthshine train tiny_moe --help")

@@ -22,7 +22,6 @@ from earthshine.checkpoint.companions import (
 from earthshine.checkpoint.hf import (
     account,
     check_tied_copies,
-    is_run,
     log_unused,
     read_blocks,
     read_config,
@@ -40,7 +39,21 @@ from earthshine.model.config import HF_CLASSES, ModelConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import to_hf
 from earthshine.model.serving import lacks_bias, serving_notes
-from earthshine.run_folder import METRICS, STARTS, json_lines
+from earthshine.run_folder import (
+    CONFIG,
+    EVAL,
+    HELDOUT_AFTER,
+    HELDOUT_BEFORE,
+    METRICS,
+    ORIGIN,
+    STARTS,
+    UPCYCLING,
+    VERIFICATIONS,
+    is_run,
+    read_steps,
+    records,
+    run_of,
+)
 from earthshine.staging import staged_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -177,7 +190,7 @@ def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> tuple[Mode
             check_fits(entry.hf, part, entry.dtype(dtype))
             yield part.to(entry.dtype(dtype))
 
-    upcycling = _json(source / "earthshine.json")
+    upcycling = _json(source / UPCYCLING)
     facts = {"upcycling": upcycling} if upcycling else {}
     return config, blocks, source, {"base_model": source.name, "lineage": [str(source.name)], **facts}
 
@@ -193,26 +206,24 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
     job, run_dir = checkpoint.job, checkpoint.folder.parent.parent
     origin = _origin(run_dir, job)
     lineage = [f"{origin.name}" if origin else "random initialization", f"trained for {checkpoint.step:,} steps"]
-    records = [line.record for line in json_lines(run_dir / METRICS) if line.record]
-    tokens = [r["total_tokens"] for r in records if r.get("step") == checkpoint.step and "total_tokens" in r]
     facts: dict[str, Any] = {
         "training": {
             "job": job,
             "steps": checkpoint.step,
-            "tokens": tokens[-1] if tokens else None,
-            "starts": [line.record for line in json_lines(run_dir / STARTS) if line.record],
+            "tokens": read_steps(run_dir / METRICS).get(checkpoint.step, {}).get("total_tokens"),
+            "starts": list(records(run_dir / STARTS)),
         },
         "data": [dict(s) for s in job.get("data", {}).get("sources", [])],
         "lineage": lineage,
         "evaluation": [
-            {"name": name, **result}
-            for name in ("heldout-before", "heldout-after")
-            if (result := _json(run_dir / "eval" / f"{name}.json"))
+            {"name": name.removesuffix(".json"), **result}
+            for name in (HELDOUT_BEFORE, HELDOUT_AFTER)
+            if (result := _json(run_dir / EVAL / name))
         ],
-        "verification": [_json(p) for p in sorted((run_dir / "eval").glob("verify-*.json"))],
+        "verification": [_json(p) for p in sorted((run_dir / EVAL).glob(VERIFICATIONS))],
     }
     if origin:
-        upcycling = _json(origin / "earthshine.json")
+        upcycling = _json(origin / UPCYCLING)
         facts |= {"base_model": origin.name} | ({"upcycling": upcycling} if upcycling else {})
     return config, state_blocks(state, config, dtype), origin, facts
 
@@ -228,11 +239,11 @@ def _origin(run_dir: Path, job: dict[str, Any]) -> Path | None:
         if not path or run_dir in seen:
             return None
         seen.add(run_dir)
-        folder = Path(_json(run_dir / "origin.json").get("path", path))
+        folder = Path(_json(run_dir / ORIGIN).get("path", path))
         if not is_run(folder):
             return folder
-        run_dir = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
-        job = _json(run_dir / "config.json")
+        run_dir = run_of(folder)
+        job = _json(run_dir / CONFIG)
 
 
 def _common_facts(config: ModelConfig, out_dir: Path, dtype: str) -> dict[str, Any]:

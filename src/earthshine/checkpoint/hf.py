@@ -26,6 +26,7 @@ from earthshine.console import log
 from earthshine.errors import WeightsError, nearest
 from earthshine.model.config import ModelConfig
 from earthshine.model.hf_config import from_hf, read_hf_config, to_hf, without_effect
+from earthshine.run_folder import is_run
 from earthshine.staging import staged_directory
 
 if TYPE_CHECKING:
@@ -151,11 +152,6 @@ def check_tied_copies(store: Store, unused: Mapping[str, str]) -> None:
                 f"{store.directory}: {name} differs from {original.name}, but config.json ties them: "
                 f"set tie_word_embeddings to false, or remove {name}."
             )
-
-
-def is_run(path: Path) -> bool:
-    """Whether a path is a training run's folder, or one of its checkpoints, rather than a Hugging Face directory."""
-    return (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def load_model(

@@ -26,10 +26,9 @@ from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.files import expand_home, sha256_file, sync_folder, write_json
 from earthshine.model.config import ModelConfig
+from earthshine.run_folder import MANIFEST, checkpoint_folders
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-CHECKPOINTS = "checkpoints"
 _KEY_BYTES = 32
 
 
@@ -49,27 +48,9 @@ class Manifest:
     tokenization: Tokenization | None = None
 
 
-def step_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / CHECKPOINTS / f"step-{step:06d}"
-
-
-def step_folders(run_dir: Path) -> list[Path]:
-    """The folders of finished checkpoints, newest first; nothing is read."""
-    found = [p for p in (run_dir / CHECKPOINTS).glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
-
-
-def candidates(path: Path) -> list[Path]:
-    """The checkpoint folders that `path` can mean, newest first: itself, or those of a run folder."""
-    if (path / MANIFEST).is_file():
-        return [path]
-    run_dir = path.parent if path.name == CHECKPOINTS else path
-    return step_folders(run_dir)
-
-
 def newest(path: Path) -> Manifest | None:
     """The newest manifest that can be read of those that `path` can mean; no other file is looked at."""
-    for folder in candidates(path):
+    for folder in checkpoint_folders(path):
         with contextlib.suppress(CheckpointError):
             return read(folder)
     return None

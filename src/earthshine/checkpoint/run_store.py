@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from earthshine.checkpoint import manifest as manifests
-from earthshine.checkpoint.manifest import CHECKPOINTS, Manifest
+from earthshine.checkpoint.manifest import Manifest
 from earthshine.config import encode, read_json
 from earthshine.console import human_bytes, log
 from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError, DiskFullError
 from earthshine.files import naming_full_disk, sync_folder, write_json
 from earthshine.model.config import ModelConfig
+from earthshine.run_folder import CHECKPOINTS, checkpoint_folders, step_folder, step_folders
 
 MODEL_PREFIX = "model."
 _TENSORS = "tensors"
@@ -70,7 +71,7 @@ def save(
 
     Raises DiskFullError when there is no room; then no trace of this checkpoint is left.
     """
-    final = manifests.step_folder(run_dir, step)
+    final = step_folder(run_dir, step)
     parent = final.parent
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
@@ -115,7 +116,7 @@ def check_can_save(run_dir: Path, tensors: Mapping[str, Tensor], *, saves: int, 
             free = shutil.disk_usage(where).free
     except OSError as e:
         raise ConfigError(f"{where} cannot hold checkpoints: {e}. Make it writable, or choose another --run.") from e
-    there = len(manifests.step_folders(run_dir))
+    there = len(step_folders(run_dir))
     needed = sum(t.nbytes for t in tensors.values()) + _SLACK_BYTES
     if free < needed:
         raise DiskFullError(_full(parent, needed, free))
@@ -134,10 +135,10 @@ def latest(path: Path, *, trust: bool = False) -> Checkpoint | None:
     sound one was not made here and `trust` is not set.
     """
     problems = []
-    for folder in manifests.candidates(Path(path)):
+    for folder in checkpoint_folders(Path(path)):
         try:
             found = manifests.read(folder)
-            if folder.parent.name == CHECKPOINTS and folder != manifests.step_folder(folder.parent.parent, found.step):
+            if folder.parent.name == CHECKPOINTS and folder != step_folder(folder.parent.parent, found.step):
                 raise CheckpointError(f"its manifest is of step {found.step}: the folder was renamed.")
             manifests.check_files(found)
         except CheckpointError as e:
@@ -213,12 +214,12 @@ def tidy(run_dir: Path, *, keep: int, newest: Path) -> None:
     newest: the checkpoint that is resumed from. Where a damaged one is newer, none is deleted.
     """
     remove_leftovers(run_dir)
-    if manifests.step_folders(run_dir)[0] == newest:
+    if step_folders(run_dir)[0] == newest:
         _discard_old(run_dir, keep, newest)
 
 
 def _discard_old(run_dir: Path, keep: int, newest: Path) -> None:
-    for old in manifests.step_folders(run_dir)[keep:] if keep else ():
+    for old in step_folders(run_dir)[keep:] if keep else ():
         if old != newest:
             _discard(old)
 

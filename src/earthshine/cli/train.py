@@ -72,7 +72,7 @@ class Options:
 def run(options: Options) -> None:
     job = resolve(options.job, _assignments(options))
     if options.dry_run:
-        _describe(job, options)
+        print_plan(job, options)
         return
     from earthshine.train.loop import fit
 
@@ -91,9 +91,9 @@ def run(options: Options) -> None:
         print_outcome(f"{run_dir}\nnext: earthshine report {shell_quoted(run_dir)}")
 
 
-def _describe(job: Any, options: Options) -> None:
+def print_plan(job: Any, options: Options) -> None:
     from earthshine.device import choose_compute_dtype, pick_device
-    from earthshine.train.job import derive
+    from earthshine.train.derive import derive
 
     plan = derive(job)
     compute = choose_compute_dtype(job.compute_dtype, pick_device(options.device))

@@ -14,6 +14,7 @@ from earthshine.report.results import Comparison, comparisons
 from earthshine.report.runs import COLUMNS, WORST_LOAD, Heldout, Run, read_runs
 from earthshine.report.scales import thin, whole
 from earthshine.report.statistics import BAR, Difference, ratio
+from earthshine.run_folder import REPORT
 
 FORMAT = 1  # of report.json
 _NO_FOLDER = {".json", ".md", ".htm", ".pdf", ".txt", ".png", ".svg", ".csv"}  # what such a name asks for is a file
@@ -49,7 +50,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, titl
 
 def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
     if out is None:
-        return runs[0] / "report.html"
+        return runs[0] / REPORT
     if out.suffix == ".html":
         if out.is_dir():
             raise ConfigError(f"out={out} is a folder; give another name for the page, or a folder without .html.")
@@ -59,7 +60,7 @@ def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
             f"out={out} is a file that is not .html: give the page a name ending in .html, or a folder. "
             f"Its .md and .json are written beside it."
         )
-    return out / "report.html"
+    return out / REPORT
 
 
 def build(runs: Sequence[Run], compared: Sequence[Comparison], title: str = "") -> Report:

@@ -14,7 +14,19 @@ from typing import Any
 from earthshine.console import log
 from earthshine.errors import ConfigError, DataError
 from earthshine.report.starts import Start, read_starts
-from earthshine.run_folder import CONFIG, EVAL, METRICS, STARTS, json_lines
+from earthshine.run_folder import (
+    CONFIG,
+    ENV,
+    EVAL,
+    HELDOUT_AFTER,
+    HELDOUT_BEFORE,
+    METRICS,
+    PLAN,
+    SAMPLES_AFTER,
+    SAMPLES_BEFORE,
+    STARTS,
+    json_lines,
+)
 
 # Columns of the step lines of metrics.jsonl that are numbers.
 ROUTING = ("balance", "balance_loss", "z_loss", "max_violation", "dead_experts", "drop_rate")
@@ -168,11 +180,11 @@ def read_run(path: Path | str) -> Run:
             "give a folder that `earthshine train` wrote."
         )
     run = Run(path=path, name=path.resolve().name)
-    for name in ("config", "plan", "env"):
-        if (path / f"{name}.json").exists():
-            setattr(run, name, _load_object(path / f"{name}.json"))
+    for name in (CONFIG, PLAN, ENV):
+        if (path / name).exists():
+            setattr(run, Path(name).stem, _load_object(path / name))
         else:
-            run.notes.append(f"{name}.json is absent.")
+            run.notes.append(f"{name} is absent.")
     run.name = str((run.config or {}).get("name") or run.name)
     run.starts, damaged = read_starts(path / STARTS)
     if damaged:
@@ -328,9 +340,9 @@ def _read_evaluations(folder: Path, run: Run) -> None:
     for path in sorted(folder.glob("*.json")):
         data = _load_object(path)
         stem = path.stem
-        if stem in ("heldout-before", "heldout-after"):
+        if path.name in (HELDOUT_BEFORE, HELDOUT_AFTER):
             setattr(run, stem.removeprefix("heldout-"), _heldout(data, str(path)))
-        elif stem in ("samples-before", "samples-after"):
+        elif path.name in (SAMPLES_BEFORE, SAMPLES_AFTER):
             setattr(run, stem.replace("-", "_"), _samples(data, str(path)))
         elif stem.startswith("verify"):
             run.verifications.append(_verification(data, path))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from earthshine.checkpoint import run_store
-from earthshine.checkpoint.manifest import step_folder
 from earthshine.checkpoint.run_store import Checkpoint
 from earthshine.config import encode, parse_object
 from earthshine.console import log
@@ -29,23 +28,25 @@ from earthshine.device import (
     read,
 )
 from earthshine.device import pick_device as pick_device_by_name
-from earthshine.errors import ConfigError, DataError, InterruptedRunError, TrainingDivergedError
+from earthshine.errors import ConfigError, InterruptedRunError, TrainingDivergedError
 from earthshine.evaluate.perplexity import heldout_loss
 from earthshine.files import expand_home, write_json
 from earthshine.optim.groups import describe
 from earthshine.optim.muon import configured_groups
 from earthshine.optim.schedule import learning_rate
-from earthshine.run_folder import HELDOUT_BEFORE
-from earthshine.train import run_folder
+from earthshine.run_folder import EVAL, HELDOUT_AFTER, HELDOUT_BEFORE, METRICS, step_folder
+from earthshine.train.claim import claim, remove_leftovers
+from earthshine.train.derive import derive
 from earthshine.train.interrupts import Interrupts
-from earthshine.train.job import TrainJob, derive
+from earthshine.train.job import TrainJob
 from earthshine.train.metrics import MetricsFile, heldout_line, routing_record, samples_digest, step_line
+from earthshine.train.resume import check_config, check_heldout, same_data
+from earthshine.train.starts import record_start, warnings_told
 from earthshine.train.state import TrainState, build_state
 from earthshine.train.step import Objective, StepResult, train_step
 from earthshine.train.trackers import Tracker, make_tracker, require_tracker
 
 _ETA_STEPS = 20
-_BEFORE, _AFTER = HELDOUT_BEFORE, "heldout-after.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def fit(
     folder = Path("runs") / job.name if run_dir is None else Path(expand_home(str(run_dir)))
     where = pick_device_by_name(device)
     # Signals are heeded from here on: hashing data and reading a checkpoint can take minutes, too.
-    with run_folder.claim(folder), _reproducible(where, job.seed), Interrupts() as interrupts:
+    with claim(folder), _reproducible(where, job.seed), Interrupts() as interrupts:
         run = _open(job, folder, where, trust=trust, allow_config_change=allow_config_change)
         try:
             return _loop(run, interrupts, min(stop_after or job.num_steps, job.num_steps))
@@ -160,32 +161,33 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     done = checkpoint.step if checkpoint else 0
     saved = checkpoint.job if checkpoint else None
     sums = checkpoint.state["loader"]["fingerprints"] if checkpoint else ()
-    same = run_folder.same_data(folder, job, sums)
-    run_folder.check_config(folder, job, done, allow_change=allow_config_change, saved=saved, same_data=same)
+    same = same_data(folder, job, sums)
+    check_config(folder, job, done, allow_change=allow_config_change, saved=saved, same_data=same)
     derived = derive(job, model=checkpoint.model if checkpoint else None)
     compute = _compute(job, device, checkpoint)
     state = build_state(job, device, compute.dtype, checkpoint, trust=trust, allow_config_change=allow_config_change)
     if job.heldout.path:
-        _check_heldout(job, folder, state, allow_change=allow_config_change or checkpoint is None)
+        sha256 = state.loader.check_heldout(job.heldout.path)
+        check_heldout(folder, job.heldout.path, sha256, allow_change=allow_config_change or checkpoint is None)
     if done < job.num_steps:
         every = job.checkpoint.every_steps
         saves = 1 + ((job.num_steps - 1) // every - done // every if every else 0)
         run_store.check_can_save(folder, state.tensors(), saves=saves, keep=job.checkpoint.keep)
     choices = {"compute_reason": compute.reason, "peak_flops": compute.peak_flops} | state.choices
     where = environment(device) | choices
-    told = run_folder.warnings_told(folder) if checkpoint else ()
-    run_folder.describe(folder, job, derived, state.model.config, where, done=done, saved=saved, same_data=same)
-    run_folder.remove_leftovers(folder)
+    told = warnings_told(folder) if checkpoint else ()
+    record_start(folder, job, derived, state.model.config, where, done=done, saved=saved, same_data=same)
+    remove_leftovers(folder)
     if checkpoint:
         run_store.tidy(folder, keep=job.checkpoint.keep, newest=checkpoint.folder)
-    metrics = MetricsFile(folder / run_folder.METRICS)
+    metrics = MetricsFile(folder / METRICS)
     if checkpoint:
         metrics.truncate_after(done)
     else:  # nothing holds, not even the evaluation before step 1: what it was of may have changed since
         metrics.path.unlink(missing_ok=True)
-        (folder / run_folder.EVAL / _BEFORE).unlink(missing_ok=True)
+        (folder / EVAL / HELDOUT_BEFORE).unlink(missing_ok=True)
     if done < job.num_steps:  # the end of a run that was lengthened since is no end
-        (folder / run_folder.EVAL / _AFTER).unlink(missing_ok=True)
+        (folder / EVAL / HELDOUT_AFTER).unlink(missing_ok=True)
     if checkpoint is None:
         groups = configured_groups(state.model, job.optimizer)
         log(f"{derived.table(compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
@@ -202,17 +204,6 @@ def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, all
     tracker = make_tracker(job.tracker, folder, done + 1)
     flops, saved_in = derived.forward_backward_flops_per_step, checkpoint.folder if checkpoint else None
     return _Run(job, folder, state, metrics, tracker, compute.peak_flops, flops, saved_in, Stopwatch(device))
-
-
-def _check_heldout(job: TrainJob, folder: Path, state: TrainState, *, allow_change: bool) -> None:
-    """Raise DataError for held-out data that cannot be used, or is not what the run was evaluated on before."""
-    fingerprint = state.loader.check_heldout(job.heldout.path)
-    then = _read_result(folder / run_folder.EVAL / _BEFORE).get("sha256", fingerprint)
-    if fingerprint != then and not allow_change:
-        raise DataError(
-            f"{job.heldout.path} holds other data than the run was evaluated on before: the losses could not be "
-            f"compared. Restore it, or insist with --allow-config-change."
-        )
 
 
 def _compute(job: TrainJob, device: torch.device, checkpoint: Checkpoint | None) -> ComputeChoice:
@@ -241,15 +232,15 @@ def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
             f"{interrupts.name} after step {state.step} of {job.num_steps}: saved in {run.saved}. "
             f"Run the same command to go on."
         )
-    evals = run.folder / run_folder.EVAL
+    evals = run.folder / EVAL
     return RunSummary(
         run_dir=run.folder,
         step=state.step,
         num_steps=job.num_steps,
         total_tokens=state.total_tokens,
         loss=run.metrics.loss_at(state.step),
-        heldout_before=_read_result(evals / _BEFORE),
-        heldout_after=_read_result(evals / _AFTER),
+        heldout_before=_read_result(evals / HELDOUT_BEFORE),
+        heldout_after=_read_result(evals / HELDOUT_AFTER),
         checkpoint=run.saved,
     )
 
@@ -405,9 +396,9 @@ def _evaluate_if_due(run: _Run) -> None:
         )
     except TrainingDivergedError as e:
         raise _diverged(run, str(e)) from e
-    for at, name in ((0, _BEFORE), (job.num_steps, _AFTER)):
+    for at, name in ((0, HELDOUT_BEFORE), (job.num_steps, HELDOUT_AFTER)):
         if step == at:
-            write_json(run.folder / run_folder.EVAL / name, result)
+            write_json(run.folder / EVAL / name, result)
     record = {"kind": "heldout", "step": step}
     record |= {key: result[key] for key in ("loss", "stderr", "bits_per_byte", "tokens", "lost")}
     run.metrics.append(record)

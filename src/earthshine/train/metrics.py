@@ -9,7 +9,7 @@ from typing import Any
 
 from earthshine.console import human_count, human_seconds, log
 from earthshine.files import append_line, atomic_write, to_json
-from earthshine.run_folder import DAMAGED, json_lines
+from earthshine.run_folder import DAMAGED, json_lines, read_steps, records
 
 
 class MetricsFile:
@@ -23,7 +23,7 @@ class MetricsFile:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The records; damaged lines are passed over."""
-        return (line.record for line in json_lines(self.path) if line.record is not None)
+        return records(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop what was logged after `step`, because those steps are about to be done again.
@@ -60,7 +60,7 @@ class MetricsFile:
 
     def loss_at(self, step: int) -> float | None:
         """The loss of that step; None when it is not there."""
-        return next((r.get("loss") for r in self.read() if r.get("kind") == "step" and r.get("step") == step), None)
+        return read_steps(self.path).get(step, {}).get("loss")
 
     def sync(self) -> None:
         """Put what was appended on the disk, so that a checkpoint never outlives the numbers of its steps."""

@@ -4,20 +4,74 @@ config.json and plan.json are those of the last start, env.json that of the firs
 config, on another machine or by another version is told as what it was only by this file.
 """
 
+import json
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from earthshine.config import differences, encode, read_json
 from earthshine.console import log
-from earthshine.files import atomic_write, to_json
-from earthshine.run_folder import CONFIG, ENV, PLAN, STARTS, json_lines
-from earthshine.train.job import TrainJob, changes_on_resume, completed
+from earthshine.files import atomic_write, to_json, write_json
+from earthshine.model.config import ModelConfig
+from earthshine.run_folder import CONFIG, ENV, ORIGIN, PLAN, STARTS, json_lines, records
+from earthshine.train.derive import Derived
+from earthshine.train.job import TrainJob
+from earthshine.train.resume import changes_on_resume, completed
 
 # What of an environment may change the last bits of a step.
 PLACE = ("versions", "cpu", "threads", "device", "device_name", "float32_matmul_precision")
+
+
+def record_start(
+    run_dir: Path,
+    job: TrainJob,
+    derived: Derived,
+    model: ModelConfig,
+    environment: dict[str, Any],
+    *,
+    done: int = 0,
+    saved: dict[str, Any] | None = None,
+    same_data: frozenset[str] = frozenset(),
+) -> None:
+    """Write config.json and plan.json where they differ, a line of starts.jsonl, and at the first step origin.json and
+    env.json. What changed since an earlier start is said.
+
+    done: steps that are kept of earlier starts. saved: the job in the checkpoint that they end with. same_data: which
+    data are the same, if elsewhere.
+    """
+    plan = json.loads(to_json(asdict(derived) | {"state_bytes": derived.state_bytes, "model": encode(model)}))
+    start = new_start(run_dir, job, plan, environment, done, saved, same_data)
+    if done:  # before what it tells of is overwritten
+        write_start(run_dir, start, finished=done >= job.num_steps)
+    for name, content in ((CONFIG, start["config"]), (PLAN, plan)):
+        if stored(run_dir / name) != content:
+            write_json(run_dir / name, content)
+    origin = getattr(job.init, "path", "")
+    if origin and not (run_dir / ORIGIN).exists():  # a relative path is meant from here, which an export may not be
+        write_json(run_dir / ORIGIN, {"path": str(Path(origin).absolute())})
+    if not done:
+        write_start(run_dir, start, finished=False)
+    then = stored(run_dir / ENV) if done else None
+    if then is None:
+        write_json(run_dir / ENV, (first_environment(run_dir) if done else None) or environment)
+        return
+    for key in PLACE:
+        if then.get(key) != environment.get(key):
+            log(
+                f"warning: this run began with {key} {then.get(key)}, now it is {environment.get(key)}: "
+                f"its numbers may differ in the last bits from those of an uninterrupted run."
+            )
+
+
+def warnings_told(run_dir: Path) -> tuple[str, ...]:
+    """What earlier starts have warned of: the plan's warnings."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return tuple(read_json(run_dir / PLAN)["warnings"])
+    return ()
 
 
 def new_start(
@@ -79,8 +133,7 @@ def write_start(run_dir: Path, start: Mapping[str, Any], *, finished: bool) -> N
 
 def _before(run_dir: Path, done: int, saved: dict[str, Any] | None) -> dict[str, Any]:
     """Config, plan and environment of the start that did step `done`; of an older folder, what its files say."""
-    starts = [line.record for line in json_lines(run_dir / STARTS) if line.record]
-    kept = [s for s in starts if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
+    kept = [s for s in records(run_dir / STARTS) if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
     if kept:
         return {part: found for part, found in kept[-1].items() if isinstance(found, dict)}
     files = {"config": CONFIG, "plan": PLAN, "environment": ENV}
@@ -102,9 +155,9 @@ def stored(path: Path) -> dict[str, Any] | None:
 
 def first_environment(run_dir: Path) -> dict[str, Any] | None:
     """That of the start that did step 1, which env.json holds, where it was recorded."""
-    for line in json_lines(run_dir / STARTS):
-        if line.record and line.record.get("first_step") == 1 and isinstance(line.record.get("environment"), dict):
-            return {key: value for key, value in line.record["environment"].items() if key != "host"}
+    for start in records(run_dir / STARTS):
+        if start.get("first_step") == 1 and isinstance(start.get("environment"), dict):
+            return {key: value for key, value in start["environment"].items() if key != "host"}
     return None
 
 

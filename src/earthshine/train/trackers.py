@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from earthshine.console import log
 from earthshine.errors import MissingDependencyError
+from earthshine.run_folder import METRICS, TENSORBOARD
 
 
 class Tracker(Protocol):
@@ -36,7 +37,7 @@ class TensorBoardTracker:
     def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = run_dir / "tensorboard"
+        self._folder = run_dir / TENSORBOARD
         self._writer: Any = SummaryWriter(str(self._folder), purge_step=first_step)
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -57,7 +58,7 @@ class TensorBoardTracker:
             write()
         except Exception as e:  # a full disk, a folder that is gone, and whatever its thread passes on
             self._writer = None
-            log(f"warning: {self._folder} gets no more records ({type(e).__name__}: {e}); metrics.jsonl has them all.")
+            log(f"warning: {self._folder} gets no more records ({type(e).__name__}: {e}); {METRICS} has them all.")
 
 
 def _scalars(value: Mapping[str, Any], where: str) -> list[tuple[str, float]]:

@@ -15,12 +15,12 @@ from earthshine.config import read_json
 from earthshine.console import human_bytes, log, progress
 from earthshine.errors import DiskFullError, OutputExistsError, WeightsError
 from earthshine.files import sha256_file, write_json
+from earthshine.run_folder import UPCYCLING
 from earthshine.staging import staged_directory, staging_path
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.plan import UpcyclePlan, plan_upcycle
 from earthshine.upcycle.recipe import Recipe
 
-MANIFEST = "earthshine.json"
 KEEP_BYTES = 256 << 20  # a source no larger than this is held while all its targets are written, and so read once
 SPARE_BYTES = 64 << 20  # for the small files and the file system's own
 
@@ -68,7 +68,7 @@ def upcycle(
         if plan.source_files() != resume["source_files"]:
             raise WeightsError(f"{dense_dir} was changed while it was converted: nothing was kept; convert it again.")
         files = {name: asdict(record) for name, record in sorted(records.items())}
-        write_json(staging / MANIFEST, plan.to_json() | {"files": files})
+        write_json(staging / UPCYCLING, plan.to_json() | {"files": files})
     return plan
 
 
@@ -126,7 +126,7 @@ def check_manifest(directory: str | Path) -> int:
 
     Raises WeightsError for a missing manifest, and for a file that is missing or has other contents.
     """
-    path = Path(directory) / MANIFEST
+    path = Path(directory) / UPCYCLING
     try:
         files = read_json(path)["files"]
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -134,5 +134,5 @@ def check_manifest(directory: str | Path) -> int:
     for name, record in files.items():
         file = path.parent / name
         if not file.is_file() or file.stat().st_size != record["bytes"] or sha256_file(file) != record["sha256"]:
-            raise WeightsError(f"{file} is missing or differs from {MANIFEST}: the directory was changed or damaged.")
+            raise WeightsError(f"{file} is missing or differs from {UPCYCLING}: the directory was changed or damaged.")
     return len(files)

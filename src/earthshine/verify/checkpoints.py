@@ -13,7 +13,7 @@ from earthshine.checkpoint import run_store
 from earthshine.config import decode, parse_object
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError
-from earthshine.run_folder import CONFIG, METRICS, json_lines
+from earthshine.run_folder import CHECKPOINTS, CONFIG, METRICS, checkpoint_folders, read_steps
 from earthshine.train.job import TrainJob
 from earthshine.train.loop import fit
 from earthshine.verify.measure import result, row
@@ -29,12 +29,12 @@ def verify_checkpoint(run: str | Path, *, replay: bool = False, trust: bool = Fa
     Raises CheckpointError when there is none, ConfigError when a replay is asked for and there are not two.
     """
     run = Path(run)
-    folders = manifests.candidates(run)
+    folders = checkpoint_folders(run)
     if not folders:
         raise CheckpointError(f"{run} holds no checkpoint: give a run folder, or one of its checkpoints.")
     rows = [r for folder in folders for r in _rows(folder, trust)]
     if replay and all(r["ok"] for r in rows):
-        if len(folders) < 2 or not (run / "config.json").is_file():
+        if len(folders) < 2 or not (run / CONFIG).is_file():
             raise ConfigError(
                 f"replay needs a run folder with two checkpoints; {run} has {len(folders)}. Keep more of them."
             )
@@ -59,7 +59,7 @@ def _rows(folder: Path, trust: bool) -> list[dict[str, Any]]:
 
 def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str, Any]]:
     """Resume from `before` in a copy of the run and compare with what the run itself did."""
-    job = decode(TrainJob, parse_object((run / "config.json").read_bytes(), run / "config.json"))
+    job = decode(TrainJob, parse_object((run / CONFIG).read_bytes(), run / CONFIG))
     made = manifests.read(newest)
     # It may have changed since, and lines can only be compared that stand for the same steps.
     job = replace(job, log_every=made.job.get("log_every", 1))
@@ -67,7 +67,7 @@ def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str
     log(f"replaying from {before.name} to {newest.name}")
     with tempfile.TemporaryDirectory(dir=run.parent) as scratch:
         copy = Path(scratch) / "run"
-        shutil.copytree(before, copy / manifests.CHECKPOINTS / before.name)
+        shutil.copytree(before, copy / CHECKPOINTS / before.name)
         for name in (CONFIG, METRICS):
             if (run / name).exists():
                 shutil.copy(run / name, copy / name)
@@ -91,6 +91,4 @@ def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str
 
 
 def _step_lines(path: Path, steps: range) -> dict[int, dict[str, Any]]:
-    """The records of those steps, by step; what is damaged or missing in the file is not there."""
-    records = (line.record for line in json_lines(path) if line.record is not None)
-    return {r["step"]: r for r in records if r.get("kind") == "step" and r.get("step") in steps}
+    return {step: record for step, record in read_steps(path).items() if step in steps}

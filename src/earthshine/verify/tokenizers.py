@@ -13,9 +13,9 @@ from earthshine.checkpoint.tokenizer_class import Reading
 from earthshine.config import parse_object, read_json
 from earthshine.console import log
 from earthshine.files import sha256_file
+from earthshine.run_folder import UPCYCLING
 from earthshine.verify.measure import TEXT, row
 
-MANIFEST = "earthshine.json"
 MAX_SPECIAL = 16  # spellings of special tokens that are tried
 TEXTS = (
     TEXT,
@@ -139,7 +139,7 @@ def _log_other_reading(path: Path, theirs: Any) -> None:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(path / MANIFEST)
+        found = read_json(path / UPCYCLING)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,7 +8,8 @@ import torch
 from earthshine.checkpoint.hf import load_model
 from earthshine.errors import ConfigError, WeightsError
 from earthshine.model.moe import Experts
-from earthshine.upcycle.convert import MANIFEST, check_manifest
+from earthshine.run_folder import UPCYCLING
+from earthshine.upcycle.convert import check_manifest
 from earthshine.verify.measure import (
     comparison_tokens,
     in_float64,
@@ -68,7 +69,7 @@ def verify_upcycle(
                 module.backend = "loop"
         moe64 = logits_of(in_float64(moe), tokens_BS)
         rows.append(row("logits in float64, relative", relative_difference(moe64, dense64), FP64, "loop backend"))
-    if (moe_dir / MANIFEST).exists():  # what the tokens did not reach is at least what was written
+    if (moe_dir / UPCYCLING).exists():  # what the tokens did not reach is at least what was written
         rows.append(_manifest_row(moe_dir))
     subject = {"dense": str(dense_dir), "moe": str(moe_dir), "tokens": tokens, "text": kind}
     return result("upcycle", subject, rows)

@@ -18,6 +18,7 @@ from earthshine.checkpoint import manifest as manifests
 from earthshine.checkpoint import run_store
 from earthshine.errors import CheckpointError, ConfigError, DiskFullError
 from earthshine.model.config import ModelConfig
+from earthshine.run_folder import MANIFEST
 
 MODEL = ModelConfig(
     vocab_size=8,
@@ -367,7 +368,7 @@ def test_no_damage_of_the_newest_hides_an_older_sound_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object]
 ) -> None:
     save(tmp_path, 1)
-    damage(save(tmp_path, 2) / manifests.MANIFEST)
+    damage(save(tmp_path, 2) / MANIFEST)
     (tmp_path / "checkpoints" / "step-\u00b2").mkdir()  # a digit to str.isdigit, no number to int
     found = run_store.latest(tmp_path)
     assert found is not None and found.step == 1
@@ -403,6 +404,6 @@ def test_what_a_killed_save_left_goes_when_the_run_is_resumed(tmp_path: Path) ->
 
 def test_no_sound_checkpoint_is_deleted_because_of_a_newer_damaged_one(tmp_path: Path) -> None:
     older = save(tmp_path, 1)
-    (save(tmp_path, 2) / manifests.MANIFEST).unlink()
+    (save(tmp_path, 2) / MANIFEST).unlink()
     run_store.tidy(tmp_path, keep=1, newest=older)
     assert names(tmp_path) == ["step-000001", "step-000002"]

@@ -9,7 +9,8 @@ from earthshine.config import decode, encode
 from earthshine.errors import ConfigError
 from earthshine.model.presets import PRESETS
 from earthshine.recipes.registry import RECIPES, recipe
-from earthshine.train.job import TrainJob, derive
+from earthshine.train.derive import derive
+from earthshine.train.job import TrainJob
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "recipes"
 

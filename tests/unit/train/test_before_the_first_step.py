@@ -18,8 +18,10 @@ from earthshine.errors import ConfigError, DataError, DiskFullError
 from earthshine.files import write_json
 from earthshine.report.page import write_report
 from earthshine.train import loop
-from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob, changes_on_resume, derive
+from earthshine.train.derive import derive
+from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob
 from earthshine.train.loop import fit
+from earthshine.train.resume import changes_on_resume
 
 JobMaker = Callable[..., TrainJob]
 

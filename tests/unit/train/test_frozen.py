@@ -14,7 +14,8 @@ from earthshine.model.counts import train_flops_per_token
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.groups import describe, param_groups
-from earthshine.train.job import HeldoutConfig, Scratch, TrainJob, derive
+from earthshine.train.derive import derive
+from earthshine.train.job import HeldoutConfig, Scratch, TrainJob
 from earthshine.train.loop import fit
 
 JobMaker = Callable[..., TrainJob]

@@ -25,16 +25,9 @@ from earthshine.ops.orthogonalize import newton_schulz
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.optim.logical_matrices import logical_matrices
 from earthshine.optim.muon import build_optimizer
-from earthshine.train.job import (
-    FromCheckpoint,
-    FromHuggingFace,
-    Scratch,
-    TrainJob,
-    changes_on_resume,
-    check_model,
-    derive,
-    model_config,
-)
+from earthshine.train.derive import derive
+from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob, check_model, model_config
+from earthshine.train.resume import changes_on_resume
 
 JobMaker = Callable[..., TrainJob]
 

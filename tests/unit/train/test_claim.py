@@ -11,10 +11,13 @@ import pytest
 from earthshine.config import encode
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import write_json
-from earthshine.train import run_folder
-from earthshine.train.job import CheckpointConfig, FromHuggingFace, HeldoutConfig, TrainJob, derive, model_config
+from earthshine.train import claim as claim_module
+from earthshine.train.claim import claim
+from earthshine.train.derive import derive
+from earthshine.train.job import CheckpointConfig, FromHuggingFace, HeldoutConfig, TrainJob, model_config
 from earthshine.train.loop import fit
-from earthshine.train.run_folder import check_config, claim, describe
+from earthshine.train.resume import check_config
+from earthshine.train.starts import record_start
 
 JobMaker = Callable[..., TrainJob]
 
@@ -57,7 +60,7 @@ def test_a_folder_of_another_config_is_refused_with_all_differences(
     check_config(tmp_path, job, 0, allow_change=False)
     other = replace(job, seed=3, clip_grad_norm=0.5)
     with pytest.raises(
-        ConfigError, match=r"(?s)another config.*clip_grad_norm: 1.0 -> 0.5\n  seed: 0 -> 3\n.*--allow-config"
+        ConfigError, match=r"(?s)different config.*clip_grad_norm: 1.0 -> 0.5\n  seed: 0 -> 3\n.*--allow-config"
     ):
         check_config(tmp_path, other, 0, allow_change=False)
     check_config(tmp_path, other, 0, allow_change=True)
@@ -74,10 +77,10 @@ def test_another_place_is_said_and_the_first_one_kept(
     make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job()
-    describe(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"})
-    describe(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"}, done=1)
+    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"})
+    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"}, done=1)
     assert capsys.readouterr().err == ""
-    describe(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"}, done=1)
+    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"}, done=1)
     assert "this run began with threads 2, now it is 4" in capsys.readouterr().err
     assert '"threads": 2' in (tmp_path / "env.json").read_text()
 
@@ -92,11 +95,11 @@ def test_where_the_weights_began_is_kept_whole(
     for folder in (run, other):
         folder.mkdir()
     monkeypatch.chdir(tmp_path)
-    describe(other, scratch, derive(scratch), model, {})
+    record_start(other, scratch, derive(scratch), model, {})
     assert not (other / "origin.json").exists()
-    describe(run, warm, derive(scratch), model, {})
+    record_start(run, warm, derive(scratch), model, {})
     monkeypatch.chdir(other)
-    describe(run, warm, derive(scratch), model, {})
+    record_start(run, warm, derive(scratch), model, {})
     assert json.loads((run / "origin.json").read_text()) == {"path": str(tmp_path / "models" / "a")}
 
 
@@ -106,7 +109,7 @@ def test_who_is_kept_out_of_a_new_folder_leaves_it(tmp_path: Path, monkeypatch: 
     def other_was_faster(*_: object) -> None:
         raise ConfigError("another process is training")
 
-    monkeypatch.setattr(run_folder, "_lock", other_was_faster)
+    monkeypatch.setattr(claim_module, "_lock", other_was_faster)
     with pytest.raises(ConfigError, match="another process"), claim(tmp_path / "run"):
         pass
     assert (tmp_path / "run" / ".lock").exists()

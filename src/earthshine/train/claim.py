@@ -1,0 +1,60 @@
+"""One process per run folder: claiming it, and clearing what a killed one left of unfinished files."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from earthshine.console import log
+from earthshine.errors import ConfigError, OutputExistsError
+from earthshine.files import make_folder, try_lock
+from earthshine.run_folder import CONFIG, EVAL
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it; when nothing was written into a new one, it goes again.
+
+    Raises ConfigError when another process trains there, OutputExistsError when it is not a run folder.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise OutputExistsError(f"run folder {run_dir} is a file: choose another path.")
+    new = not run_dir.exists()
+    if not new and not (run_dir / CONFIG).exists() and not all(map(_left_by_a_kill, run_dir.iterdir())):
+        raise OutputExistsError(f"{run_dir} exists and is not a run folder (no {CONFIG}): choose another path.")
+    make_folder(run_dir)
+    lock = run_dir / _LOCK
+    fd = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
+    locked = False
+    try:
+        _lock(fd, run_dir)
+        locked = True
+        yield
+    finally:
+        if locked and new and [p.name for p in run_dir.iterdir()] == [_LOCK]:
+            lock.unlink()
+            run_dir.rmdir()
+        os.close(fd)
+
+
+def _left_by_a_kill(path: Path) -> bool:
+    """Whether that is all a run leaves behind that was killed before its first file, config.json, was whole."""
+    return path.name == _LOCK or (path.name.startswith(f".{CONFIG}.") and path.suffix == ".tmp")
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a kill left of files that were being written. Only for the process that has claimed the folder."""
+    for folder in (run_dir, run_dir / EVAL):
+        for path in folder.glob(".*.tmp"):
+            path.unlink()
+
+
+def _lock(fd: int, run_dir: Path) -> None:
+    try:
+        locked = try_lock(fd)
+    except BlockingIOError as e:
+        raise ConfigError(f"another process is training in {run_dir}: wait for it, or choose another --run.") from e
+    if not locked:
+        log(f"warning: the file system of {run_dir} has no locks; make sure that no other process trains there.")
