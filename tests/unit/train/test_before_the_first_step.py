@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +11,13 @@ import pytest
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.manifest import key_path
 from earthshine.config import encode
-from earthshine.data.config import DataConfig, SourceConfig
-from earthshine.errors import ConfigError, DataError, DiskFullError
+from earthshine.errors import ConfigError, DiskFullError
 from earthshine.files import write_json
 from earthshine.report.page import write_report
 from earthshine.train import loop
 from earthshine.train.derive import derive
 from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob
 from earthshine.train.loop import fit
-from earthshine.train.resume import changes_on_resume
 
 JobMaker = Callable[..., TrainJob]
 
@@ -135,77 +131,3 @@ def test_epochs_are_planned_and_told(
     assert json.loads((tmp_path / "plan.json").read_text())["sources"][0]["epochs"] == epochs
     text = write_report([tmp_path]).with_suffix(".md").read_text()
     assert f"| Epochs | {epochs * 4 / 100:.2f} |" in text
-
-
-def test_a_mixture_shares_the_sequences_by_weight(make_job: JobMaker, shards: Path, heldout: Path) -> None:
-    sources = (SourceConfig(path=str(shards), weight=3), SourceConfig(path=str(heldout)))
-    a, b = derive(make_job(data=DataConfig(sources=sources))).sources
-    windows = [(json.loads((p / "index.json").read_text())["tokens"] - 1) // 16 for p in (shards, heldout)]
-    assert (a.epochs, b.epochs) == (18 / windows[0], 6 / windows[1])
-
-
-def test_data_that_are_not_here_are_no_fault_of_a_plan(make_job: JobMaker, tmp_path: Path) -> None:
-    plan = derive(make_job(data=DataConfig(sources=(SourceConfig(path=str(tmp_path / "none")),))))
-    assert (plan.sources, plan.warnings) == ((), ())
-
-
-@pytest.fixture
-def moved(shards: Path, heldout: Path, tmp_path: Path) -> tuple[Path, Path]:
-    return Path(shutil.copytree(shards, tmp_path / "moved")), Path(shutil.copytree(heldout, tmp_path / "moved-heldout"))
-
-
-def at(job: TrainJob, data: Path, heldout: Path) -> TrainJob:
-    sources = (SourceConfig(path=str(data)),)
-    return replace(job, data=DataConfig(sources=sources), heldout=replace(job.heldout, path=str(heldout)))
-
-
-@pytest.mark.parametrize("stop_after", [3, None])
-def test_moved_data_are_the_same_run(
-    make_job: JobMaker,
-    moved: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stop_after: int | None,
-) -> None:
-    """With a checkpoint and without: a run that was killed before its first save begins again."""
-    job, run = make_job(), tmp_path / "run"
-    if stop_after:
-        fit(job, run, stop_after=stop_after)
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "_save", lambda run: exec("raise KeyboardInterrupt"))
-            with pytest.raises(KeyboardInterrupt):
-                fit(job, run)
-    assert fit(at(job, *moved), run).finished
-    assert json.loads((run / "config.json").read_text())["data"]["sources"][0]["path"] == str(moved[0])
-
-
-def test_other_data_in_another_place_are_another_run(
-    make_job: JobMaker,
-    moved: tuple[Path, Path],
-    shards: Path,
-    heldout: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fit(make_job(), tmp_path / "run", stop_after=2)
-    for data, other in ((heldout, heldout), (shards, shards)):
-        with pytest.raises((ConfigError, DataError), match="(data.sources|heldout.path): "):
-            fit(at(make_job(), data, other), tmp_path / "run")
-
-
-def test_another_spelling_of_a_path_is_no_change(
-    make_job: JobMaker, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(shards.parent)
-    job = make_job()
-    assert changes_on_resume(encode(job), at(job, Path(shards.name), Path(job.heldout.path)), steps_done=2) == []
-
-
-def test_a_field_that_was_added_since_had_its_default(make_job: JobMaker) -> None:
-    job = make_job()
-    old = encode(job)
-    del old["compile"], old["optimizer"]["weight_decay"], old["init"]["model"]["moe"]
-    assert changes_on_resume(old, job, steps_done=2) == []
-    assert changes_on_resume(old, replace(job, compile=True), steps_done=2) == ["compile: false -> true"]
-    assert changes_on_resume({**encode(job), "gone": 1}, job, steps_done=2) == ['gone: 1 -> "(absent)"']

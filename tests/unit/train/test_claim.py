@@ -1,6 +1,5 @@
-"""train/run_folder.py: one run and one process per folder."""
+"""train/claim.py: one run and one process per folder; and what a killed one left."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,16 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from earthshine.config import encode
 from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import write_json
 from earthshine.train import claim as claim_module
 from earthshine.train.claim import claim
-from earthshine.train.derive import derive
-from earthshine.train.job import CheckpointConfig, FromHuggingFace, HeldoutConfig, TrainJob, model_config
+from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob
 from earthshine.train.loop import fit
-from earthshine.train.resume import check_config
-from earthshine.train.starts import record_start
 
 JobMaker = Callable[..., TrainJob]
 
@@ -50,57 +44,6 @@ def test_what_is_not_a_run_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match=r"is a file"), claim(tmp_path / "thesis.txt"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_a_folder_of_another_config_is_refused_with_all_differences(
-    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job = make_job()
-    write_json(tmp_path / "config.json", encode(job))
-    check_config(tmp_path, job, 0, allow_change=False)
-    other = replace(job, seed=3, clip_grad_norm=0.5)
-    with pytest.raises(
-        ConfigError, match=r"(?s)different config.*clip_grad_norm: 1.0 -> 0.5\n  seed: 0 -> 3\n.*--allow-config"
-    ):
-        check_config(tmp_path, other, 0, allow_change=False)
-    check_config(tmp_path, other, 0, allow_change=True)
-    assert "seed: 0 -> 3" in capsys.readouterr().err
-
-
-def test_a_config_that_is_not_json_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
-        check_config(tmp_path, make_job(), 0, allow_change=True)
-
-
-def test_another_place_is_said_and_the_first_one_kept(
-    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job = make_job()
-    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"})
-    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"}, done=1)
-    assert capsys.readouterr().err == ""
-    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"}, done=1)
-    assert "this run began with threads 2, now it is 4" in capsys.readouterr().err
-    assert '"threads": 2' in (tmp_path / "env.json").read_text()
-
-
-def test_where_the_weights_began_is_kept_whole(
-    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A relative path is meant from the folder of the first start; a later start may be from another."""
-    scratch = make_job()
-    model, warm = model_config(scratch), replace(scratch, init=FromHuggingFace(path="models/a"))
-    run, other = tmp_path / "run", tmp_path / "other"
-    for folder in (run, other):
-        folder.mkdir()
-    monkeypatch.chdir(tmp_path)
-    record_start(other, scratch, derive(scratch), model, {})
-    assert not (other / "origin.json").exists()
-    record_start(run, warm, derive(scratch), model, {})
-    monkeypatch.chdir(other)
-    record_start(run, warm, derive(scratch), model, {})
-    assert json.loads((run / "origin.json").read_text()) == {"path": str(tmp_path / "models" / "a")}
 
 
 def test_who_is_kept_out_of_a_new_folder_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

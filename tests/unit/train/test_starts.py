@@ -16,8 +16,10 @@ from earthshine.report.page import write_report
 from earthshine.report.runs import read_run
 from earthshine.report.starts import change_words
 from earthshine.train import loop
-from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob
+from earthshine.train.derive import derive
+from earthshine.train.job import CheckpointConfig, FromHuggingFace, HeldoutConfig, TrainJob, model_config
 from earthshine.train.loop import fit
+from earthshine.train.starts import record_start
 from earthshine.verify.checkpoints import verify_checkpoint
 
 JobMaker = Callable[..., TrainJob]
@@ -192,3 +194,33 @@ def test_a_start_of_another_shape_stops_neither_resume_nor_report(job: TrainJob,
     changes = {"config": [{"field": "optimizer.lr", "from": "fast", "to": 0.1}]}
     (tmp_path / "run/starts.jsonl").write_text(json.dumps({"first_step": 3, "changes": changes}) + "\n")
     assert "fast from step 1" in write_report([tmp_path / "run"]).with_suffix(".md").read_text()
+
+
+def test_another_place_is_said_and_the_first_one_kept(
+    make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job()
+    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"})
+    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 2, "cpu": "a"}, done=1)
+    assert capsys.readouterr().err == ""
+    record_start(tmp_path, job, derive(job), model_config(job), {"threads": 4, "cpu": "a"}, done=1)
+    assert "this run began with threads 2, now it is 4" in capsys.readouterr().err
+    assert '"threads": 2' in (tmp_path / "env.json").read_text()
+
+
+def test_where_the_weights_began_is_kept_whole(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is meant from the folder of the first start; a later start may be from another."""
+    scratch = make_job()
+    model, warm = model_config(scratch), replace(scratch, init=FromHuggingFace(path="models/a"))
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    record_start(other, scratch, derive(scratch), model, {})
+    assert not (other / "origin.json").exists()
+    record_start(run, warm, derive(scratch), model, {})
+    monkeypatch.chdir(other)
+    record_start(run, warm, derive(scratch), model, {})
+    assert json.loads((run / "origin.json").read_text()) == {"path": str(tmp_path / "models" / "a")}
