@@ -1,5 +1,5 @@
 # Every target does all its own set-up on a machine that has only Python >= 3.11 and git.
-#   make setup | quickstart | test | test-all | lint | bench
+#   make setup | quickstart | test | test-all | lint | bench | docs
 #   make setup PYTHON=python3.12          another interpreter
 #   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"     a machine with GPUs
 
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH ?= $(shell sed -n '/^torch==/p' constraints.txt) --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: setup dev quickstart test test-all lint bench clean
+.PHONY: setup dev quickstart test test-all lint bench docs clean
 
 setup: $(VENV)/.demo-installed
 dev: $(VENV)/.dev-installed
@@ -33,11 +33,15 @@ lint: dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: dev
+bench: $(VENV)/.bench-installed
 	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
+# The site is complete in itself: open site/index.html, no server and no network needed.
+docs: $(VENV)/.docs-installed
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) dist site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 
 # Stamps make a second run instant. A change of the interpreter is not noticed: `make clean` first.
 $(VENV)/.created:
@@ -73,4 +77,14 @@ $(VENV)/.dev-installed: $(VENV)/.demo-installed
 $(VENV)/.trainers-installed: $(VENV)/.dev-installed
 	@echo "Installing other people's trainers, in which Muon is tested"
 	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev,trainers]'
+	@touch $@
+
+$(VENV)/.bench-installed: $(VENV)/.dev-installed
+	@echo "Installing the packages that benchmarks need"
+	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev,bench]'
+	@touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.demo-installed
+	@echo "Installing the packages that the documentation needs"
+	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,docs]'
 	@touch $@

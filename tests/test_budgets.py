@@ -18,7 +18,9 @@ MAX_HELP_SECONDS = 0.5
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "src" / "earthshine"
-FILES = sorted(p for folder in ("src", "tests", "benchmarks") for p in (REPOSITORY / folder).rglob("*.py"))
+FILES = sorted(
+    p for folder in ("src", "tests", "benchmarks", "examples", "tools") for p in (REPOSITORY / folder).rglob("*.py")
+)
 
 
 def name_of(path: Path) -> str:

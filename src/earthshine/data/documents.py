@@ -233,7 +233,7 @@ def _row_tasks(file: Path, text_key: str) -> Iterator[Task]:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError as e:
         raise MissingDependencyError(
-            f"{file} is a parquet file, and reading one needs pyarrow: pip install pyarrow (or 'earthshine[hf]')."
+            f"{file} is a parquet file, and reading one needs pyarrow: pip install pyarrow (or 'earthshine[parquet]')."
         ) from e
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
