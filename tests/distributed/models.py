@@ -108,8 +108,8 @@ def groups(model: nn.Module, sizes: Sizes, by_rows: bool = False, **options: Any
 
 def optimizer(model: nn.Module, sizes: Sizes, **options: Any) -> Muon:
     """Muon with a large lr and decay, so that a wrong element cannot hide; fp32 unless an option says otherwise."""
-    rest = {"rest": options.pop("rest")} if "rest" in options else {}
-    made = groups(model, sizes, by_rows="normuon_beta2" in options, **rest)
+    non_matrix = {"non_matrix": options.pop("non_matrix")} if "non_matrix" in options else {}
+    made = groups(model, sizes, by_rows="normuon_beta2" in options, **non_matrix)
     return Muon(made, **({"lr": 0.05, "weight_decay": 0.1, "ns_dtype": "float32"} | options))
 
 

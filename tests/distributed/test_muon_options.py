@@ -49,8 +49,8 @@ def test_an_option_on_the_other_layouts(worlds: Worlds, one_process: OneProcess,
 @pytest.mark.parametrize("layout", ["fsdp-4", "tp-row-4", "zero1-4"])
 def test_scion_for_the_rest(worlds: Worlds, one_process: OneProcess, layout: str) -> None:
     """Scion's norms of embeddings, head and vectors are sums over all ranks, in another order than on one process."""
-    got = whole(worlds.run(4, train, layout, {"rest": "scion"}, range(3)))
-    want = one_process(layout, {"rest": "scion"}, range(3))
+    got = whole(worlds.run(4, train, layout, {"non_matrix": "scion"}, range(3)))
+    want = one_process(layout, {"non_matrix": "scion"}, range(3))
     assert any("embed" in key and key.endswith("/momentum_sum") for key in want)
     for key, value in want.items():
         torch.testing.assert_close(got[key], value, rtol=1e-6, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
@@ -97,7 +97,7 @@ def test_bf16_payload_is_close_to_fp32(worlds: Worlds, one_process: OneProcess) 
     """One step: each matrix's update, relative to its norm."""
     sizes = LAYOUTS["fsdp-4"].sizes
     before = {name: p.detach() for name, p in Model(sizes).named_parameters()}
-    got = whole(worlds.run(4, train, "fsdp-4", {"payload_dtype": "bfloat16"}, range(1)))
+    got = whole(worlds.run(4, train, "fsdp-4", {"comm_dtype": "bfloat16"}, range(1)))
     want = one_process("fsdp-4", {}, range(1))
     worst = 0.0
     for name, p in before.items():
@@ -218,27 +218,27 @@ def test_an_expert_without_tokens(worlds: Worlds, one_process: OneProcess, layou
 def test_parameters_of_two_types(worlds: Worlds, one_process: OneProcess, layout: str) -> None:
     """Experts in bf16 beside fp32: the same bits as on one process, with fp32 messages that hold bf16 exactly."""
     dtypes = {"experts": torch.bfloat16, "conv": torch.bfloat16}
-    options = {"payload_dtype": "float32"}
+    options = {"comm_dtype": "float32"}
     got = whole(worlds.run(4, train, layout, options, range(3), (), dtypes))
     want = one_process(layout, options, range(3), (), dtypes)
     assert want["experts.w_in"].dtype == torch.bfloat16
     assert not differences(got, want)
 
 
-@pytest.mark.parametrize("rest", ["adamw", "scion"])
+@pytest.mark.parametrize("non_matrix", ["adamw", "scion"])
 @pytest.mark.parametrize("layout", ["fsdp-4", "tp-2-fsdp-2", "zero1-4", "hsdp-2x2", "ep-2-fsdp-2-dim1"])
 def test_stochastic_rounding_draws_the_bits_of_one_process(
-    worlds: Worlds, one_process: OneProcess, layout: str, rest: str
+    worlds: Worlds, one_process: OneProcess, layout: str, non_matrix: str
 ) -> None:
     """bf16 throughout; every algorithm. Scion's norms are sums in another order, so its weights may flip: not compared.
 
     A learning rate at which most weights lie between two neighbours after each step.
     """
-    options = {"payload_dtype": "float32", "rounding": "stochastic", "lr": 1e-4, "rest": rest}
+    options = {"comm_dtype": "float32", "rounding": "stochastic", "lr": 1e-4, "non_matrix": non_matrix}
     args = (options, range(3), (), {"": torch.bfloat16})
     got, want = whole(worlds.run(4, train, layout, *args)), one_process(layout, *args)
     assert {t.dtype for name, t in want.items() if "/" not in name} == {torch.bfloat16}
-    own = {key for key in want if rest == "adamw" or "up.weight" in key or "experts" in key}
+    own = {key for key in want if non_matrix == "adamw" or "up.weight" in key or "experts" in key}
     assert not differences({k: got[k] for k in own}, {k: want[k] for k in own})
     nearest = one_process(layout, options | {"rounding": "nearest"}, *args[1:])
     assert not torch.equal(want["up.weight"], nearest["up.weight"])

@@ -45,7 +45,7 @@ def three_counts(layout: str, options: Options) -> list[tuple[dict[str, int], di
         ("ddp-4", {}),
         ("ep-4", {}),
         ("fsdp-4", {}),
-        ("fsdp-4", {"payload_dtype": "bfloat16", "max_bucket_bytes": 500}),
+        ("fsdp-4", {"comm_dtype": "bfloat16", "max_bucket_bytes": 500}),
         ("fsdp-4", {"normuon_beta2": 0.95, "skip_idle": True}),
         ("hsdp-2x2", {"skip_idle": True}),
         ("tp-2-fsdp-2", {"normuon_beta2": 0.95}),
@@ -53,7 +53,7 @@ def three_counts(layout: str, options: Options) -> list[tuple[dict[str, int], di
         ("ep-2-fsdp-2-dim1", {}),
         ("zero1-4", {}),
         ("zero1-4", {"reduce_gradients": True, "normuon_beta2": 0.95}),
-        ("fsdp-4", {"rest": "scion"}),
+        ("fsdp-4", {"non_matrix": "scion"}),
     ],
 )
 def test_predicted_reported_and_counted_bytes_agree(worlds: Worlds, layout: str, options: Options) -> None:
@@ -127,7 +127,7 @@ def stack_step(kind: str, options: Options) -> dict[str, Any]:
 def test_fsdp_traffic_with_bf16_payload(worlds: Worlds) -> None:
     """At most 4 P (N - 1) / N^2 bytes per rank: its share of P/N out and its owned P/N back, 2 bytes each."""
     for world in (2, 4):
-        for rank in worlds.run(world, stack_step, "fsdp", {"payload_dtype": "bfloat16"}):
+        for rank in worlds.run(world, stack_step, "fsdp", {"comm_dtype": "bfloat16"}):
             assert 0 < rank["counted"] <= 4 * rank["elements"] * (world - 1) / world**2, rank
             assert rank["imbalance"] == pytest.approx(1.0)
 
@@ -136,7 +136,7 @@ def test_zero1_traffic_against_adamw(worlds: Worlds) -> None:
     """AdamW's ZeRO-1 sends 8 bytes (N - 1)/N per element: gradients out, parameters back, both fp32. Ours adds the cut
     matrices only: above 1, at most 1.25 times that, as the paper bounds it. Three layers leave cuts."""
     for world in (2, 4):
-        options = {"payload_dtype": "bfloat16", "reduce_gradients": True}
+        options = {"comm_dtype": "bfloat16", "reduce_gradients": True}
         ranks = worlds.run(world, stack_step, "zero1", options)
         for rank in ranks:
             ratio = rank["counted"] / (8 * rank["elements"] * (world - 1) / world)

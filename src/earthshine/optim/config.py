@@ -2,20 +2,22 @@
 
 import functools
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
 from earthshine.errors import ConfigError
 from earthshine.ops.newton_schulz_tables import Form, Table, default_steps
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def _option(default: T, **about: Any) -> T:
     """A field. about: static=True where plan and state of a group are made by it, so that no loop may set it; below=1
-    for numbers below 1; infinite=True for those that may be infinite.
+    for numbers below 1; infinite=True for those that may be infinite; was: the name that it had before.
     """
     return field(default=default, metadata=about)
 
@@ -44,7 +46,7 @@ class GroupOptions:
     ns_compile: run Newton-Schulz through torch.compile.
     rounding: of new weights narrower than fp32: to "nearest", where small updates are lost, or "stochastic", where
         they arrive on average (`optim.rounding`). rounding_seed: its seed, alike on all ranks.
-    payload_dtype: dtype in which matrices that are spread over processes travel; "auto" is bf16 where Newton-Schulz
+    comm_dtype: dtype in which matrices that are spread over processes travel; "auto" is bf16 where Newton-Schulz
         runs below fp32, else fp32.
     Raises ConfigError for a value outside its range.
     """
@@ -73,7 +75,7 @@ class GroupOptions:
     skip_idle: bool = _option(False, static=True)
     rounding: Literal["nearest", "stochastic"] = _option("nearest", static=True)
     rounding_seed: int = _option(0, static=True)
-    payload_dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", static=True)
+    comm_dtype: Literal["auto", "float32", "bfloat16"] = _option("auto", static=True, was="payload_dtype")
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -128,8 +130,8 @@ class GroupOptions:
 class OptimizerConfig(GroupOptions):
     """A job's optimizer: who gets what, and the options of all groups.
 
-    algorithm: "muon" gives matrices to Muon and the others to `rest`; "adamw" gives everything to AdamW.
-    rest: who gets embeddings, head, norms and vectors: "adamw", or "scion" (its norm-ball steps, `optim.scion`).
+    algorithm: "muon" gives matrices to Muon and the others to `non_matrix`; "adamw" gives everything to AdamW.
+    non_matrix: who gets embeddings, head, norms and vectors: "adamw", or "scion" (its norm-ball steps, `optim.scion`).
     router: who gets the routers' matrices: "muon" as Moonlight does, or "adamw".
     heads: "whole" orthogonalizes a projection as it is stored, "split" each attention head's rows by themselves.
     freeze: name patterns (fnmatch) of parameters that are not trained. The choice bias of a router whose weight is
@@ -137,10 +139,39 @@ class OptimizerConfig(GroupOptions):
     """
 
     algorithm: Literal["muon", "adamw"] = "muon"
-    rest: Literal["adamw", "scion"] = "adamw"
+    non_matrix: Literal["adamw", "scion"] = _option("adamw", was="rest")
     router: Literal["muon", "adamw"] = "muon"
     heads: Literal["whole", "split"] = "whole"
     freeze: tuple[str, ...] = ()
+
+
+OLD_NAMES: dict[str, str] = {o.metadata["was"]: o.name for o in fields(OptimizerConfig) if "was" in o.metadata}
+
+
+def current_names(options: Mapping[str, T], stacklevel: int) -> dict[str, T]:
+    """Options under the names they have now, with a FutureWarning where one is given by its old name.
+
+    Raises ConfigError for one that is given under both.
+    """
+    for old in OLD_NAMES.keys() & options.keys():
+        new = OLD_NAMES[old]
+        if new in options:
+            raise ConfigError(f"{old} is the old name of {new}: give one of them.")
+        warnings.warn(f"{old} is called {new} now: the old name is still read.", FutureWarning, stacklevel + 1)
+    return {OLD_NAMES.get(name, name): value for name, value in options.items()}
+
+
+def reads_old_names(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which takes options by keyword, also by their old names."""
+
+    @functools.wraps(function)
+    def renamed(*args: P.args, **kwargs: P.kwargs) -> T:
+        return function(*args, **current_names(kwargs, stacklevel=2))  # type: ignore[arg-type]
+
+    return renamed
+
+
+OptimizerConfig.__init__ = reads_old_names(OptimizerConfig.__init__)  # type: ignore[method-assign]
 
 
 @functools.cache

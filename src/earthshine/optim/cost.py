@@ -60,7 +60,7 @@ def algorithm_of(parameter: Parameter, config: OptimizerConfig) -> Algorithm:
     """Who trains it, as `optim.groups` divides our models."""
     if config.algorithm == "adamw" or (parameter.is_router and config.router == "adamw"):
         return "adamw"
-    return "muon" if parameter.for_muon else config.rest
+    return "muon" if parameter.for_muon else config.non_matrix
 
 
 def cost(config: OptimizerConfig, parameters: Iterable[Parameter]) -> dict[Algorithm, Cost]:

@@ -2,7 +2,7 @@
 
 Moonlight's division (arXiv:2502.16982 section 3, figure 4): Muon for every matrix of the hidden layers, router,
 experts and projections included; AdamW for embeddings, the language-model head, norms, vectors, and matrices of one
-row or one column, which have a single singular value. With rest="scion" these others get the steps of Scion
+row or one column, which have a single singular value. With non_matrix="scion" these others get the steps of Scion
 (arXiv:2502.07529, its tables of norms) instead: "row_rms" for embeddings, "sign" for the head, also where it is an
 embedding too, "rms" for norms and vectors.
 
@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
-from earthshine.optim.config import check_option
+from earthshine.optim.config import check_option, reads_old_names
 from earthshine.optim.flattened import check_shapes
 from earthshine.optim.fused import Fused, expert_factors, fused_layers, layout_of
 from earthshine.optim.logical_matrices import Spec, logical_matrices, normalize
@@ -38,6 +38,7 @@ _NORMS: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,  # batch and instance norms
 )
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NON_MATRIX = "non_matrix"  # for an algorithm that the option of this name chooses
 # Parts of a name that wrappers add (torch.compile, activation checkpointing, FSDP1): a checkpoint has none of them.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -67,6 +68,7 @@ class _Question:
     spec: Spec | None
 
 
+@reads_old_names
 def param_groups(
     model: nn.Module,
     *,
@@ -74,7 +76,7 @@ def param_groups(
     freeze: Iterable[str] = (),
     adamw: Iterable[str] = (),
     matrices: Mapping[str, Spec] | None = None,
-    rest: str = "adamw",
+    non_matrix: str = "adamw",
     router: str = "muon",
     heads: str = "whole",
 ) -> list[dict[str, Any]]:
@@ -86,7 +88,7 @@ def param_groups(
         `trained_buffers() -> {name: whether it moves}` and has `freeze_buffer(name)`, as our routers do.
     adamw: name patterns of parameters that go to AdamW whatever they are.
     matrices: name pattern -> specification, for parameters whose module does not say what they hold.
-    rest: who gets what is not a hidden matrix: "adamw", or "scion", whose group has an "lmo" per parameter.
+    non_matrix: who gets what is not a hidden matrix: "adamw", or "scion", whose group has an "lmo" per parameter.
     router: "adamw" gives it the routers' matrices. A router is a module with `is_router = True`, of a class named
         ...Router, or named `gate` or `router` beside `experts`.
     heads: "split" makes the rows of each attention head a matrix, where a module declares them by
@@ -96,10 +98,12 @@ def param_groups(
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module  # names of groups, as of checkpoints, are the model's own
-    for option, value in (("algorithm", algorithm), ("rest", rest), ("router", router), ("heads", heads)):
+    for option, value in (("algorithm", algorithm), ("non_matrix", non_matrix), ("router", router), ("heads", heads)):
         check_option(option, value)
-    if algorithm == "adamw" and rest != "adamw":
-        raise ConfigError(f"optimizer.rest={rest!r} leaves nothing to algorithm='adamw': use algorithm='muon'.")
+    if algorithm == "adamw" and non_matrix != "adamw":
+        raise ConfigError(
+            f"optimizer.non_matrix={non_matrix!r} leaves nothing to algorithm='adamw': use algorithm='muon'."
+        )
     everything = ["*"] if algorithm == "adamw" else []
     if algorithm == "adamw":
         router, heads = "muon", "whole"  # nothing is left for them to decide
@@ -108,7 +112,7 @@ def param_groups(
         freeze=freeze,
         adamw=[*everything, *adamw],
         matrices=matrices or {},
-        rest=rest,
+        non_matrix=non_matrix,
         router=router,
         heads=heads,
     )
@@ -133,7 +137,7 @@ def assign(
     freeze: Iterable[str],
     adamw: Iterable[str],
     matrices: Mapping[str, Spec],
-    rest: str = "adamw",
+    non_matrix: str = "adamw",
     router: str = "muon",
     heads: str = "whole",
 ) -> list[Assignment]:
@@ -179,8 +183,8 @@ def assign(
         if isinstance(new, _Question):
             asked.setdefault(id(p), new)
             continue
-        if new.algorithm == "rest":
-            new = replace(new, algorithm=rest)
+        if new.algorithm == _NON_MATRIX:
+            new = replace(new, algorithm=non_matrix)
         found[id(p)] = _tie(found[id(p)], new) if id(p) in found else new
     if questions := [question for i, question in asked.items() if i not in answered]:
         raise ConfigError(_ask(questions, [name for name, _, _, p in places if p.requires_grad]))
@@ -248,7 +252,7 @@ class _Facts:
 
 
 def _decide(name: str, module: nn.Module, local: str, p: Tensor, facts: _Facts) -> Assignment | _Question:
-    """By what the module is. The algorithm of what is not a hidden matrix is "rest" here."""
+    """By what the module is. The algorithm of anything that is not a hidden matrix is left open, _NON_MATRIX."""
     kind = type(module).__name__
     is_head = id(p) in facts.heads
     declare = getattr(module, "logical_matrices", None)
@@ -257,16 +261,16 @@ def _decide(name: str, module: nn.Module, local: str, p: Tensor, facts: _Facts) 
         return _muon(name, p, declared[local], f"declared by {kind}")
     if isinstance(module, EMBEDDINGS):
         if is_head:
-            return Assignment(name, p, "rest", (), f"embedding ({kind}), tied", "sign")
-        return Assignment(name, p, "rest", (), f"embedding ({kind})", "row_rms")
+            return Assignment(name, p, _NON_MATRIX, (), f"embedding ({kind}), tied", "sign")
+        return Assignment(name, p, _NON_MATRIX, (), f"embedding ({kind})", "row_rms")
     if isinstance(module, _NORMS):
-        return Assignment(name, p, "rest", (), f"norm ({kind})", "rms")
+        return Assignment(name, p, _NON_MATRIX, (), f"norm ({kind})", "rms")
     if p.ndim < 2:
-        return Assignment(name, p, "rest", (), "vector or scalar", "rms")
+        return Assignment(name, p, _NON_MATRIX, (), "vector or scalar", "rms")
     if p.numel() == max(p.shape):
-        return Assignment(name, p, "rest", (), "matrix of one row or column", "rms")
+        return Assignment(name, p, _NON_MATRIX, (), "matrix of one row or column", "rms")
     if is_head:
-        return Assignment(name, p, "rest", (), "head", "sign")
+        return Assignment(name, p, _NON_MATRIX, (), "head", "sign")
     if isinstance(module, nn.Linear) and local == "weight":
         return _decide_linear(name, kind, p, facts)
     if isinstance(module, _CONVOLUTIONS) and local == "weight":
@@ -277,7 +281,7 @@ def _decide(name: str, module: nn.Module, local: str, p: Tensor, facts: _Facts) 
     if local in stack:
         return _muon(name, p, stack[local], f"experts ({kind})")
     if stack and local in (f"{weight}_bias" for weight in stack) and p.ndim == 2:
-        return Assignment(name, p, "rest", (), f"biases of experts ({kind})", "rms")
+        return Assignment(name, p, _NON_MATRIX, (), f"biases of experts ({kind})", "rms")
     text = (
         f"cannot tell which optimizer {{}} of {kind} needs: its rows and columns may be several fused matrices, which "
         f"{kind} can declare by a method logical_matrices()"
@@ -353,7 +357,7 @@ def _expert_stack(module: nn.Module) -> dict[str, Spec]:
 def _muon(name: str, p: Tensor, spec: Spec, why: str) -> Assignment:
     spec = normalize(spec)
     if all(min(m.M, m.N) == 1 for m in logical_matrices(p.shape, spec, name)):
-        return Assignment(name, p, "rest", (), "matrix of one row or column", "rms")
+        return Assignment(name, p, _NON_MATRIX, (), "matrix of one row or column", "rms")
     return Assignment(name, p, "muon", spec, why)
 
 

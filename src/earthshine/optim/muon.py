@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from earthshine.device import Readings
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.ops.orthogonalize import Form
-from earthshine.optim.config import OptimizerConfig
+from earthshine.optim.config import OptimizerConfig, current_names, reads_old_names
 from earthshine.optim.group_plan import GroupPlan, GroupStep, alike
 from earthshine.optim.groups import param_groups
 from earthshine.optim.measure import Measure
@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
     params: parameters, (name, parameter) pairs, or dicts of them with algorithm="muon", "adamw" or "scion" and, where
         a parameter is not one matrix, "matrices": a specification of `optim.logical_matrices` per parameter
         ("scion": "lmo", see `optim.scion`). `param_groups(model)` makes these dicts. Without "algorithm" a group
-        is "muon". Any option down to payload_dtype can be set per group; `OptimizerConfig` says what each does.
+        is "muon". Any option down to comm_dtype can be set per group; `OptimizerConfig` says what each does.
     scale: also a function(rows, cols) -> float that `optim.rules.register_scale` has given a name.
     schatten_p, normuon_beta2, ns_steps: None is the config's 0.
     ns_coefficients: the name of a table in `ops.orthogonalize.COEFFICIENTS`, or rows (a, b, c) of your own.
@@ -79,6 +79,7 @@ class Muon(torch.optim.Optimizer):
     call them, with the same groups.
     """
 
+    @reads_old_names
     def __init__(
         self,
         params: Iterable[Any],
@@ -105,7 +106,7 @@ class Muon(torch.optim.Optimizer):
         skip_idle: bool = False,
         rounding: str = "nearest",
         rounding_seed: int = 0,
-        payload_dtype: str = "auto",
+        comm_dtype: str = "auto",
         process_group: Any = None,
         reduce_gradients: bool = False,
         max_bucket_bytes: int = 256 << 20,
@@ -129,7 +130,7 @@ class Muon(torch.optim.Optimizer):
         self._forget()
         super().__init__(params, {"algorithm": "muon"} | defaults)
         self._made = True
-        warn_of_lost_updates(self.param_groups, stacklevel=3)
+        warn_of_lost_updates(self.param_groups, stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
@@ -209,7 +210,7 @@ class Muon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, now or later, with its state. Raises ConfigError where a parameter does not fit it."""
-        group = {k: v for k, v in param_group.items() if k != "reasons"}
+        group = {k: v for k, v in current_names(param_group, stacklevel=3).items() if k != "reasons"}
         check_keys(group, self.defaults)
         if "params" not in group:
             raise ConfigError(f"a parameter group with the entries {sorted(group)} has no 'params'.")
@@ -458,7 +459,7 @@ def configured_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[st
     return param_groups(
         model,
         algorithm=config.algorithm,
-        rest=config.rest,
+        non_matrix=config.non_matrix,
         router=config.router,
         heads=config.heads,
         freeze=config.freeze,

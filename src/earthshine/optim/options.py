@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from earthshine.errors import CheckpointError, ConfigError, nearest
 from earthshine.ops.orthogonalize import coefficient_steps, default_steps
 from earthshine.optim import rules, scion
-from earthshine.optim.config import GroupOptions, check_option
+from earthshine.optim.config import OLD_NAMES, GroupOptions, check_option
 from earthshine.optim.flattened import FLATTENED
 from earthshine.optim.logical_matrices import logical_matrices, normalize
 from earthshine.optim.rounding import NARROW
@@ -142,7 +142,10 @@ def initial_options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def complete(group: dict[str, Any]) -> None:
-    """The default of every option that did not exist when the group, or the defaults of groups, was pickled."""
+    """The names that options have now, and the defaults of those that did not exist, for a group, or the defaults of
+    groups, that was pickled."""
+    for old in OLD_NAMES.keys() & group.keys():
+        group[OLD_NAMES[old]] = group.pop(old)
     group |= {key: default for key, default in DEFAULTS.items() if key != "lr" and key not in group}
     if "params" in group:
         resolve_group(group)
@@ -161,7 +164,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["algorithm"] == "scion" and (len(group["lmo"]) != len(params) or set(group["lmo"]) - set(scion.KINDS)):
         raise ConfigError(
             f"lmo={group['lmo']} of a scion group of {len(params)} parameters must be one of "
-            f"{', '.join(scion.KINDS)} for each: param_groups(model, rest='scion') chooses."
+            f"{', '.join(scion.KINDS)} for each: param_groups(model, non_matrix='scion') chooses."
         )
     if group["algorithm"] == "muon":
         _check_matrices(group)
@@ -247,8 +250,9 @@ def saved_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     options = DEFAULTS | {"algorithm": "adamw", "params": []}
     resolve_group(options)
     options = {key: options[key] for key in (*STATIC, *_SETTABLE)}
+    groups = [{OLD_NAMES.get(key, key): value for key, value in group.items()} for group in groups]
     plain = [{"matrices": (("matrix",),) * len(g["params"])} if g.get("algorithm") == "muon" else {} for g in groups]
-    found = [options | unsaid | dict(group) for unsaid, group in zip(plain, groups, strict=True)]
+    found = [options | unsaid | group for unsaid, group in zip(plain, groups, strict=True)]
     for group in found:
         if group["schatten_p"] == str(math.inf):  # as JSON has it
             group["schatten_p"] = math.inf

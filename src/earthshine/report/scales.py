@@ -170,7 +170,8 @@ def optimizer_name(optimizer: Mapping[str, Any]) -> str:
     algorithm = str(optimizer.get("algorithm"))
     if algorithm != "muon":
         return {"adamw": "AdamW"}.get(algorithm, algorithm)
-    others = {"adamw": "AdamW", "scion": "Scion"}.get(str(optimizer.get("rest", "adamw")), str(optimizer.get("rest")))
+    non_matrix = str(optimizer.get("non_matrix") or optimizer.get("rest", "adamw"))  # "rest" in older runs
+    others = {"adamw": "AdamW", "scion": "Scion"}.get(non_matrix, non_matrix)
     routers = ", AdamW for routers" if optimizer.get("router") == "adamw" else ""
     heads = ", by attention heads" if optimizer.get("heads") == "split" else ""
     norm = f" under the Schatten-{optimizer.get('schatten_p')} norm" if optimizer.get("norm") == "schatten" else ""

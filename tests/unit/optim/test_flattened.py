@@ -40,9 +40,9 @@ def test_a_piece_of_a_weight_is_no_vector(kind: str, elements: int) -> None:
     make, name = MODULES[kind]
     model = nn.ModuleDict({"block": make()})
     flatten(model["block"], name, elements)
-    for rest in ("adamw", "scion"):
+    for non_matrix in ("adamw", "scion"):
         with pytest.raises(ConfigError, match=rf"block\.{name} of .*\[{elements}\]: .*FSDP1.*fully_shard.*adamw="):
-            param_groups(model, rest=rest)
+            param_groups(model, non_matrix=non_matrix)
     asked = param_groups(model, algorithm="adamw")  # element by element: whole or not is the same
     assert [g["algorithm"] for g in asked] == ["adamw"]
 

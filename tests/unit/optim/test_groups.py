@@ -182,7 +182,7 @@ def test_the_table_says_who_gets_what_and_why() -> None:
 
 def test_what_scion_takes_from_adamw() -> None:
     model = nn.ModuleDict({"a": Language(), "b": Language(tied=True), "c": Language(tied=True, head="anything")})
-    muon, scion, adamw = param_groups(model, rest="scion", adamw=["c.norm.weight"])
+    muon, scion, adamw = param_groups(model, non_matrix="scion", adamw=["c.norm.weight"])
     assert [g["algorithm"] for g in (muon, scion, adamw)] == ["muon", "scion", "adamw"]
     assert "lmo" not in muon and "lmo" not in adamw and "matrices" not in scion
     assert [n for n, _ in adamw["params"]] == ["c.norm.weight"]  # asked for
@@ -198,10 +198,10 @@ def test_what_scion_takes_from_adamw() -> None:
     lines = [" ".join(line.split()) for line in describe([muon, scion, adamw], model).splitlines()]
     assert "scion b.wte.weight 1 320 40 x 8, sign embedding (Embedding), tied" in lines
     assert "scion in all 12 1,356" in lines
-    with pytest.raises(ConfigError, match="rest='scion' leaves nothing to algorithm='adamw'"):
-        param_groups(model, rest="scion", algorithm="adamw")
-    with pytest.raises(ConfigError, match="rest='sgd' must be one of adamw, scion"):
-        param_groups(model, rest="sgd")
+    with pytest.raises(ConfigError, match="non_matrix='scion' leaves nothing to algorithm='adamw'"):
+        param_groups(model, non_matrix="scion", algorithm="adamw")
+    with pytest.raises(ConfigError, match="non_matrix='sgd' must be one of adamw, scion"):
+        param_groups(model, non_matrix="sgd")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -210,7 +210,7 @@ def test_scion_s_rule_for_the_embedding_of_our_own_models(tied: bool) -> None:
     with torch.device("meta"):
         model = Transformer(replace(preset("llama3_tiny"), tie_word_embeddings=tied))
     for whole in (model, nn.ModuleDict({"wrapped": model})):
-        scion = next(g for g in param_groups(whole, rest="scion") if g["algorithm"] == "scion")
+        scion = next(g for g in param_groups(whole, non_matrix="scion") if g["algorithm"] == "scion")
         lmos = {
             name.removeprefix("wrapped."): lmo for (name, _), lmo in zip(scion["params"], scion["lmo"], strict=True)
         }
@@ -227,7 +227,7 @@ def test_scion_s_rule_for_an_embedding_that_a_model_names_as_its_output() -> Non
         def get_output_embeddings(self) -> nn.Module:
             return self.wte
 
-    scion = next(g for g in param_groups(Tied(), rest="scion") if g["algorithm"] == "scion")
+    scion = next(g for g in param_groups(Tied(), non_matrix="scion") if g["algorithm"] == "scion")
     assert dict(zip([n for n, _ in scion["params"]], scion["lmo"], strict=True))["wte.weight"] == "sign"
 
 
@@ -306,7 +306,7 @@ def test_routers() -> None:
     )
     routers = {"a.gate.weight", "b.gate.weight", "c.weight"}
     assert {n for n, a in chosen(model).items() if a == "muon"} >= routers | {"gate.weight"}
-    groups = param_groups(model, router="adamw", rest="scion")
+    groups = param_groups(model, router="adamw", non_matrix="scion")
     assert {n for n, _ in groups[2]["params"]} == routers and groups[2]["algorithm"] == "adamw"
     assert {"a.gate.bias", "b.gate.bias", "c.bias"} <= {n for n, _ in groups[1]["params"]}  # vectors like any other
     with pytest.raises(ConfigError, match=r"router='adamw' finds no router in Bare: .*is_router = True"):

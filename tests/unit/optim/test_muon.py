@@ -400,18 +400,18 @@ def test_build_optimizer_hands_every_field_over() -> None:
         "ns_dtype": "float32",
         "ns_form": "gram",
         "ns_compile": True,
-        "payload_dtype": "bfloat16",
+        "comm_dtype": "bfloat16",
         "rounding": "stochastic",
         "rounding_seed": 3,
         "beta1": 0.8,
         "beta2": 0.9,
-        "rest": "scion",
+        "non_matrix": "scion",
         "freeze": ("embed.*",),
     }
     group = build_optimizer(tiny_model(), OptimizerConfig(**values)).param_groups[0]
     assert group["param_names"] == ["up.weight", "down.weight"]
     assert (group["betas"], group["ns_coefficients"]) == ((0.8, 0.9), ((2.0, -1.5, 0.5),))
-    elsewhere = ("beta1", "beta2", "ns_coefficients", "ns_table", "rest", "freeze")
+    elsewhere = ("beta1", "beta2", "ns_coefficients", "ns_table", "non_matrix", "freeze")
     assert {name: group[name] for name in values if name not in elsewhere} == {
         name: value for name, value in values.items() if name not in elsewhere
     }
@@ -422,7 +422,7 @@ def test_build_optimizer_hands_every_field_over() -> None:
     assert scaled.param_groups[0]["scale"] == "spectral"
     assert exact.param_groups[0]["exact_rms"]
     model = tiny_model()
-    chosen = build_optimizer(model, OptimizerConfig(rest="scion", freeze=("embed.*",), ns_dtype="float32"))
+    chosen = build_optimizer(model, OptimizerConfig(non_matrix="scion", freeze=("embed.*",), ns_dtype="float32"))
     assert [g["algorithm"] for g in chosen.param_groups] == ["muon", "scion"]
     assert not model.embed.weight.requires_grad  # type: ignore[union-attr]
     everything = build_optimizer(tiny_model(), OptimizerConfig(algorithm="adamw", ns_dtype="float32"))

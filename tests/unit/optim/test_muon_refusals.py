@@ -28,7 +28,7 @@ def muon(params: Any = None, **options: Any) -> Muon:
 
 NUMBERS = ["lr", "weight_decay", "momentum", "eps", "update_rms", "normuon_beta2", "beta1", "schatten_p"]
 NO_NUMBERS = ["1e-3", "", True, 1j, [0.1], float("nan"), -0.1, torch.ones(2), torch.tensor(True), np.array([0.1, 0.2])]
-WORDS = ["scale", "norm", "ns_coefficients", "ns_dtype", "ns_form", "momentum_dtype", "payload_dtype", "rounding"]
+WORDS = ["scale", "norm", "ns_coefficients", "ns_dtype", "ns_form", "momentum_dtype", "comm_dtype", "rounding"]
 FLAGS = ["nesterov", "exact_rms", "ns_compile", "cautious_weight_decay", "skip_idle", "reduce_gradients"]
 WHOLE = ["ns_steps", "rounding_seed", "max_bucket_bytes"]
 NO_OPTIONS = (
@@ -151,10 +151,10 @@ class Rows(nn.Module):
         return self.up(self.users(rows) + self.items(rows)).square().mean()
 
 
-@pytest.mark.parametrize("rest", ["adamw", "scion"])
-def test_a_sparse_gradient_is_refused_by_name_before_any_update(rest: str) -> None:
+@pytest.mark.parametrize("non_matrix", ["adamw", "scion"])
+def test_a_sparse_gradient_is_refused_by_name_before_any_update(non_matrix: str) -> None:
     model = Rows()
-    optimizer = muon(param_groups(model, rest=rest, matrices={"up.weight": ("matrix",)}))
+    optimizer = muon(param_groups(model, non_matrix=non_matrix, matrices={"up.weight": ("matrix",)}))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(torch.tensor([1, 2])).backward()
     with pytest.raises(ConfigError, match=r"users\.weight has a sparse gradient .*sparse=False"):

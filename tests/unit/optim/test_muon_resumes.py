@@ -103,7 +103,7 @@ def test_a_scheduled_option_by_another_file_format() -> None:
 # ---------------------------------------------------------------------------------------------------- older checkpoints
 
 
-@pytest.mark.parametrize("key", ["skip_idle", "payload_dtype", "rounding", "ns_steps", "normuon_beta2", "eps"])
+@pytest.mark.parametrize("key", ["skip_idle", "comm_dtype", "rounding", "ns_steps", "normuon_beta2", "eps"])
 def test_an_option_that_a_checkpoint_does_not_know_had_its_default(key: str) -> None:
     optimizer = muon(parameters())
     step(optimizer, 0)
@@ -113,7 +113,7 @@ def test_an_option_that_a_checkpoint_does_not_know_had_its_default(key: str) -> 
     fresh = muon(parameters())
     fresh.load_state_dict(saved)
     assert fresh.param_groups[0][key] == optimizer.param_groups[0][key]
-    other = {"skip_idle": True, "payload_dtype": "bfloat16", "rounding": "stochastic", "ns_steps": 3, "eps": 1e-4}
+    other = {"skip_idle": True, "comm_dtype": "bfloat16", "rounding": "stochastic", "ns_steps": 3, "eps": 1e-4}
     with pytest.raises(CheckpointError, match=rf"group 0 {key}: "):
         muon(parameters(), **{key: other.get(key, 0.9)}).load_state_dict(saved)
 

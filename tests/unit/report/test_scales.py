@@ -89,11 +89,12 @@ def test_thinning_keeps_mean_and_extremes(y, max_points):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"algorithm": "adamw", "rest": "adamw"}, "AdamW"),
+        ({"algorithm": "adamw", "non_matrix": "adamw"}, "AdamW"),
         ({"algorithm": "muon"}, "Muon (AdamW for norms, embedding and head)"),
-        ({"algorithm": "muon", "rest": "scion"}, "Muon (Scion for norms, embedding and head)"),
+        ({"algorithm": "muon", "rest": "scion"}, "Muon (Scion for norms, embedding and head)"),  # of before
+        ({"algorithm": "muon", "non_matrix": "scion"}, "Muon (Scion for norms, embedding and head)"),
         (
-            {"algorithm": "muon", "rest": "scion", "router": "adamw", "heads": "split"},
+            {"algorithm": "muon", "non_matrix": "scion", "router": "adamw", "heads": "split"},
             "Muon, by attention heads (Scion for norms, embedding and head, AdamW for routers)",
         ),
         (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from earthshine.config import encode, override
+from earthshine.config import decode, encode, override
 from earthshine.data.config import DataConfig, SourceConfig
 from earthshine.errors import ConfigError, DataError
 from earthshine.files import write_json
@@ -148,3 +148,16 @@ def test_a_field_that_was_added_since_had_its_default(make_job: JobMaker) -> Non
     assert changes_on_resume(old, job, steps_done=2) == []
     assert changes_on_resume(old, replace(job, compile=True), steps_done=2) == ["compile: false -> true"]
     assert changes_on_resume({**encode(job), "gone": 1}, job, steps_done=2) == ['gone: 1 -> "(absent)"']
+
+
+def test_a_run_that_was_saved_under_old_names_is_the_same_run(make_job: JobMaker) -> None:
+    """Also as a job of its own, and where an override uses them."""
+    job = override(make_job(), ["optimizer.non_matrix=scion", "optimizer.comm_dtype=bfloat16"])
+    older = encode(job)
+    for old, new in (("rest", "non_matrix"), ("payload_dtype", "comm_dtype")):
+        older["optimizer"][old] = older["optimizer"].pop(new)
+    assert changes_on_resume(older, job, 1) == []
+    assert changes_on_resume(older, override(job, ["optimizer.rest=adamw"]), 1) == [
+        'optimizer.non_matrix: "scion" -> "adamw"'
+    ]
+    assert decode(TrainJob, older) == override(make_job(), ["optimizer.rest=scion", "optimizer.payload_dtype=bfloat16"])

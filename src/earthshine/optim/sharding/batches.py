@@ -140,7 +140,7 @@ class MatrixPlan:
         self.device = shards.params[0].device if shards.params else torch.device("cpu")
         self.ns_dtype = resolve_ns_dtype(group["ns_dtype"], self.device)
         self.acc_dtype = functools.reduce(torch.promote_types, (p.dtype for p in shards.params), torch.float32)
-        self.comm_dtype = self._comm_dtype(group["payload_dtype"])
+        self.comm_dtype = self._comm_dtype(group["comm_dtype"])
         self.flags, self.moments = bool(group["skip_idle"]), group["normuon_beta2"] > 0
         self._form, self._table, self._steps = group["ns_form"], group["ns_coefficients"], group["ns_steps"]
         self._costs: dict[tuple[int, int], int] = {}

@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {
     "normuon_beta2": 0.0,
     "cautious_weight_decay": False,
     "skip_idle": False,
-    "payload_dtype": "auto",
+    "comm_dtype": "auto",
 }
 
 
@@ -169,8 +169,8 @@ def test_neighbours_in_a_stack_are_one_rectangle_up_to_the_end_of_the_batch(monk
         ({}, torch.bfloat16, torch.float32),
         ({}, torch.float64, torch.float64),
         ({"ns_dtype": "bfloat16"}, torch.float32, torch.bfloat16),
-        ({"ns_dtype": "bfloat16", "payload_dtype": "float32"}, torch.float32, torch.float32),
-        ({"payload_dtype": "bfloat16"}, torch.float32, torch.bfloat16),
+        ({"ns_dtype": "bfloat16", "comm_dtype": "float32"}, torch.float32, torch.float32),
+        ({"comm_dtype": "bfloat16"}, torch.float32, torch.bfloat16),
     ],
 )
 def test_what_travels_is_no_less_than_newton_schulz_works_in(
@@ -343,7 +343,7 @@ def test_predicted_bytes_by_hand(agreements: list[str]) -> None:
     moments = [plan.predicted_bytes() - 48 for plan in case.plans(1 << 20, normuon_beta2=0.9)]
     assert (flags[owner], flags[1 - owner]) == (0, 4)
     assert moments == [8, 8]
-    assert [plan.predicted_bytes() for plan in case.plans(1 << 20, payload_dtype="bfloat16")] == [24, 24]
+    assert [plan.predicted_bytes() for plan in case.plans(1 << 20, comm_dtype="bfloat16")] == [24, 24]
 
 
 def test_positions_with_other_options_do_not_agree(agreements: list[str]) -> None:
