@@ -210,6 +210,20 @@ def override(config: T, assignments: Sequence[str]) -> T:
     return decode(type(config), data)
 
 
+def not_defaults(config: Any, where: str = "") -> list[tuple[str, Any]]:
+    """The leaves of a config that differ from its classes' defaults, or have none: (path, encoded value)."""
+    leaves = []
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{where}.{field.name}" if where else field.name
+        if not field.init:
+            continue
+        if dataclasses.is_dataclass(value):
+            leaves += not_defaults(value, path)
+        elif field.default is dataclasses.MISSING or encode(value) != encode(field.default):
+            leaves.append((path, encode(value)))
+    return leaves
+
+
 def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
     """The leaves in which two encoded configs differ: (path, old, new), "(absent)" where there is none."""
     if isinstance(old, dict) and isinstance(new, dict):

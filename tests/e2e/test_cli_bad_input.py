@@ -41,7 +41,7 @@ def assert_refused(result: tuple[int, str, str], code: int, *words: str) -> None
     last = err.splitlines()[-1] if err else ""
     assert (got, out) == (code, ""), err
     assert last.startswith("earthshine: "), err
-    assert "defect" not in last
+    assert "bug" not in last
     for word in words:
         assert word in last
 
@@ -153,7 +153,8 @@ def test_a_vocabulary_that_is_too_small(run, tiny_job, shards, tmp_path):
 
 def test_no_data_and_no_such_data(run, tiny_job, tmp_path):
     code, _, err = run("train", *tiny_job, "--run", tmp_path / "run")
-    assert (code, "data.sources" in err.splitlines()[-1]) == (2, True)
+    assert (code, "add --data DIR" in err.splitlines()[-1]) == (2, True)
+    assert not (tmp_path / "run").exists()
     code, _, err = run("train", *tiny_job, "--data", tmp_path / "none", "--run", tmp_path / "run")
     assert (code in (1, 2), "none" in err.splitlines()[-1]) == (True, True)
 
@@ -250,4 +251,4 @@ def test_a_folder_that_cannot_be_made(run, dense_dir, tokenizer_dir, tiny_job, s
         "export": [dense_dir, out],
     }
     assert_refused(run(command, *arguments[command]), 2, "a.txt", "cannot be made", "Choose another place")
-    assert_refused(run("doctor", "--path", tmp_path / "a.txt"), 2, "a.txt is no folder")
+    assert_refused(run("doctor", "--path", tmp_path / "a.txt"), 2, "a.txt is not a folder")

@@ -33,7 +33,7 @@ def test_without_stderr(line):
 def test_without_stdout(line, code):
     done = shell(line, "ls", "recipes")
     assert done.returncode == code
-    assert b"defect" not in done.stderr and b"Traceback" not in done.stderr
+    assert b"bug" not in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_what_a_closed_stream_leaves_free_is_no_file_of_ours():
@@ -81,7 +81,7 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
 def test_text_that_is_not_utf8(run, args, name):
     code, out, err = run(*args)
     assert (code, out) == (2, "")
-    assert f"earthshine: {name}=" in err and "not UTF-8" in err and "defect" not in err
+    assert f"earthshine: {name}=" in err and "not UTF-8" in err and "bug" not in err
 
 
 def test_paths_need_not_be_utf8(run, shards, tiny_job, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from earthshine import config
-from earthshine.config import decode, encode, load_json, override, parse_json
+from earthshine.config import decode, encode, load_json, not_defaults, override, parse_json
 from earthshine.errors import ConfigError
 from earthshine.files import write_json
 from earthshine.recipes.registry import recipe
@@ -79,3 +79,12 @@ def test_a_renamed_field_is_read_by_its_old_name(monkeypatch: pytest.MonkeyPatch
     assert encode(wanted) == {"engine": {"num_cylinders": 6}}
     with pytest.raises(ConfigError, match="Car.engine.pots is the old name of Car.engine.num_cylinders: give one"):
         decode(Car, {"engine": {"pots": 6, "num_cylinders": 6}})
+
+
+def test_what_is_not_a_default() -> None:
+    """Fields without a default are among them; nested configs are compared with their own classes' defaults."""
+    job = override(recipe("tiny_moe"), ["balance.coefficient=0.5"])
+    changed = dict(not_defaults(job))
+    assert changed["name"] == "tiny_moe" and changed["init.model.vocab_size"] == 2048
+    assert changed["init.model.moe.layers"] == [0, 1, 2] and changed["balance.coefficient"] == 0.5
+    assert not changed.keys() & {"seed", "data.sources", "init.kind", "balance.loss", "init.model.moe.top_k"}

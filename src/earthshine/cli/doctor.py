@@ -2,35 +2,36 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from earthshine.cli.options import print_json
 from earthshine.console import human_bytes, log, table
 from earthshine.errors import ConfigError
 
-DESCRIPTION = "What this machine is and can do: versions, device, compute type and why, measured speed, disk."
+DESCRIPTION = "What this machine is and can do: versions, device, compute dtype and why, measured speed, disk."
 EXAMPLES = (
     ("before the first run", "earthshine doctor"),
-    ("is the disk for the runs fast enough, and large enough", "earthshine doctor --path /data/runs"),
-    ("attach this to a bug report", "earthshine doctor --json > doctor.json"),
+    ("is the disk for the runs fast and large enough?", "earthshine doctor --path /data/runs"),
+    ("to attach to a bug report", "earthshine doctor --json > doctor.json"),
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    path: Path = Path()
-    """Folder whose disk is measured: 64 MiB are written there and removed."""
+    path: Annotated[Path, "DIR"] = Path()
+    """Folder whose disk is measured, by writing 64 MiB there and removing them."""
 
     json: bool = False
     """Print JSON."""
 
 
 def run(options: Options) -> None:
-    found = _measure(options.path)
+    measured = _measure(options.path)
     if options.json:
-        print_json(found)
+        print_json(measured)
         return
-    env, compute, disk = found["environment"], found["compute"], found["disk"]
+    env, compute, disk = measured["environment"], measured["compute"], measured["disk"]
+    experts, attention = measured["experts"], measured["attention"]
     rows = [(name, version or "not installed") for name, version in env["versions"].items()]
     rows += [
         ("platform", env["platform"]),
@@ -38,11 +39,11 @@ def run(options: Options) -> None:
         ("features", " ".join(env["cpu_flags"]) or "unknown"),
         ("device", f"{env['device']} ({env['device_name']})"),
         ("memory", human_bytes(env["memory_bytes"])),
-        ("compute type", f"{compute['dtype']}: {compute['reason']}"),
-        ("expert products", f"{found['experts']['backend']}: {found['experts']['reason']}"),
-        ("attention", f"{found['attention']['backend']}: {found['attention']['reason']}"),
+        ("compute dtype", f"{compute['dtype']}: {compute['reason']}"),
+        ("expert matmuls", f"{experts['backend']}: {experts['reason']}"),
+        ("attention", f"{attention['backend']}: {attention['reason']}"),
     ]
-    rows += [(f"product in {name}", f"{flops / 1e9:,.1f} GFLOP/s") for name, flops in found["gemm_flops"].items()]
+    rows += [(f"matmul in {name}", f"{flops / 1e9:,.1f} GFLOP/s") for name, flops in measured["gemm_flops"].items()]
     rows += [
         ("disk free", f"{human_bytes(disk['free_bytes'])} at {disk['path']}"),
         ("disk write", f"{human_bytes(disk['write_bytes_per_second'])}/s, sequential, synced"),
@@ -55,7 +56,7 @@ def _measure(path: Path) -> dict[str, Any]:
     from earthshine.files import free_bytes, write_speed
 
     if not path.is_dir():
-        raise ConfigError(f"path={path} is no folder: name one, to measure the disk that it is on.")
+        raise ConfigError(f"path={path} is not a folder: name one, to measure the disk that it is on.")
     log("measuring for a few seconds...")
     device = devices.pick_device()
     choice = devices.choose_compute_dtype("auto", device)
@@ -85,7 +86,7 @@ def _experts(dtype: Any, device: Any) -> dict[str, str]:
 
 
 def _attention(dtype: Any, device: Any) -> dict[str, str]:
-    """What a job with documents takes for heads of 128, at 8,192 positions."""
+    """What a job with document masks uses for heads of 128, at 8,192 positions."""
     from earthshine.ops.attention import choose_backend
 
     backend, reason = choose_backend(device, dtype, (128, 128), 8192, 8192, documents=True)

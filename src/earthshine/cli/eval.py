@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from earthshine.cli.options import ModelPath, Precision, check_out, load, print_json
-from earthshine.console import table
+from earthshine.console import log, table
 
-DESCRIPTION = "Held-out loss of a model on token shards: nats per token with its standard error, and bits per byte."
+DESCRIPTION = (
+    "Held-out (validation) loss of a model on token shards: nats per token with its standard error, and bits per byte."
+)
 EXAMPLES = (
     ("a Hugging Face directory", "earthshine eval models/llama-8x --shards data/heldout"),
     ("a run's latest checkpoint, on 64 sequences", "earthshine eval runs/a --shards data/heldout --max-sequences 64"),
@@ -22,27 +25,27 @@ class Options:
     model: ModelPath
     """Hugging Face directory, or a run folder (its latest checkpoint)."""
 
-    shards: Path
-    """Token shards that `earthshine prepare` wrote, of documents that were not trained on."""
+    shards: Annotated[Path, "DIR"]
+    """Token shards from `earthshine prepare`, of documents that were not trained on."""
 
     seq_len: int = 512
     """Tokens per sequence."""
 
     max_sequences: int = 256
-    """Sequences to use, from the start of the shards; 0: all."""
+    """Sequences to evaluate, from the start of the shards; 0: all."""
 
     batch: int = 4
     """Sequences per forward pass."""
 
     across_documents: bool = False
-    """Let attention see the documents before in its window, as a job with data.document_attention=false trains; such a
-    run is evaluated so by default."""
+    """Let attention see the earlier documents in its window, as a job with data.document_attention=false does; such a
+    run is evaluated that way by default."""
 
     precision: Precision = "float32"
-    """Type of the computation."""
+    """Compute dtype."""
 
-    out: Path | None = None
-    """JSON file to write the result to as well."""
+    out: Annotated[Path | None, "FILE"] = None
+    """Also write the result to this JSON file."""
 
     trust: bool = False
     """Read a checkpoint that was not made on this machine."""
@@ -53,7 +56,6 @@ class Options:
 
 def run(options: Options) -> None:
     from earthshine.checkpoint.run_rule import run_rule
-    from earthshine.console import log
     from earthshine.data.shards import TokenShards
     from earthshine.data.tokenization import unlike
     from earthshine.data.tokenizer import warn_of_other_tokenizer
@@ -73,7 +75,7 @@ def run(options: Options) -> None:
         note = "as the run was trained" if within == rule.document_attention else "the run was trained within documents"
         differ = unlike(shards.tokenization, [rule.tokenization] if rule.tokenization else [])
         if differ:
-            log(f"warning: {options.shards} was prepared otherwise than the run's data: {differ}.")
+            log(f"warning: {options.shards} was prepared differently from the run's data: {differ}.")
     for line in shards.notes():
         log(line)
     model = load(options.model, options.precision, options.trust)

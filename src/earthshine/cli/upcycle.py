@@ -4,29 +4,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
-
+from earthshine.cli.arguments import Positional
 from earthshine.cli.options import json_text, print_outcome
 from earthshine.upcycle.config import UpcycleConfig
 
 DESCRIPTION = """Turn a dense Hugging Face checkpoint into a Mixture-of-Experts one that computes the same function.
 
-All layers of a Llama or Mistral give a Mixtral, some a Qwen2-MoE; a Qwen2 gives a Qwen2-MoE, a Qwen3 a Qwen3-MoE.
-Weights are streamed: memory stays at one matrix, and after a kill the same command goes on."""
+A Llama or Mistral becomes a Mixtral when every layer is converted and a Qwen2-MoE when only some are; a Qwen2 becomes
+a Qwen2-MoE, a Qwen3 a Qwen3-MoE. Weights are streamed, so that memory stays at one matrix; re-run the same command
+after a kill to resume."""
 EXAMPLES = (
-    ("8 experts, 2 of them per token, in every layer", "earthshine upcycle models/llama models/llama-8x"),
-    ("what would be written, and from what", "earthshine upcycle models/llama models/llama-8x --dry-run"),
-    ("some layers only", "earthshine upcycle models/llama models/some --experts 4 --layers 8 9 10 11"),
+    ("8 experts in every layer, 2 of them per token", "earthshine upcycle models/llama models/llama-8x"),
+    (
+        "what would be written, and from what, without writing it",
+        "earthshine upcycle models/llama models/llama-8x --dry-run",
+    ),
+    ("only some layers", "earthshine upcycle models/llama models/some --experts 4 --layers 8 9 10 11"),
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    dense: Annotated[Positional[Path], arg(metavar="DENSE_DIR")]
+    dense: Annotated[Path, Positional("DENSE_DIR")]
     """Hugging Face directory of the dense model."""
 
-    out: Annotated[Positional[Path], arg(metavar="OUT_DIR")]
-    """Directory to write; it must not exist, unless it is what a killed conversion left."""
+    out: Annotated[Path, Positional("OUT_DIR")]
+    """Directory to write; it must not exist. What a killed conversion left is resumed."""
 
     experts: int = UpcycleConfig.experts
     """Experts per converted layer."""
@@ -34,23 +37,23 @@ class Options:
     top_k: int = UpcycleConfig.top_k
     """Experts that each token passes through."""
 
-    layers: tuple[int, ...] = UpcycleConfig.layers
-    """Layers to convert, counted from 0; none given: all."""
+    layers: Annotated[tuple[int, ...], "N"] = UpcycleConfig.layers
+    """Layers to convert, counted from 0; by default all."""
 
     router_std: float = UpcycleConfig.router_std
-    """Standard deviation of the router's normally drawn weights."""
+    """Standard deviation of the router's initial weights, which are normally distributed."""
 
     seed: int = UpcycleConfig.seed
-    """Of everything drawn."""
+    """Seed for the router's initial weights."""
 
     shared_intermediate_size: int = UpcycleConfig.shared_intermediate_size
-    """Width of the zero shared expert, where the result is a Qwen2-MoE: that class demands one."""
+    """Width of the shared expert of zeros where the result is a Qwen2-MoE, a class that requires one."""
 
     max_shard_gib: float = UpcycleConfig.max_shard_gib
-    """Largest size of one weight file, in GiB; also the unit in which a killed conversion goes on."""
+    """Largest size of one weight file, in GiB; a killed conversion resumes at whole files."""
 
     dry_run: bool = False
-    """Print the plan and the ledger of every tensor, and write nothing."""
+    """Print the plan and the ledger of every tensor; write nothing."""
 
     json: bool = False
     """Print the plan with its ledger as JSON."""

@@ -4,18 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg, subcommand
-
+from earthshine.cli.arguments import Positional
 from earthshine.cli.options import check_out, print_json
 from earthshine.console import table
 from earthshine.files import write_json
 
 DESCRIPTION = (
-    "Measure an equality that others assume, and print the difference beside its tolerance. Exit 3 when it fails."
+    "Measure an equality that others assume, and print the difference beside its tolerance. Exit 3 if it fails."
 )
 EXAMPLES = (
-    ("the mixture computes what the dense model computes", "earthshine verify upcycle models/llama models/llama-8x"),
-    ("transformers reads the directory as we do", "earthshine verify hf models/llama-8x"),
+    ("the MoE computes what the dense model computes", "earthshine verify upcycle models/llama models/llama-8x"),
+    ("transformers computes the same from the directory as we do", "earthshine verify hf models/llama-8x"),
     (
         "a run's checkpoints are whole, and the last follows from the one before",
         "earthshine verify checkpoint runs/a --replay",
@@ -25,25 +24,25 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class Upcycle:
-    """The upcycled model's logits against the dense model's, on the same tokens."""
+    """Compare the logits of an upcycled model with those of its dense model, on the same tokens."""
 
-    dense: Annotated[Positional[Path], arg(metavar="DENSE_DIR")]
+    dense: Annotated[Path, Positional("DENSE_DIR")]
     """Hugging Face directory of the dense model."""
 
-    moe: Annotated[Positional[Path], arg(metavar="MOE_DIR")]
+    moe: Annotated[Path, Positional("MOE_DIR")]
     """Directory that `earthshine upcycle` wrote."""
 
     tokens: int = 128
     """Tokens to compare on."""
 
     fp64: bool = False
-    """Also in double precision, where only a wrong conversion differs."""
+    """Also compare in double precision, where only a wrong conversion differs."""
 
     bf16: bool = False
-    """Also in bfloat16, against what that rounding does to the dense model alone."""
+    """Also compare in bfloat16, with what that rounding does to the dense model alone."""
 
-    out: Path | None = None
-    """JSON file to write the result to as well, such as RUN/eval/verify-mine.json for `report`."""
+    out: Annotated[Path | None, "FILE"] = None
+    """Also write the result to this JSON file, such as RUN/eval/verify-mine.json for `report`."""
 
     json: bool = False
     """Print JSON."""
@@ -51,16 +50,16 @@ class Upcycle:
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """Our logits against those of transformers, from the same directory; its tokenizer's ids against the source's."""
+    """Compare our logits with those of transformers from one directory, and its tokenizer's ids with the source's."""
 
-    path: Annotated[Positional[Path], arg(metavar="HF_DIR")]
+    path: Annotated[Path, Positional("HF_DIR")]
     """Hugging Face directory."""
 
     tokens: int = 128
     """Tokens to compare on."""
 
-    out: Path | None = None
-    """JSON file to write the result to as well, such as RUN/eval/verify-mine.json for `report`."""
+    out: Annotated[Path | None, "FILE"] = None
+    """Also write the result to this JSON file, such as RUN/eval/verify-mine.json for `report`."""
 
     json: bool = False
     """Print JSON."""
@@ -68,29 +67,25 @@ class HuggingFace:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Every checkpoint of a run: manifest, hashes, origin, finite values; and whether a replay gives the same bits."""
+    """Check a run's checkpoints: manifest, hashes, origin, finite values; and whether a replay gives the same bits."""
 
-    path: Annotated[Positional[Path], arg(metavar="RUN")]
+    path: Annotated[Path, Positional("RUN")]
     """Run folder, or one of its checkpoints."""
 
     replay: bool = False
-    """Also resume from the last but one checkpoint, in a copy, and demand the same bits at the last one."""
+    """Also resume from the last checkpoint but one, in a copy, and require the same bits at the last."""
 
     trust: bool = False
     """Read checkpoints that were not made on this machine."""
 
-    out: Path | None = None
-    """JSON file to write the result to as well, such as RUN/eval/verify-mine.json for `report`."""
+    out: Annotated[Path | None, "FILE"] = None
+    """Also write the result to this JSON file, such as RUN/eval/verify-mine.json for `report`."""
 
     json: bool = False
     """Print JSON."""
 
 
-Options = (
-    Annotated[Upcycle, subcommand("upcycle")]
-    | Annotated[HuggingFace, subcommand("hf")]
-    | Annotated[Checkpoint, subcommand("checkpoint")]
-)
+SUBCOMMANDS = {"upcycle": Upcycle, "hf": HuggingFace, "checkpoint": Checkpoint}
 
 
 def run(options: Upcycle | HuggingFace | Checkpoint) -> int:

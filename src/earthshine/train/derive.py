@@ -57,7 +57,7 @@ class Derived:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
     def table(self, flops_per_second: float = 0.0) -> str:
-        """For people; with a measured rate also the time at that rate, which no real run reaches."""
+        """Human-readable; with a measured rate also the time at that rate, a lower bound: no real run reaches it."""
         once = self.forward_backward_flops_per_step
 
         def beside(flops: float) -> str:
@@ -74,12 +74,12 @@ class Derived:
             *([("router bias frozen in layers", ", ".join(map(str, biases)))] if biases else []),
             ("steps", f"{self.num_steps:,}"),
             ("tokens per step", f"{self.tokens_per_step:,} in {self.micro_batches} micro-batches"),
-            ("tokens in all", human_count(self.total_tokens)),
+            ("total tokens", human_count(self.total_tokens)),
             *((f"epochs of {use.path}", f"{use.epochs:.2f}") for use in self.sources),
             ("forward and backward, FLOPs per step", f"{once:.3g}"),
             ("Newton-Schulz, FLOPs per step", beside(self.newton_schulz_flops_per_step)),
             *([("forward once more, FLOPs per step", beside(repeated))] if repeated else []),
-            ("FLOPs in all", f"{self.total_flops:.3g}"),
+            ("total FLOPs", f"{self.total_flops:.3g}"),
             ("memory: parameters", human_bytes(self.parameter_bytes)),
             ("memory: gradients", human_bytes(self.gradient_bytes)),
             ("memory: optimizer", human_bytes(self.optimizer_bytes)),
@@ -87,7 +87,8 @@ class Derived:
         ]
         if flops_per_second:
             seconds = self.total_flops / flops_per_second
-            rows.append((f"at {flops_per_second / 1e9:.0f} GFLOP/s", human_seconds(seconds)))
+            rate = f"{flops_per_second / 1e9:,.0f} GFLOP/s"
+            rows.append((f"time at the measured {rate} (lower bound)", human_seconds(seconds)))
         return table(("derived", "value"), rows)
 
 

@@ -1,0 +1,290 @@
+"""One command's options from its arguments, and its help: argparse, told by a dataclass.
+
+A command's module has `Options`, a frozen dataclass, or `SUBCOMMANDS`, several by name. A field is an option,
+`--its-name`, whose help is the text below it in the source and whose default is the field's. Annotated adds what a type
+does not say: `Positional("DENSE_DIR")` for an argument known by its place, a plain text for the metavar, `REPEATED` for
+an option that may be given again.
+"""
+
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import os
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NoReturn
+
+from earthshine.errors import ConfigError, nearest
+from earthshine.files import expand_home
+
+MAX_COLUMNS = 100  # of help; longer lines are hard to read
+REPEATED = "may be given again"
+_HELP_FLAGS = frozenset({"-h", "--help"})
+_METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+_PATHS_AS_TEXT = {"run", "job"}  # of `train`, where they may be empty or a recipe's name
+_KINDS = {int: "an integer", float: "a number"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Positional:
+    """Marks an argument that is known by its place; `metavar` is its name in help and messages."""
+
+    metavar: str
+
+
+def parse(command: ModuleType, name: str, args: Sequence[str]) -> Any:
+    """The command's options. Raises ConfigError, with the nearest name, for arguments that are none of its own."""
+    options, prog, args = _chosen(command, f"earthshine {name}", list(args))
+    args = [_hyphened(arg) for arg in args]
+    parser = _parser(options, prog)
+    _refuse_unknown_options(options, prog, args)
+    values, rest = parser.parse_known_intermixed_args(args)
+    if rest:
+        parser.error(f"there is no {'option' if rest[0].startswith('-') else 'place for'} '{rest[0]}'")
+    return options(
+        **{field.name: _usable(field.name, getattr(values, field.name)) for field in dataclasses.fields(options)}
+    )
+
+
+def asks_for_help(args: Sequence[str]) -> bool:
+    return not _HELP_FLAGS.isdisjoint(args)
+
+
+def help_text(command: ModuleType, name: str, args: Sequence[str] = ()) -> str:
+    """Usage, description, options and worked examples of a command, or of the subcommand that `args` name."""
+    prog = f"earthshine {name}"
+    subcommands: Mapping[str, Any] = getattr(command, "SUBCOMMANDS", {})
+    named = [arg for arg in args if arg in subcommands]
+    if subcommands and not named:
+        return _overview(command, prog)
+    options = subcommands[named[0]] if named else command.Options
+    description = inspect.getdoc(options) or "" if named else command.DESCRIPTION
+    parser = _parser(options, " ".join([prog, *named[:1]]))
+    parser.description = wrapped(description)
+    lines = [(text, line) for text, line in command.EXAMPLES if not named or f" {named[0]} " in line]
+    return parser.format_help() + _examples(lines)
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs, filled to the terminal's width."""
+    return "\n\n".join(
+        textwrap.fill(" ".join(paragraph.split()), columns(), break_long_words=False, break_on_hyphens=False)
+        for paragraph in text.split("\n\n")
+    )
+
+
+def columns() -> int:
+    """The terminal's width, at most 100; 100 where there is none."""
+    return min(shutil.get_terminal_size((MAX_COLUMNS, 24)).columns, MAX_COLUMNS)
+
+
+def listed(names: Mapping[str, str]) -> str:
+    """Names, each with what it is, as lines of help."""
+    width = max(map(len, names))
+    filler = functools.partial(
+        textwrap.fill, width=max(columns(), width + 24), subsequent_indent=" " * (width + 4), break_on_hyphens=False
+    )
+    return "\n".join(filler(f"  {name:<{width}}  {text}") for name, text in names.items())
+
+
+def _overview(command: ModuleType, prog: str) -> str:
+    """Help of a command that has subcommands."""
+    about = {name: _first_paragraph(options) for name, options in command.SUBCOMMANDS.items()}
+    return (
+        f"usage: {prog} {{{','.join(about)}}} [OPTIONS]\n\n{wrapped(command.DESCRIPTION)}\n\nsubcommands:\n"
+        f"{listed(about)}\n\noptions:\n{listed({'-h, --help': f'this page; `{prog} SUBCOMMAND --help` has its own'})}\n"
+        f"{_examples(command.EXAMPLES)}"
+    )
+
+
+def _first_paragraph(options: type) -> str:
+    return " ".join((inspect.getdoc(options) or "").partition("\n\n")[0].split())
+
+
+def _examples(lines: Sequence[tuple[str, str]]) -> str:
+    return "\nexamples:\n" + "\n".join(f"  # {comment}\n  {line}" for comment, line in lines)
+
+
+def _chosen(command: ModuleType, prog: str, args: list[str]) -> tuple[Any, str, list[str]]:
+    """The dataclass that the arguments are for: the command's own, or that of the subcommand that they begin with."""
+    if not hasattr(command, "SUBCOMMANDS"):
+        return command.Options, prog, args
+    name = args[0]
+    if name not in command.SUBCOMMANDS:
+        what = "option" if name.startswith("-") else "subcommand"
+        suggestion = nearest(name, command.SUBCOMMANDS)
+        raise ConfigError(f"{_name(prog)} has no {what} '{name}'.{suggestion} See {prog} --help.")
+    return command.SUBCOMMANDS[name], f"{prog} {name}", args[1:]
+
+
+def _name(prog: str) -> str:
+    """A command without the program's name, which messages begin with."""
+    return prog.removeprefix("earthshine ")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ConfigErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace(
+            "the following arguments are required:", f"{_name(self.prog)} needs"
+        )
+        raise ConfigError(f"{message}{'' if message[-1] in '.?' else '.'} See {self.prog} --help.")
+
+
+class _Layout(argparse.RawDescriptionHelpFormatter):
+    """Help texts filled without a break at the hyphens of names."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _parser(options: Any, prog: str) -> _Parser:
+    """The parser of a dataclass."""
+    layout = functools.partial(_Layout, width=columns(), max_help_position=28)
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False, formatter_class=layout)
+    places = parser.add_argument_group("arguments")
+    named = parser.add_argument_group("options")
+    usage = [prog]
+    for field, kind, about in _fields(options):
+        required = field.default is dataclasses.MISSING
+        place = _place(about)
+        settings: dict[str, Any] = {"help": _help(options, field)}
+        if place:
+            several = _item(kind) is not kind
+            nargs = {(True, True): "+", (True, False): "*", (False, False): "?"}.get((several, required))
+            settings |= {"nargs": nargs} if nargs else {}
+            settings |= {} if required else {"default": field.default}
+            places.add_argument(field.name, metavar=place.metavar, type=_reader(kind), **settings)
+            shown = f"{place.metavar} ..." if several else place.metavar
+            usage.append(shown if required else f"[{shown}]")
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if kind is bool:
+            named.add_argument(flag, action="store_true", **settings)
+            continue
+        metavar = next((a for a in about if isinstance(a, str) and a != REPEATED), None) or _metavar(kind)
+        if REPEATED in about:
+            settings |= {"action": "append", "default": []}
+        elif _item(kind) is not kind:
+            settings |= {"nargs": "*"}
+        settings = {"required": True, **settings} if required else {"default": field.default, **settings}
+        named.add_argument(flag, metavar=metavar, type=_reader(kind), **settings)
+        usage += [f"{flag} {metavar}"] if required else []
+    named.add_argument("-h", "--help", action="store_true", help="Show this help.")
+    parser.usage = " ".join([*usage, "[OPTIONS]"])
+    return parser
+
+
+def _fields(options: Any) -> Iterator[tuple["dataclasses.Field[Any]", Any, tuple[Any, ...]]]:
+    """Each field with its type, without None, and what Annotated adds to it."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        kind, about = hints[field.name], ()
+        if typing.get_origin(kind) is typing.Annotated:
+            kind, *about = typing.get_args(kind)  # type: ignore[assignment]
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+        yield field, kind, tuple(about)
+
+
+def _place(about: tuple[Any, ...]) -> Positional | None:
+    return next((a for a in about if isinstance(a, Positional)), None)
+
+
+def _item(kind: Any) -> Any:
+    """The type of one value: a tuple's items', else the type itself."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+
+
+def _metavar(kind: Any) -> str:
+    item = _item(kind)
+    return "|".join(typing.get_args(item)) if typing.get_origin(item) is Literal else _METAVARS[item]
+
+
+def _reader(kind: Any) -> Callable[[str], Any]:
+    """Text of the command line -> one value. Raises argparse's error, which names the option."""
+    item = _item(kind)
+    choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()
+
+    def read(text: str) -> Any:
+        if choices:
+            if text not in choices:
+                known = f" Known: {', '.join(choices)}."
+                raise argparse.ArgumentTypeError(f"'{text}' is not one of its values.{nearest(text, choices) or known}")
+            return text
+        try:
+            return item(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {_KINDS[item]}") from None
+
+    return read
+
+
+def _help(options: Any, field: "dataclasses.Field[Any]") -> str:
+    """The text below a field in its class's source, and its default where that says something."""
+    text = _texts(options).get(field.name, "")
+    default = field.default
+    if default is dataclasses.MISSING:
+        note = "(required)"
+    elif default is None or isinstance(default, bool) or default in ("", ()):
+        note = ""
+    else:
+        note = f"(default: {default})"
+    return f"{text} {note}".strip().replace("%", "%%")
+
+
+@functools.cache
+def _texts(options: Any) -> dict[str, str]:
+    """The texts below the fields of a class; none where its source is not there."""
+    try:
+        source = inspect.getsource(options)
+    except OSError:
+        return {}
+    (tree,) = ast.parse(textwrap.dedent(source)).body
+    texts = {}
+    for node, after in zip(tree.body, tree.body[1:], strict=False):  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            texts[ast.unparse(node.target)] = " ".join(str(after.value.value).split())
+    return texts
+
+
+def _hyphened(arg: str) -> str:
+    """`--max_new_tokens` is `--max-new-tokens`; a value after = stays as it is."""
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else arg
+
+
+def _refuse_unknown_options(options: Any, prog: str, args: Sequence[str]) -> None:
+    """Before argparse, which would first say what is missing: most often it is what was misspelled."""
+    known = {f"--{field.name.replace('_', '-')}" for field, _, about in _fields(options) if not _place(about)}
+    for arg in args:
+        name = arg.partition("=")[0]
+        if name == "--":
+            return
+        if name.startswith("--") and " " not in arg and name not in known:
+            raise ConfigError(f"{_name(prog)} has no option '{name}'.{nearest(name, known)} See {prog} --help.")
+
+
+def _usable(name: str, value: Any) -> Any:
+    """An option's value: a path without `~`, for which shells often do not look; a text in UTF-8, or ConfigError."""
+    if isinstance(value, tuple | list):
+        return tuple(_usable(name, v) for v in value)
+    if isinstance(value, Path):
+        return Path(expand_home(str(value)))
+    if name in _PATHS_AS_TEXT:
+        return expand_home(value)
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # bytes that Python could not decode
+        try:
+            return os.fsencode(value).decode()  # only because the locale is not UTF-8
+        except UnicodeError as e:
+            option = name.replace("_", "-")
+            raise ConfigError(f"{option}={value!r} has bytes that are not UTF-8: give it in that encoding.") from e
+    return value
