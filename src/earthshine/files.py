@@ -33,14 +33,9 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         if e.errno not in _FULL:
             raise
         raise DiskFullError(
-            f"{path} could not be written: the disk is full ({_free(path)} free there). "
+            f"{path} could not be written: the disk is full ({human_bytes(free_bytes(path))} free there). "
             f"Free some space or choose another folder, then run the same command again."
         ) from e
-
-
-def _free(path: Path) -> str:
-    folder = next((p for p in path.absolute().parents if p.is_dir()), Path("/"))
-    return human_bytes(free_bytes(folder))
 
 
 def expand_home(path: str) -> str:
@@ -176,10 +171,18 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write where `folder` is."""
-    usage = os.statvfs(folder)
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write where `path` is, or would be once it and its parents exist."""
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    usage = os.statvfs(existing)
     return usage.f_bavail * usage.f_frsize
+
+
+def require_space(path: Path, num_bytes: int, hint: str) -> None:
+    """Raises DiskFullError unless `num_bytes` can still be written at `path`; `hint` says what to do about it."""
+    free = free_bytes(path)
+    if free < num_bytes:
+        raise DiskFullError(f"{path} needs {human_bytes(num_bytes)}, but {human_bytes(free)} are free there. {hint}")
 
 
 def write_speed(folder: Path, num_bytes: int = 64 << 20) -> float:

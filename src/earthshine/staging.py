@@ -1,4 +1,9 @@
-"""A directory that becomes visible only when it is complete."""
+"""A directory that becomes visible only when it is complete.
+
+Conversions, exports, `prepare` and checkpoints write into a hidden sibling of their output, `.NAME.partial`, which is
+synced and renamed at the end. A kill at any moment leaves the whole directory, or a hidden one that the next start
+removes.
+"""
 
 import contextlib
 import json
@@ -22,37 +27,64 @@ def staging_path(out_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None) -> Iterator[Path]:
+def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None, replace: bool = False) -> Iterator[Path]:
     """Yield a hidden sibling of `out_dir` to write into; on success it is synced and renamed to `out_dir`.
 
     On an error it is removed, so that nothing half-written stays. What a killed process left there is removed too,
     unless `resume`, a JSON-ready description of the work, equals that process's: then it is kept for the caller to
     continue, also after an interrupt.
+
+    replace: `out_dir` may exist and is deleted just before the rename. For the process that holds the lock of a folder
+        around it, so that none is taken here.
+
     Raises OutputExistsError when `out_dir` exists; ConfigError when another process is writing it, or what is there
-    belongs to other work.
+    belongs to other work; DiskFullError.
     """
-    if out_dir.exists() or out_dir.is_symlink():
-        raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
+    if not replace:
+        _require_absent(out_dir, "choose another output folder, or remove this one")
     staging = staging_path(out_dir)
     make_folder(staging)
-    with _locked(staging, out_dir):
+    with contextlib.nullcontext() if replace else _locked(staging, out_dir):
         if resume is None or not _is_continued(staging, resume):
             _empty(staging)
         try:
-            if resume is not None:
-                write_json(staging / RESUME_FILE, resume)
-            yield staging
-            (staging / RESUME_FILE).unlink(missing_ok=True)
-            with naming_full_disk(staging):
+            with naming_full_disk(out_dir):
+                if resume is not None:
+                    write_json(staging / RESUME_FILE, resume)
+                yield staging
+                (staging / RESUME_FILE).unlink(missing_ok=True)
                 sync_folder(staging)
-            if out_dir.exists():
-                raise OutputExistsError(f"{out_dir} appeared while it was being written: remove it and try again.")
-            staging.rename(out_dir)
-            sync_folder(out_dir.parent)
+                if not replace:
+                    _require_absent(out_dir, "it appeared while it was being written: remove it and try again")
+                elif out_dir.exists():
+                    discard(out_dir)
+                staging.rename(out_dir)
+                sync_folder(out_dir.parent)
         except BaseException as e:
             if resume is None or isinstance(e, Exception):  # an interrupt leaves what can be continued
                 shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def discard(directory: Path) -> None:
+    """Delete a directory; a kill halfway leaves a hidden one, not half of it under its name."""
+    hidden = directory.with_name(f".{directory.name}.old")
+    directory.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_leftovers(parent: Path, pattern: str) -> None:
+    """Delete what a killed writer, or a kill during `discard`, left of the directories whose names match `pattern`.
+
+    Only for the process that holds the lock of a folder around them.
+    """
+    for path in parent.glob(f".{pattern}"):
+        _remove(path)
+
+
+def _require_absent(out_dir: Path, fix: str) -> None:
+    if os.path.lexists(out_dir):
+        raise OutputExistsError(f"{out_dir} exists: {fix}.")
 
 
 @contextlib.contextmanager
@@ -73,10 +105,10 @@ def _locked(staging: Path, out_dir: Path) -> Iterator[None]:
 
 def _is_continued(staging: Path, resume: dict[str, Any]) -> bool:
     try:
-        found = read_json(staging / RESUME_FILE)
+        saved = read_json(staging / RESUME_FILE)
     except (FileNotFoundError, ValueError):
         return False
-    changes = diff(found, json.loads(json.dumps(resume)))
+    changes = diff(saved, json.loads(json.dumps(resume)))
     if changes:
         raise ConfigError(
             f"{staging} holds the unfinished output of other work ({'; '.join(changes[:5])}): "
@@ -87,7 +119,11 @@ def _is_continued(staging: Path, resume: dict[str, Any]) -> bool:
 
 def _empty(directory: Path) -> None:
     for entry in directory.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -113,7 +113,7 @@ def logged(run_dir: Path, step: int) -> Callable[[], bool]:
 def saving(run_dir: Path) -> Callable[[], bool]:
     """A moment in the middle of a save: tensors are being written, and not yet in their final place."""
     checkpoints = run_dir / "checkpoints"
-    return lambda: any((p / "tensors").exists() for p in checkpoints.glob(".step-*.tmp"))
+    return lambda: any((p / "tensors").exists() for p in checkpoints.glob(".step-*.partial"))
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def test_killed_at_random_moments_and_in_saves_the_run_is_the_same(
             assert process.returncode == 75 and "Run the same command to go on" in err.decode(), err.decode()
         else:
             kills += kill(process)
-        interrupted_saves += any((run / "checkpoints").glob(".step-*.tmp"))
+        interrupted_saves += any((run / "checkpoints").glob(".step-*.partial"))
     log = finish(start(job_file, run, earthshine_env))
     assert kills >= 3 and ("going on from" in log or f"all {STEPS} steps are done" in log)
     assert interrupted_saves >= 1, "no kill hit a save: nothing was shown about saves"

@@ -5,8 +5,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,7 +106,35 @@ def test_sha256_of_more_than_one_chunk(tmp_path):
 def test_write_speed_leaves_nothing(tmp_path):
     assert files.write_speed(tmp_path, num_bytes=1 << 20) > 0
     assert names(tmp_path) == []
-    assert files.free_bytes(tmp_path) > 0
+
+
+@pytest.mark.parametrize("where", ["", "run", "new/deeper/run"])
+@pytest.mark.parametrize(
+    ("num_bytes", "error"),
+    [
+        (0, None),
+        (3 << 20, None),
+        ((3 << 20) + 1, r"needs 3.0 MiB, but 3.0 MiB are free there\. Lower keep\."),
+        (1 << 40, r"needs 1.0 TiB, but 3.0 MiB are free there"),
+        (-1, None),  # what is there already is more than what is needed
+    ],
+)
+def test_space_is_required_before_it_is_used(tmp_path, monkeypatch, where, num_bytes, error):
+    """Of the file system that the path is on, or will be; what root alone may use (f_bfree) does not count."""
+    asked = []
+
+    def statvfs(path):
+        asked.append(path)
+        return SimpleNamespace(f_bavail=3 << 10, f_frsize=1 << 10, f_bfree=1 << 40, f_bsize=1 << 20)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    path = tmp_path / where
+    if error is None:
+        files.require_space(path, num_bytes, "Lower keep.")
+    else:
+        with pytest.raises(DiskFullError, match=re.escape(str(path)) + " " + error):
+            files.require_space(path, num_bytes, "Lower keep.")
+    assert set(asked) == {tmp_path}
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "ENOTSUP", "ENOSYS", "EBADF"])

@@ -3,11 +3,12 @@
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
-from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.staging import staged_directory, staging_path
+from earthshine.errors import ConfigError, DiskFullError, OutputExistsError
+from earthshine.staging import remove_leftovers, staged_directory, staging_path
 
 
 def test_appears_only_when_complete(tmp_path):
@@ -53,6 +54,62 @@ def test_an_existing_output_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExistsError, match="exists"), staged_directory(tmp_path / "out"):
         pass
+
+
+def test_one_who_owns_the_folder_replaces_what_is_there(tmp_path):
+    """A checkpoint that is damaged: it stays until the new one is whole, and no lock of its own is needed."""
+    out = tmp_path / "step-000001"
+    out.mkdir()
+    (out / "old").write_text("1")
+    with pytest.raises(ValueError, match="bad"), staged_directory(out, replace=True) as staging:
+        raise ValueError("bad")
+    assert (out / "old").exists()
+    with staged_directory(out, replace=True) as staging:
+        (staging / "new").write_text("2")
+        assert (out / "old").exists()
+    assert [p.name for p in out.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("killed_at", ["before the discard", "in the discard", "after the discard"])
+def test_a_kill_while_replacing_leaves_no_half_directory_under_the_name(tmp_path, monkeypatch, killed_at):
+    class Killed(BaseException):
+        """At which nothing is cleaned up."""
+
+    def killed(*_, **__):
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # a dead process removes nothing
+        raise Killed
+
+    out = tmp_path / "step-000001"
+    out.mkdir()
+    (out / "old").write_text("1")
+    rename = Path.rename
+    if killed_at == "before the discard":
+        monkeypatch.setattr(Path, "rename", killed)
+    elif killed_at == "in the discard":
+        monkeypatch.setattr("shutil.rmtree", killed)
+    else:
+        monkeypatch.setattr(Path, "rename", lambda a, b: killed() if a == staging_path(out) else rename(a, b))
+    with pytest.raises(Killed), staged_directory(out, replace=True) as staging:
+        (staging / "new").write_text("2")
+    monkeypatch.undo()
+    left = [p.name for p in out.iterdir()] if out.exists() else None
+    assert left == (["old"] if killed_at == "before the discard" else None)
+    (tmp_path / "step-000002").mkdir()
+    remove_leftovers(tmp_path, "step-*")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001"] * (left is not None) + ["step-000002"]
+
+
+def test_a_link_without_a_target_is_an_output_that_exists(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputExistsError, match="exists"), staged_directory(tmp_path / "out"):
+        pass
+
+
+def test_a_full_disk_names_the_output(tmp_path):
+    with pytest.raises(DiskFullError, match="out could not be written"), staged_directory(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_writers_exclude_each_other(tmp_path):

@@ -1,11 +1,10 @@
 """Training checkpoints on torch.distributed.checkpoint: atomic, hashed, signed, the last k kept.
 
-A checkpoint is written into a hidden folder beside its final place, every file fsynced, its manifest last, and then
-renamed: a kill at any moment leaves either the whole checkpoint or none. Reading verifies the manifest and the sha256
-of every file before anything is unpickled; a damaged checkpoint is passed over, with a warning, for the one before it.
+A checkpoint appears whole or not at all (`staging`): every file is fsynced, its manifest last. Reading verifies the
+manifest and the sha256 of every file before anything is unpickled; a damaged checkpoint is passed over, with a warning,
+for the one before it.
 """
 
-import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -22,16 +21,17 @@ from earthshine.checkpoint.manifest import Manifest
 from earthshine.config import encode, read_json
 from earthshine.console import human_bytes, log
 from earthshine.data.tokenization import Tokenization
-from earthshine.errors import CheckpointError, ConfigError, DiskFullError
-from earthshine.files import naming_full_disk, sync_folder, write_json
+from earthshine.errors import CheckpointError, ConfigError
+from earthshine.files import free_bytes, require_space, write_json
 from earthshine.model.config import ModelConfig
 from earthshine.run_folder import CHECKPOINTS, checkpoint_folders, step_folder, step_folders
+from earthshine.staging import discard, remove_leftovers, staged_directory
 
 MODEL_PREFIX = "model."
 _TENSORS = "tensors"
 _STATE = "state.json"
-_HIDDEN = "."
 _SLACK_BYTES = 1 << 20  # index, manifest and headers beside the tensors
+_SPACE_HINT = "Free some space, or lower checkpoint.keep, then run the same command again."
 
 
 @dataclass(frozen=True)
@@ -72,28 +72,13 @@ def save(
     Raises DiskFullError when there is no room; then no trace of this checkpoint is left.
     """
     final = step_folder(run_dir, step)
-    parent = final.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(run_dir)
-    needed = sum(t.nbytes for t in tensors.values()) + _SLACK_BYTES
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise DiskFullError(_full(final, needed, free))
-    temporary = parent / f"{_HIDDEN}{final.name}.tmp"
-    temporary.mkdir()
-    try:
-        with naming_full_disk(final):
-            _write_tensors(temporary / _TENSORS, tensors, final, needed)
-            write_json(temporary / _STATE, dict(state))
-            manifests.write(temporary, step=step, model=encode(model), job=dict(job), tokenization=tokenization)
-            sync_folder(temporary)
-            if final.exists():  # damaged, or it would have been resumed from
-                _discard(final)
-            temporary.rename(final)
-            sync_folder(parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    _remove_leftovers(run_dir)
+    needed = _bytes_of(tensors)
+    require_space(final, needed, _SPACE_HINT)
+    with staged_directory(final, replace=True) as staging:  # one that exists is damaged, or we had resumed from it
+        _write_tensors(staging / _TENSORS, tensors, final, needed)
+        write_json(staging / _STATE, dict(state))
+        manifests.write(staging, step=step, model=encode(model), job=dict(job), tokenization=tokenization)
     _discard_old(run_dir, keep, final)
     return final
 
@@ -111,17 +96,16 @@ def check_can_save(run_dir: Path, tensors: Mapping[str, Tensor], *, saves: int, 
             raise ConfigError(f"{path} is a file where a checkpoint's folder belongs: move it away.")
     where = parent if parent.exists() else run_dir
     try:
-        remove_leftovers(run_dir)
+        _remove_leftovers(run_dir)
         with tempfile.TemporaryFile(dir=where):
-            free = shutil.disk_usage(where).free
+            free = free_bytes(where)
     except OSError as e:
         raise ConfigError(f"{where} cannot hold checkpoints: {e}. Make it writable, or choose another --run.") from e
-    there = len(step_folders(run_dir))
-    needed = sum(t.nbytes for t in tensors.values()) + _SLACK_BYTES
-    if free < needed:
-        raise DiskFullError(_full(parent, needed, free))
-    most = min(there + saves, keep + 1) if keep else there + saves  # the oldest goes when the newest is complete
-    if free < needed * (most - there):
+    needed = _bytes_of(tensors)
+    require_space(parent, needed, _SPACE_HINT)
+    present = len(step_folders(run_dir))
+    most = min(present + saves, keep + 1) if keep else present + saves  # the oldest goes when the newest is complete
+    if free < needed * (most - present):
         log(
             f"warning: {most} checkpoints of {human_bytes(needed)} will lie in {parent} at once; {human_bytes(free)} "
             f"are free there, enough for {free // needed} more. Free some space, or lower checkpoint.keep."
@@ -199,21 +183,12 @@ def load_model_state(path: str | Path, *, trust: bool = False) -> tuple[ModelCon
     return checkpoint.model, {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def remove_leftovers(run_dir: Path) -> None:
-    """Delete what a killed save or deletion left behind. Only for the process that owns the run folder."""
-    for path in (run_dir / CHECKPOINTS).glob(f"{_HIDDEN}step-*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def tidy(run_dir: Path, *, keep: int, newest: Path) -> None:
     """What a save that was killed at any moment would have left to be deleted by the next one.
 
     newest: the checkpoint that is resumed from. Where a damaged one is newer, none is deleted.
     """
-    remove_leftovers(run_dir)
+    _remove_leftovers(run_dir)
     if step_folders(run_dir)[0] == newest:
         _discard_old(run_dir, keep, newest)
 
@@ -221,19 +196,16 @@ def tidy(run_dir: Path, *, keep: int, newest: Path) -> None:
 def _discard_old(run_dir: Path, keep: int, newest: Path) -> None:
     for old in step_folders(run_dir)[keep:] if keep else ():
         if old != newest:
-            _discard(old)
+            discard(old)
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    remove_leftovers(run_dir / CHECKPOINTS, "step-*")
 
 
 def _open(manifest: Manifest) -> Checkpoint:
     state = read_json(manifest.folder / _STATE)
     return Checkpoint(manifest.folder, manifest.step, manifest.model, manifest.job, state, manifest.tokenization)
-
-
-def _discard(folder: Path) -> None:
-    """Delete a checkpoint; a kill halfway leaves no half checkpoint under a valid name."""
-    hidden = folder.with_name(f"{_HIDDEN}{folder.name}.old")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
 
 
 @contextmanager
@@ -253,9 +225,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], final: Path, nee
         with _single_process():
             save_distributed(dict(tensors), storage_writer=FileSystemWriter(folder), no_dist=True)
     except (CheckpointException, RuntimeError) as e:  # how torch's zip writer says that a write was cut short
-        free = shutil.disk_usage(folder.parent).free
-        if free < needed:
-            raise DiskFullError(_full(final, needed, free)) from e
+        require_space(final, needed, _SPACE_HINT)
         raise CheckpointError(f"{final} could not be written: {e}") from e
 
 
@@ -293,8 +263,6 @@ def _check_names(folder: Path, saved: set[str], wanted: set[str]) -> None:
             )
 
 
-def _full(path: Path, needed: int, free: int) -> str:
-    return (
-        f"{path} could not be written: it needs {human_bytes(needed)} and {human_bytes(free)} are free there. "
-        f"Free some space, or lower checkpoint.keep, then run the same command again."
-    )
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """What a checkpoint of these tensors takes on the disk, at most."""
+    return sum(t.nbytes for t in tensors.values()) + _SLACK_BYTES

@@ -11,8 +11,6 @@ character of the piece being encoded, the offsets of one shard, the list of file
 import contextlib
 import multiprocessing
 import os
-import secrets
-import shutil
 import signal
 import threading
 import time
@@ -46,7 +44,7 @@ from earthshine.data.shards import ShardWriter, token_dtype
 from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import load_tokenizer, warn_of_missing_rows
 from earthshine.errors import ConfigError, DataError, OutputExistsError
-from earthshine.files import make_folder, naming_full_disk, sync_folder
+from earthshine.staging import staged_directory
 
 _PIECE_CHARS = 1 << 20  # longest text that is encoded whole: `tokenizers` holds about 100 bytes per character
 _TASKS_PER_WORKER = 3
@@ -197,8 +195,9 @@ def prepare(
     unless one document does. skip_unreadable: leave out what looks like data in a form that is not read, instead of
     refusing it.
 
-    The folder appears whole or not at all. Raises ConfigError (inputs, tokenizer, eod), OutputExistsError, DataError
-    (input that is damaged or would be left out, or no document in it), MissingDependencyError (parquet), DiskFullError.
+    The folder appears whole or not at all (`staging`). Raises ConfigError (inputs, tokenizer, eod), OutputExistsError,
+    DataError (input that is damaged or would be left out, or no document in it), MissingDependencyError (parquet),
+    DiskFullError.
     """
     out = Path(out)
     workers = _cores() if workers is None else workers
@@ -208,7 +207,7 @@ def prepare(
     if not inputs:
         raise ConfigError("inputs=[] names nothing to read; give files or folders of text, JSON or parquet.")
     if os.path.lexists(out):
-        raise OutputExistsError(f"out={out} exists; choose another folder or remove it first.")
+        raise OutputExistsError(f"out={out} exists: choose another folder, or remove this one.")
     encoder = Encoder(Path(tokenizer), eod, text_key, special_tokens)
     warn_of_missing_rows(encoder.tokenizer)
     files, aside = find_files(inputs)
@@ -219,7 +218,7 @@ def prepare(
     tasks = make_tasks(files, text_key, formats)
     workers = min(workers, -(-total_bytes // _MIN_BYTES_PER_WORKER) or 1)
     start = time.monotonic()
-    with _published(out) as folder:
+    with staged_directory(out) as folder:
         writer = ShardWriter(folder, vocab_size=encoder.tokenizer.vocab_size, max_tokens_per_shard=max_tokens_per_shard)
         try:
             tally = _write_all(writer, _encode_all(tasks, encoder, text_key, workers), total_bytes, skip_unreadable)
@@ -248,29 +247,6 @@ def prepare(
 def _cores() -> int:
     """Cores this process may use, which a container or a job may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _published(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and disappears when it does not."""
-    prefix = f".{out.name}.partial-"
-    folder = out.with_name(prefix + secrets.token_hex(4))
-    with naming_full_disk(out):
-        make_folder(out.parent)
-        for stale in out.parent.iterdir():
-            if stale.name.startswith(prefix):
-                log(f"prepare: {stale} is what a killed run left, unless another is running; remove it.")
-        try:
-            folder.mkdir()
-            yield folder
-            sync_folder(folder)
-            if os.path.lexists(out):
-                raise OutputExistsError(f"out={out} was made by something else meanwhile; choose another folder.")
-            folder.rename(out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        sync_folder(out.parent)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """The offline execution of a plan: every target tensor is streamed into a Hugging Face directory."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +11,9 @@ from earthshine.checkpoint.name_tables import Entry
 from earthshine.checkpoint.safetensors_store import row_blocks
 from earthshine.checkpoint.tokenizer_class import warn_of_ids_beyond
 from earthshine.config import read_json
-from earthshine.console import human_bytes, log, progress
-from earthshine.errors import DiskFullError, OutputExistsError, WeightsError
-from earthshine.files import sha256_file, write_json
+from earthshine.console import log, progress
+from earthshine.errors import OutputExistsError, WeightsError
+from earthshine.files import require_space, sha256_file, write_json
 from earthshine.run_folder import UPCYCLING
 from earthshine.staging import staged_directory, staging_path
 from earthshine.upcycle.config import UpcycleConfig
@@ -108,17 +107,10 @@ class Blocks:
 
 def _check_space(plan: UpcyclePlan, out_dir: Path) -> None:
     """Raises DiskFullError, before anything is written, when the output cannot fit; counts what a killed one left."""
-    folder = next(p for p in out_dir.absolute().parents if p.is_dir())
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
     staging = staging_path(out_dir)
     present = sum(p.stat().st_size for p in staging.iterdir() if p.is_file()) if staging.is_dir() else 0
-    needed = plan.num_bytes + SPARE_BYTES - present
-    if needed > free:
-        raise DiskFullError(
-            f"{out_dir} needs {human_bytes(needed)} and {folder} has {human_bytes(free)} free: "
-            f"free some space, or choose another folder, fewer experts or fewer layers."
-        )
+    hint = "Free some space, or choose another folder, fewer experts or fewer layers."
+    require_space(out_dir, plan.num_bytes + SPARE_BYTES - present, hint)
 
 
 def check_manifest(directory: str | Path) -> int:

@@ -21,6 +21,7 @@ from earthshine.data.prepare import Encoded, prepare
 from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.data.tokenizer import load_tokenizer
 from earthshine.errors import ConfigError, DataError, DiskFullError, OutputExistsError
+from earthshine.staging import staging_path
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ class TestRefusals:
     def test_output_exists(self, tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
         out = tmp_path / "out"
         out.mkdir()
-        with pytest.raises(OutputExistsError, match="out=.*/out exists; choose another folder"):
+        with pytest.raises(OutputExistsError, match="out=.*/out exists: choose another folder"):
             prepare([corpus], tokenizer_dir, out)
         assert list(out.iterdir()) == []
 
@@ -230,8 +231,8 @@ class TestRefusals:
         self, tmp_path: Path, corpus: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         out = tmp_path / "out"
-        monkeypatch.setattr(module, "sync_folder", lambda folder: out.mkdir())
-        with pytest.raises(OutputExistsError, match="made by something else meanwhile"):
+        monkeypatch.setattr("earthshine.staging.sync_folder", lambda folder: out.mkdir())
+        with pytest.raises(OutputExistsError, match="appeared while it was being written"):
             prepare([corpus], tokenizer_dir, out)
         assert leftovers(out) == ["out"]
 
@@ -292,13 +293,13 @@ class TestRefusals:
         assert leftovers(tmp_path / "out") == []
 
 
-def test_remains_of_a_killed_run_are_named(
-    tmp_path: Path, corpus: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stale = tmp_path / ".out.partial-0123"
-    stale.mkdir()
-    prepare([corpus], tokenizer_dir, tmp_path / "out")
-    assert f"{stale} is what a killed run left" in capsys.readouterr().err
+def test_what_a_killed_run_left_goes_at_the_next(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
+    out = tmp_path / "out"
+    staging_path(out).mkdir()
+    (staging_path(out) / "shard-00000.bin").write_bytes(b"half")
+    prepare([corpus], tokenizer_dir, out)
+    assert not staging_path(out).exists()
+    assert TokenShards(out).num_documents
 
 
 def start(tmp_path: Path, tokenizer_dir: Path) -> "subprocess.Popen[str]":
@@ -320,7 +321,7 @@ prepare(sys.argv[1:2], *sys.argv[2:], workers=2)"""
         start_new_session=True,
     )
     until = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.partial-*/shard-00000.bin")):
+    while not list(tmp_path.glob(".out.partial/shard-00000.bin")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.02)

@@ -69,13 +69,13 @@ def test_a_folder_that_cannot_be_written_to(
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(run_store.shutil, "disk_usage", lambda path: SimpleNamespace(free=num_bytes))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=num_bytes, f_frsize=1))
 
 
 @pytest.mark.usefixtures("no_step")
 def test_no_room_for_one_checkpoint(make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 1000)
-    with pytest.raises(DiskFullError, match=r"it needs 1.* MiB and 1000 B are free there"):
+    with pytest.raises(DiskFullError, match=r"checkpoints needs 1.* MiB, but 1000 B are free there"):
         fit(make_job(checkpoint=CheckpointConfig(every_steps=0)), tmp_path / "run")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,7 @@ def test_each_source_is_read_once(dense_dir, tmp_path, monkeypatch):
 KILLED_CHILD = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from earthshine.upcycle import convert
 from earthshine.upcycle.config import UpcycleConfig
 source, out, where, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -217,10 +219,8 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         left -= len(data)
         return write(fd, data)
 
-    real = os.statvfs(folder)
-    full = os.statvfs_result((real.f_bsize, 1, 200_000, 200_000, 200_000, *tuple(real)[5:]))
     monkeypatch.setattr(os, "write", limited)
-    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=200_000, f_frsize=1))
     yield folder
 
 
@@ -243,10 +243,9 @@ def test_space_that_a_killed_conversion_holds_is_counted(dense_dir, tmp_path, mo
     plan = plan_upcycle(source, SMALL_SHARDS)
     staging_path(out).mkdir()
     (staging_path(out) / "part").write_bytes(bytes(50_000))
-    real = os.statvfs(tmp_path)
     free = plan.num_bytes + convert.SPARE_BYTES - 50_000
     for spare, fits in ((0, True), (-1, False)):
-        stat = os.statvfs_result((real.f_bsize, 1, *[free + spare] * 3, *tuple(real)[5:]))
+        stat = SimpleNamespace(f_bavail=free + spare, f_frsize=1)
         monkeypatch.setattr(os, "statvfs", lambda path, stat=stat: stat)
         if fits:
             convert._check_space(plan, out)
