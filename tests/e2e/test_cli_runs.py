@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,28 @@ def test_sigterm_saves_and_exits_75(run, tiny_job, shards, tmp_path, earthshine_
     assert saved >= 1
     code, _, err = run(*command, "--stop-after", saved + 1)
     assert code == 0, err
+
+
+def test_a_recipe_takes_its_vocabulary_from_the_shards(run, tiny_job, shards, tmp_path, monkeypatch):
+    """320 token ids; and a resume, by the recipe or by config.json, is of the same model."""
+    from earthshine.model.presets import PRESETS
+    from earthshine.recipes import tiny
+
+    small = lambda: replace(PRESETS["llama3_tiny"](), vocab_size=100)  # noqa: E731
+    monkeypatch.setattr(tiny.presets, "llama3_tiny", small)
+    named = [word for word in tiny_job if "vocab_size" not in word]
+    command = ["train", *named, "--data", shards, "--run", tmp_path / "run"]
+    line = "init.model.vocab_size: 100 -> 320, the number of token ids in the shards"
+    code, out, err = run(*command, "--dry-run")
+    assert code == 0 and line in err and "  init.model.vocab_size: 100 -> 320\n" in out
+    plan = json.loads(run(*command, "--dry-run", "--json")[1])
+    assert plan["notes"] == [line] and plan["job"]["init"]["model"]["vocab_size"] == 320
+    code, _, err = run(*command, "--stop-after", 1)
+    assert code == 0 and line in err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["init"]["model"]["vocab_size"] == 320
+    code, _, err = run(*command, "--stop-after", 2)
+    assert code == 0, err
+    code, _, err = run("train", tmp_path / "run" / "config.json", "--run", tmp_path / "run")
+    assert code == 0 and "vocab_size" not in err, err
+    code, _, err = run(*command[:-1], tmp_path / "other", "init.model.vocab_size=100")
+    assert code == 1 and "100 ids" in err

@@ -70,9 +70,11 @@ class Options:
 
 
 def run(options: Options) -> None:
-    job = resolve(options.job, _assignments(options))
+    job, note = resolve(options.job, _assignments(options))
+    if note:
+        log(note)
     if options.dry_run:
-        print_plan(job, options)
+        print_plan(job, note, options)
         return
     from earthshine.train.loop import fit
 
@@ -95,8 +97,8 @@ def run(options: Options) -> None:
         print_outcome(f"{run_dir}\nnext: earthshine report {shell_quoted(run_dir)}")
 
 
-def print_plan(job: "TrainJob", options: Options) -> None:
-    """What `--dry-run` prints."""
+def print_plan(job: "TrainJob", note: str, options: Options) -> None:
+    """What `--dry-run` prints. note: of the vocabulary, as `resolve` gives it."""
     from earthshine.device import choose_compute_dtype, pick_device
     from earthshine.train.derive import derive
 
@@ -109,7 +111,9 @@ def print_plan(job: "TrainJob", options: Options) -> None:
     elif not plan.sources:
         log("warning: the token shards cannot be read here, or hold no whole sequence: epochs are unknown.")
     if options.json:
-        print_json({"job": encode(job), "derived": asdict(plan), "gemm_peak_flops": compute.peak_flops})
+        notes = [note] if note else []
+        result = {"job": encode(job), "notes": notes, "derived": asdict(plan), "gemm_peak_flops": compute.peak_flops}
+        print_json(result)
         return
     print(plan.table(compute.peak_flops))
     print(f"\ncomputing in {str(compute.dtype).removeprefix('torch.')}: {compute.reason}")
@@ -139,13 +143,14 @@ def _assignments(options: Options) -> tuple[str, ...]:
     return (*short, *options.overrides)
 
 
-def resolve(name: str, overrides: tuple[str, ...]) -> "TrainJob":
-    """The job of that recipe or file, with the overrides applied."""
+def resolve(name: str, overrides: tuple[str, ...]) -> "tuple[TrainJob, str]":
+    """The job of that recipe or file with the overrides applied; and a line when a recipe's vocabulary was enlarged."""
     from earthshine.recipes.registry import RECIPES
     from earthshine.train.job import TrainJob
+    from earthshine.train.vocabulary import fit_vocabulary
 
     if name.endswith(".json"):
-        return override(load_json(TrainJob, name), overrides)
+        return override(load_json(TrainJob, name), overrides), ""
     if name not in RECIPES:
         raise ConfigError(f"recipe '{name}' is not known, nor is it the path of a .json file.{nearest(name, RECIPES)}")
-    return override(RECIPES[name](), overrides)
+    return fit_vocabulary(override(RECIPES[name](), overrides), overrides)

@@ -26,7 +26,7 @@ def source_uses(data: DataConfig, *, seq_len: int, sequences: int) -> tuple[Sour
     total = sum(s.weight for s in data.sources)
     uses = []
     for source in data.sources:
-        tokens, sha256 = _index(source.path)
+        tokens, sha256, _ = _index(source.path)
         windows, _ = cut(tokens, seq_len)
         if windows == 0:
             return ()
@@ -39,12 +39,20 @@ def fingerprint(path: str) -> str:
     return _index(path)[1] if path else ""
 
 
-def _index(path: str) -> tuple[int, str]:
-    """Tokens and sha256; 0 and "" where there is nothing to read: whoever trains on it says what is wrong."""
+def vocabulary(path: str) -> int:
+    """The number of token ids of a folder's shards; 0 for no folder, an unreadable one, or a number beyond any."""
+    from earthshine.data.tokenizer import MAX_VOCAB_SIZE
+
+    size = _index(path)[2] if path else 0
+    return size if size <= MAX_VOCAB_SIZE else 0
+
+
+def _index(path: str) -> tuple[int, str, int]:
+    """Tokens, sha256 and vocabulary; 0, "" and 0 where nothing can be read: whoever trains on it says what is wrong."""
     from earthshine.data.shards import read_index
 
     try:
         index, sha256 = read_index(Path(path))
     except (DataError, OSError):
-        return 0, ""
-    return int(index["tokens"]), sha256
+        return 0, "", 0
+    return int(index["tokens"]), sha256, int(index["vocab_size"])
