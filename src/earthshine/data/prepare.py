@@ -259,7 +259,7 @@ class _Tally:
 def _write_all(
     writer: ShardWriter, results: Generator[Encoded, None, None], total_bytes: int, skip_unreadable: bool
 ) -> _Tally:
-    """Write every result, showing progress in bytes of input; names the first few skips of each reason."""
+    """Write every result, showing progress in bytes of input; names the first few skips of each reason but "empty"."""
     tally = _Tally(Counter(), 0, Counter())
     tokens = documents = 0
     with contextlib.closing(results), progress("prepare", total_bytes, "B") as bar:
@@ -269,7 +269,7 @@ def _write_all(
             writer.add(result.tokens, result.lengths_N, result.bytes_N)
             for skip in result.skipped:
                 tally.skipped[skip.reason] += 1
-                if tally.skipped[skip.reason] <= _SKIPS_NAMED:
+                if skip.reason != "empty" and tally.skipped[skip.reason] <= _SKIPS_NAMED:  # that is in the sum
                     log(f"prepare: skipped {printable(skip.name, one_line=True)}: {skip.reason}")
             tally.in_pieces += result.in_pieces
             tally.counts.update(result.counts)
@@ -287,7 +287,7 @@ def _finish(
     if tally.in_pieces:
         log(f"prepare: {tally.in_pieces} documents of more than {_PIECE_CHARS} characters were encoded in pieces.")
     if said:
-        log(f"prepare: skipped in all: {said}.")
+        log(f"prepare: skipped {said}.")
     rule = Tokenization(
         tokenizer_sha256=encoder.tokenizer.sha256,
         eod=encoder.eod,

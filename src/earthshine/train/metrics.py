@@ -122,27 +122,29 @@ def max_violation(counts: Sequence[int]) -> float:
 
 
 def step_line(record: Mapping[str, Any], num_steps: int, eta_seconds: float) -> str:
-    """`step  120/2000   6.0%  loss 3.4120  |g| 0.81  lr 2.00e-04  41.20k tok/s  mfu 38.0%  1.20GiB  eta 14m02s`
+    """`step  120/2000   6.0%  loss  3.4120  |g|   0.81  lr 2.00e-04   41.20k tok/s  mfu  38.0%    1.20GiB  eta 14m02s`
 
-    With experts also `maxvio 0.12`, with a capacity `drop 1.2%`, and `dead 3` where experts got nothing.
+    With experts also `maxvio  0.12` and, last, `dead 3` where experts got nothing; with a capacity `drop  1.2%`. Fields
+    have fixed widths, so that the lines of a run align.
     """
     step = record["step"]
     parts = [
         f"step {step:{len(str(num_steps))}d}/{num_steps} {step / num_steps:6.1%}",
-        f"loss {record['loss']:.4f}",
-        f"|g| {record['grad_norm']:.3g}",
+        f"loss {record['loss']:7.4f}",
+        f"|g| {record['grad_norm']:6.2f}",
         f"lr {record['lr']:.2e}",
-        f"{human_count(record['tokens_per_second'])} tok/s",
-        f"mfu {record['mfu']:.1%}",
-        f"{record['memory_gib']:.2f}GiB",
+        f"{human_count(record['tokens_per_second']):>7} tok/s",
+        f"mfu {record['mfu']:6.1%}",
+        f"{record['memory_gib']:6.2f}GiB",
     ]
     if "max_violation" in record:
-        parts.append(f"maxvio {record['max_violation']:.2f}")
+        parts.append(f"maxvio {record['max_violation']:5.2f}")
     if "drop_rate" in record:
-        parts.append(f"drop {record['drop_rate']:.1%}")
+        parts.append(f"drop {record['drop_rate']:5.1%}")
+    parts.append(f"eta {human_seconds(eta_seconds):>6}")
     if record.get("dead_experts"):
         parts.append(f"dead {record['dead_experts']}")
-    return "  ".join([*parts, f"eta {human_seconds(eta_seconds)}"])
+    return "  ".join(parts)
 
 
 def heldout_line(record: Mapping[str, Any]) -> str:

@@ -213,7 +213,7 @@ def test_progress_and_skips_are_said(
     out, err = capsys.readouterr()
     assert out == ""
     assert f"skipped {corpus / 'c.bin'}: binary" in err
-    assert "skipped in all: 1 binary, 1 empty, 1 not UTF-8." in err
+    assert "prepare: skipped 1 binary, 1 empty, 1 not UTF-8." in err and ": empty" not in err
     assert "120 documents" in err
 
 

@@ -23,12 +23,29 @@ STEP = {
 
 def test_the_line_says_everything() -> None:
     line = step_line(STEP, 2000, 840.0)
-    said = "step    7/2000   0.4%  loss 3.4123  |g| 0.812  lr 2.00e-04  41.23k tok/s  mfu 38.1%  1.50GiB"
-    assert line == said + "  eta 14m00s"
+    start = "step    7/2000   0.4%  loss  3.4123  |g|   0.81  lr 2.00e-04   41.23k tok/s  mfu  38.1%    1.50GiB"
+    assert line == start + "  eta 14m00s"
     balanced = step_line(STEP | {"max_violation": 0.1234, "dead_experts": 0}, 2000, 840.0)
-    assert balanced == said + "  maxvio 0.12  eta 14m00s"
+    assert balanced == start + "  maxvio  0.12  eta 14m00s"
     routing = {"max_violation": 3.0, "dead_experts": 2, "drop_rate": 0.012}
-    assert step_line(STEP | routing, 2000, 840.0) == said + "  maxvio 3.00  drop 1.2%  dead 2  eta 14m00s"
+    assert step_line(STEP | routing, 2000, 840.0) == start + "  maxvio  3.00  drop  1.2%  eta 14m00s  dead 2"
+
+
+def test_the_lines_of_a_run_align() -> None:
+    early = {
+        "step": 1,
+        "loss": 12.5,
+        "grad_norm": 118.2,
+        "tokens_per_second": 812.4,
+        "mfu": 0.0123,
+        "max_violation": 11,
+    }
+    late = {"step": 2000, "tokens_per_second": 1.25e6, "mfu": 1.01, "memory_gib": 79.4, "max_violation": 0.02}
+    lines = [step_line(STEP | changes, 2000, eta) for changes, eta in ((early, 0.5), (late, 7500.0))]
+    starts = [
+        [line.index(word) for word in ("loss", "|g|", "lr", "tok/s", "mfu", "GiB", "maxvio", "eta")] for line in lines
+    ]
+    assert starts[0] == starts[1] and len(lines[0]) == len(lines[1])
 
 
 def test_the_held_out_line() -> None:
