@@ -153,12 +153,12 @@ def test_killed_at_random_moments_and_in_saves_the_run_is_the_same(
         if how == "terminate":
             os.kill(process.pid, signal.SIGTERM)
             _, err = process.communicate(timeout=PATIENCE_SECONDS)
-            assert process.returncode == 75 and "Run the same command to go on" in err.decode(), err.decode()
+            assert process.returncode == 75 and "Run the same command to resume" in err.decode(), err.decode()
         else:
             kills += kill(process)
         interrupted_saves += any((run / "checkpoints").glob(".step-*.partial"))
     log = finish(start(job_file, run, earthshine_env))
-    assert kills >= 3 and ("going on from" in log or f"all {STEPS} steps are done" in log)
+    assert kills >= 3 and ("resuming from" in log or f"all {STEPS} steps are done" in log)
     assert interrupted_saves >= 1, "no kill hit a save: nothing was shown about saves"
     assert not list((run / "checkpoints").glob(".*"))
     assert outcome(run) == expected

@@ -1,9 +1,9 @@
-"""`fit`: run a job, or go on with it, until its last step."""
+"""`fit`: train a job to its last step, resuming if the run folder has a checkpoint."""
 
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from earthshine.optim.muon import configured_groups
 from earthshine.optim.schedule import learning_rate
 from earthshine.run_folder import EVAL, HELDOUT_AFTER, HELDOUT_BEFORE, METRICS, step_folder
 from earthshine.train.claim import claim, remove_leftovers
-from earthshine.train.derive import derive
+from earthshine.train.derive import Derived, derive
 from earthshine.train.interrupts import Interrupts
 from earthshine.train.job import TrainJob
 from earthshine.train.metrics import MetricsFile, heldout_line, routing_record, samples_digest, step_line
@@ -44,7 +44,7 @@ from earthshine.train.resume import check_config, check_heldout, same_data
 from earthshine.train.starts import record_start, warnings_told
 from earthshine.train.state import TrainState, build_state
 from earthshine.train.step import Objective, StepResult, train_step
-from earthshine.train.trackers import Tracker, make_tracker, require_tracker
+from earthshine.train.trackers import NoTracker, Tracker, make_tracker, require_tracker
 
 _ETA_STEPS = 20
 
@@ -79,12 +79,12 @@ def fit(
     allow_config_change: bool = False,
     stop_after: int | None = None,
 ) -> RunSummary:
-    """Train `job` in a run folder; in the folder of a run that is not finished, go on with it, bit for bit.
+    """Train `job` in a run folder; a run that is not finished there is resumed, bit for bit.
 
     Args:
         run_dir: "runs/" and the job's name when None.
         trust: read checkpoints that were not made by this user on this machine.
-        allow_config_change: go on although the config of the folder is another.
+        allow_config_change: resume although the folder's config differs.
         stop_after: save and return after this step, as if the run had been interrupted there; None for the end.
 
     Raises ConfigError for a job that cannot run, or a folder of another config; DataError, WeightsError,
@@ -102,11 +102,12 @@ def fit(
     where = pick_device_by_name(device)
     # Signals are heeded from here on: hashing data and reading a checkpoint can take minutes, too.
     with claim(folder), _reproducible(where, job.seed), Interrupts() as interrupts:
-        run = _open(job, folder, where, trust=trust, allow_config_change=allow_config_change)
-        try:
+        point = _resume_point(job, folder, trust=trust, allow_config_change=allow_config_change)
+        run = _build(job, folder, where, point, trust=trust, allow_config_change=allow_config_change)
+        _prepare_folder(run, point)
+        _announce(run, point)
+        with closing(make_tracker(job.tracker, folder, run.state.step + 1)) as run.tracker:
             return _loop(run, interrupts, min(stop_after or job.num_steps, job.num_steps))
-        finally:
-            run.tracker.close()
 
 
 @contextmanager
@@ -137,77 +138,112 @@ def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
             deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class _ResumePoint:
+    """Where a start begins. checkpoint: None for the first step. same_data: see `resume.same_data`.
+
+    told: what earlier starts have warned of.
+    """
+
+    checkpoint: Checkpoint | None
+    same_data: frozenset[str]
+    told: tuple[str, ...]
+
+
+def _resume_point(job: TrainJob, folder: Path, *, trust: bool, allow_config_change: bool) -> _ResumePoint:
+    """The latest valid checkpoint, if this job may be resumed from it (`train.resume`)."""
+    checkpoint = run_store.latest(folder, trust=trust)
+    done, saved = (checkpoint.step, checkpoint.job) if checkpoint else (0, None)
+    same = same_data(folder, job, checkpoint.state["loader"]["fingerprints"] if checkpoint else ())
+    check_config(folder, job, done, allow_change=allow_config_change, saved=saved, same_data=same)
+    return _ResumePoint(checkpoint, same, warnings_told(folder) if checkpoint else ())
+
+
 @dataclass
 class _Run:
     """What a call of `fit` works with."""
 
     job: TrainJob
     folder: Path
+    derived: Derived
+    compute: ComputeChoice
     state: TrainState
     metrics: MetricsFile
-    tracker: Tracker
-    peak_flops: float
-    flops_per_step: float  # of forward and backward, without what recomputation repeats
-    saved: Path | None
     stopwatch: Stopwatch  # of the steps since the last record
+    saved: Path | None = None  # the newest checkpoint
+    tracker: Tracker = field(default_factory=NoTracker)
     unrecorded: list[tuple[StepResult, tuple[SampleId, ...]]] = field(default_factory=list)  # and what they were
     doubted_peak: bool = False
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))  # of a step
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))  # per step
 
 
-def _open(job: TrainJob, folder: Path, device: torch.device, *, trust: bool, allow_config_change: bool) -> _Run:
-    """Everything before the first step: nothing is written into the folder until all of it has worked."""
-    checkpoint = run_store.latest(folder, trust=trust)
-    done = checkpoint.step if checkpoint else 0
-    saved = checkpoint.job if checkpoint else None
-    sums = checkpoint.state["loader"]["fingerprints"] if checkpoint else ()
-    same = same_data(folder, job, sums)
-    check_config(folder, job, done, allow_change=allow_config_change, saved=saved, same_data=same)
+def _build(
+    job: TrainJob, folder: Path, device: torch.device, point: _ResumePoint, *, trust: bool, allow_config_change: bool
+) -> _Run:
+    """Model, optimizer and data at the resume point. Nothing is written: what cannot train or be saved fails here."""
+    checkpoint = point.checkpoint
     derived = derive(job, model=checkpoint.model if checkpoint else None)
     compute = _compute(job, device, checkpoint)
     state = build_state(job, device, compute.dtype, checkpoint, trust=trust, allow_config_change=allow_config_change)
     if job.heldout.path:
         sha256 = state.loader.check_heldout(job.heldout.path)
         check_heldout(folder, job.heldout.path, sha256, allow_change=allow_config_change or checkpoint is None)
-    if done < job.num_steps:
+    if state.step < job.num_steps:
         every = job.checkpoint.every_steps
-        saves = 1 + ((job.num_steps - 1) // every - done // every if every else 0)
+        saves = 1 + ((job.num_steps - 1) // every - state.step // every if every else 0)
         run_store.check_can_save(folder, state.tensors(), saves=saves, keep=job.checkpoint.keep)
-    choices = {"compute_reason": compute.reason, "peak_flops": compute.peak_flops} | state.choices
-    where = environment(device) | choices
-    told = warnings_told(folder) if checkpoint else ()
-    record_start(folder, job, derived, state.model.config, where, done=done, saved=saved, same_data=same)
+    metrics, saved = MetricsFile(folder / METRICS), checkpoint.folder if checkpoint else None
+    return _Run(job, folder, derived, compute, state, metrics, Stopwatch(device), saved)
+
+
+def _prepare_folder(run: _Run, point: _ResumePoint) -> None:
+    """Record the start, and take away what does not belong to the steps that are kept."""
+    job, folder, checkpoint, done = run.job, run.folder, point.checkpoint, run.state.step
+    place = environment(run.state.device) | run.state.choices
+    place |= {"compute_reason": run.compute.reason, "peak_flops": run.compute.peak_flops}
+    record_start(
+        folder,
+        job,
+        run.derived,
+        run.state.model.config,
+        place,
+        done=done,
+        saved=checkpoint.job if checkpoint else None,
+        same_data=point.same_data,
+    )
     remove_leftovers(folder)
     if checkpoint:
         run_store.tidy(folder, keep=job.checkpoint.keep, newest=checkpoint.folder)
-    metrics = MetricsFile(folder / METRICS)
-    if checkpoint:
-        metrics.truncate_after(done)
+        run.metrics.truncate_after(done)
     else:  # nothing holds, not even the evaluation before step 1: what it was of may have changed since
-        metrics.path.unlink(missing_ok=True)
+        run.metrics.path.unlink(missing_ok=True)
         (folder / EVAL / HELDOUT_BEFORE).unlink(missing_ok=True)
     if done < job.num_steps:  # the end of a run that was lengthened since is no end
         (folder / EVAL / HELDOUT_AFTER).unlink(missing_ok=True)
-    if checkpoint is None:
+
+
+def _announce(run: _Run, point: _ResumePoint) -> None:
+    """Log what will be trained: at the first start all of it, later only what is new."""
+    job, state, done = run.job, run.state, run.state.step
+    if point.checkpoint is None:
         groups = configured_groups(state.model, job.optimizer)
-        log(f"{derived.table(compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
+        log(f"{run.derived.table(run.compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
     if done < job.num_steps:
-        for warning in derived.warnings:
-            if warning not in told:
+        for warning in run.derived.warnings:
+            if warning not in point.told:
                 log(f"warning: {warning}")
         log(
-            f"computing in {state.choices['compute_dtype']} ({compute.reason}), "
+            f"computing in {state.choices['compute_dtype']} ({run.compute.reason}), "
             f"Newton-Schulz in {state.choices['ns_dtype']}"
         )
-    if checkpoint:
-        log(f"going on from {checkpoint.folder}" if done < job.num_steps else f"all {done} steps are done in {folder}")
-    tracker = make_tracker(job.tracker, folder, done + 1)
-    flops, saved_in = derived.forward_backward_flops_per_step, checkpoint.folder if checkpoint else None
-    return _Run(job, folder, state, metrics, tracker, compute.peak_flops, flops, saved_in, Stopwatch(device))
+        if point.checkpoint:
+            log(f"resuming from {point.checkpoint.folder}")
+    else:
+        log(f"all {done} steps are done in {run.folder}")
 
 
 def _compute(job: TrainJob, device: torch.device, checkpoint: Checkpoint | None) -> ComputeChoice:
-    """The compute type: what the run began with where the job leaves it open, because a measurement can change."""
+    """The compute dtype: what the run began with where the job leaves it open, because a measurement can change."""
     if checkpoint is None or job.compute_dtype != "auto":
         return choose_compute_dtype(job.compute_dtype, device)
     dtype = DTYPES[checkpoint.state["choices"]["compute_dtype"]]
@@ -230,7 +266,7 @@ def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
             _save(run)
         raise InterruptedRunError(
             f"{interrupts.name} after step {state.step} of {job.num_steps}: saved in {run.saved}. "
-            f"Run the same command to go on."
+            f"Run the same command to resume."
         )
     evals = run.folder / EVAL
     return RunSummary(
@@ -286,7 +322,7 @@ def _record(run: _Run) -> None:
     """
     if not run.unrecorded:
         return
-    job, state = run.job, run.state
+    job, state, peak = run.job, run.state, run.compute.peak_flops
     results = [result for result, _ in run.unrecorded]
     sample_ids = [i for _, of_step in run.unrecorded for i in of_step]
     stopwatch, last = run.stopwatch, results[-1]
@@ -312,7 +348,7 @@ def _record(run: _Run) -> None:
         "total_tokens": state.total_tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "mfu": run.flops_per_step * len(results) / computing / run.peak_flops,
+        "mfu": run.derived.forward_backward_flops_per_step * len(results) / computing / peak,
         "memory_gib": peak_memory_bytes(state.device) / 2**30,
         "update_rms": dict(state.optimizer.last_stats["update_rms"]),
         "samples": samples_digest(sample_ids),
@@ -327,8 +363,8 @@ def _record(run: _Run) -> None:
     if record["mfu"] > 1 and not run.doubted_peak:
         run.doubted_peak = True
         log(
-            f"warning: mfu is above 100%: step {state.step} ran at more FLOP/s than the GEMM peak measured at the "
-            f"start, {run.peak_flops / 1e9:,.0f} GFLOP/s. mfu is the ratio of the two; the cause was not measured"
+            f"warning: mfu is above 100%: step {state.step} ran at more FLOP/s than the GEMM peak measured at start-up, "
+            f"{peak / 1e9:,.0f} GFLOP/s; mfu is the ratio of the two"
         )
     run.seconds.append(seconds / len(results))
     eta = sum(run.seconds) / len(run.seconds) * (job.num_steps - state.step)

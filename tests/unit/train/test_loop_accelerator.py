@@ -35,4 +35,4 @@ def test_an_mfu_above_one_is_told_without_a_guess(
     monkeypatch.setattr(loop, "choose_compute_dtype", lambda requested, device: choice)
     fit(make_job(), tmp_path / "run", stop_after=2)
     told = [line for line in capsys.readouterr().err.splitlines() if "warning: mfu" in line]
-    assert len(told) == 1 and "the GEMM peak measured at the start, 0 GFLOP/s" in told[0] and "busy" not in told[0]
+    assert len(told) == 1 and "the GEMM peak measured at start-up, 0 GFLOP/s" in told[0] and "busy" not in told[0]

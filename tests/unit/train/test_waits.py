@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from earthshine.device import Readings, Stopwatch
+from earthshine.device import ComputeChoice, Readings, Stopwatch
 from earthshine.errors import TrainingDivergedError
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.optim.config import OptimizerConfig
 from earthshine.train import loop
+from earthshine.train.derive import derive
 from earthshine.train.job import Scratch, TrainJob
 from earthshine.train.metrics import MetricsFile
 from earthshine.train.state import build_state
 from earthshine.train.step import Objective, StepResult, train_step
-from earthshine.train.trackers import NoTracker
 
 JobMaker = Callable[..., TrainJob]
 META = torch.device("meta")
@@ -38,7 +38,8 @@ def started(job: TrainJob, folder: Path) -> Any:
     """A run of `fit` before its first step, on the meta device."""
     state = build_state(job, META, torch.bfloat16, None, trust=False, allow_config_change=False)
     metrics = MetricsFile(folder / "metrics.jsonl")
-    return loop._Run(job, folder, state, metrics, NoTracker(), 1e12, 1e9, None, Stopwatch(META))
+    compute = ComputeChoice(torch.bfloat16, "test", peak_flops=1e12)
+    return loop._Run(job, folder, derive(job), compute, state, metrics, Stopwatch(META))
 
 
 @pytest.mark.parametrize("kind", KINDS)
