@@ -363,8 +363,8 @@ def _record(run: _Run) -> None:
     if record["mfu"] > 1 and not run.doubted_peak:
         run.doubted_peak = True
         log(
-            f"warning: mfu is above 100%: step {state.step} ran at more FLOP/s than the GEMM peak measured at start-up, "
-            f"{peak / 1e9:,.0f} GFLOP/s; mfu is the ratio of the two"
+            f"warning: mfu is above 100%: step {state.step} ran at more FLOP/s than the GEMM peak measured at "
+            f"start-up, {peak / 1e9:,.0f} GFLOP/s; mfu is the ratio of the two"
         )
     run.seconds.append(seconds / len(results))
     eta = sum(run.seconds) / len(run.seconds) * (job.num_steps - state.step)
