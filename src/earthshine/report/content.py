@@ -3,11 +3,12 @@
 In texts, `code` between backticks and **bold** between double asterisks are marked up; all else is literal.
 """
 
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Tone = Literal["", "good", "bad", "quiet"]
+Tone = Literal["", "good", "bad", "quiet", "up", "down"]  # bad: a check that does not hold, and nothing else
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """A number worth seeing first."""
+    """A number worth seeing first. `facts` are smaller ones below it, each with its name."""
 
     label: str
     value: str
     detail: str
     tone: Tone = ""
     color: int | None = None
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,28 @@ class Sides:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A file or folder, at a path relative to the page that is percent-encoded."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True)
+class Links:
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
 class Code:
+    """Text to be copied: on the page a button does it."""
+
     text: str
     language: str = ""
     summary: str = ""  # when given, the code is folded behind this line
 
 
-Element = Text | Bullets | Table | Cards | Figure | Sides | Code
+Element = Text | Bullets | Table | Cards | Figure | Sides | Links | Code
 
 
 @dataclass(frozen=True)
@@ -120,9 +137,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
+    """`verdict` is its first sentence; `stem` is the name of its files, without their endings."""
+
     title: str
-    lead: str
+    verdict: str
     sections: tuple[Section, ...]
+    stem: str = "report"
 
 
 _UNSEEN = (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
@@ -135,13 +155,18 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_SPELLED_OUT)
 
 
+def percent_encoded(path: str) -> str:
+    """A relative path as the target of a link: no character of it is read as more than a name."""
+    return urllib.parse.quote(path.encode("utf-8", "surrogateescape"))
+
+
 def cell_text(cell: Cell | str) -> str:
     return cell.text if isinstance(cell, Cell) else cell
 
 
 def to_markdown(report: Report) -> str:
     """The report as Markdown: tables as tables, figures as their captions and numbers."""
-    parts = [f"# {inline_markdown(report.title)}", inline_markdown(report.lead)]
+    parts = [f"# {inline_markdown(report.title)}", inline_markdown(report.verdict)]
     for section in report.sections:
         parts.append(f"## {inline_markdown(section.title)}")
         parts += [markdown_element(element) for element in section.elements]
@@ -179,10 +204,9 @@ def markdown_element(element: Element) -> str:
     if isinstance(element, Bullets):
         return "\n".join(f"- {inline_markdown(item)}" for item, _ in element.items)
     if isinstance(element, Cards):
-        return "\n".join(
-            f"- **{inline_markdown(c.label)}**: {inline_markdown(c.value)} ({inline_markdown(c.detail)})"
-            for c in element.cards
-        )
+        return "\n".join(map(_markdown_card, element.cards))
+    if isinstance(element, Links):
+        return "\n".join(f"- [{_link_text(link.text)}]({link.href})" for link in element.links)
     if isinstance(element, Table):
         return _markdown_table(element)
     if isinstance(element, Figure):
@@ -198,6 +222,18 @@ def markdown_element(element: Element) -> str:
         for column, text in zip(element.columns, texts, strict=True):
             parts += [f"*{inline_markdown(column)}:*", fence(text)]
     return "\n\n".join(parts)
+
+
+def _link_text(text: str) -> str:
+    """Literal, with no bracket in it that could end the link's text."""
+    return inline_markdown(text.replace("`", "'")).replace("]", "\\]")
+
+
+def _markdown_card(card: Card) -> str:
+    facts = "".join(f"; {name} {value}" for name, value in card.facts if value)
+    return (
+        f"- **{inline_markdown(card.label)}**: {inline_markdown(card.value)} ({inline_markdown(card.detail + facts)})"
+    )
 
 
 def _markdown_table(table: Table) -> str:

@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from earthshine.config import encode
 from earthshine.console import human_bytes
 from earthshine.files import to_json
-from earthshine.report.content import Bullets, Cell, Code, Element, Section, Table, Text
+from earthshine.report.content import Bullets, Cell, Code, Element, Link, Section, Table, Text, percent_encoded
 from earthshine.report.runs import CheckRow, Run, Verification
 from earthshine.report.scales import flops, short, whole
 
@@ -48,13 +50,18 @@ def _verification_table(run: Run, v: Verification) -> Table:
     return Table(caption, headers, rows, frozenset((1, 2, 3)))
 
 
-def _used(row: CheckRow) -> Cell:
-    """The share of the tolerance that was used, where both are numbers and less is better."""
+def tolerance_used(row: CheckRow) -> float | None:
+    """Measured over tolerance, where both are numbers and less is better."""
     numbers = [v for v in (row.measured, row.tolerance) if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < 2 or row.tolerance <= 0 or row.measured < 0 or not math.isfinite(row.measured):
-        return Cell(ABSENT)
-    share = row.measured / row.tolerance
-    if row.ok != (share <= 1):
+        return None
+    share = float(row.measured / row.tolerance)
+    return share if row.ok == (share <= 1) else None
+
+
+def _used(row: CheckRow) -> Cell:
+    share = tolerance_used(row)
+    if share is None:
         return Cell(ABSENT)
     text = "< 1 %" if share < 0.01 else f"{whole(100 * share)} %"
     return Cell(text, share=min(1.0, share), tone="" if row.ok else "bad")
@@ -116,6 +123,10 @@ def environment_section(runs: Sequence[Run]) -> Section:
     for run in runs:
         if run.env is None:
             elements.append(Text(f"{run.name} has no env.json.", "absent"))
+    notes = [(f"{run.name}: {note}", "quiet") for run in runs for note in run.notes]
+    if notes:
+        elements.append(Text("What the run folders lack, or hold and the report does not show:"))
+        elements.append(Bullets(tuple(notes)))  # type: ignore[arg-type]
     return Section("environment", "Environment", "Environment", tuple(elements))
 
 
@@ -131,8 +142,27 @@ def _env_value(path: str, value: Any) -> str:
     return "not installed" if value is None and path.startswith("versions.") else _plain(value)
 
 
+def exported_models(runs: Sequence[Run], page_folder: Path) -> list[Link]:
+    """Links to the exported models that are there, and to their cards: those inside a run folder, and those that a
+    check of the run names."""
+    folders: dict[Path, Path] = {}
+    for run in runs:
+        named = [v.subject.get("model") for v in run.verifications if v.check == "huggingface"]
+        inside = sorted(p for p in run.path.iterdir() if p.is_dir())
+        for folder in (*inside, *(Path(name) for name in named if isinstance(name, str))):
+            if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+                folders[folder.resolve()] = folder
+    links = []
+    for resolved, folder in folders.items():
+        href = percent_encoded(os.path.relpath(resolved, page_folder.resolve()).replace(os.sep, "/"))
+        links.append(Link(f"Exported model {folder.name}", f"{href}/"))
+        if (folder / "README.md").is_file():
+            links.append(Link(f"Model card of {folder.name}", f"{href}/README.md"))
+    return links
+
+
 def reproduce_section(runs: Sequence[Run]) -> Section:
-    """Commands, what differs between the runs' configs, the configs in whole, and what was not there."""
+    """Commands, what differs between the runs' configs, and the configs in full, all to be copied."""
     elements: list[Element] = []
     configured = [r for r in runs if r.config is not None]
     if configured:
@@ -143,24 +173,20 @@ def reproduce_section(runs: Sequence[Run]) -> Section:
         elements.append(Text(_what_the_commands_do(configured)))
         elements.append(Code("\n".join(commands), "sh"))
     if len(configured) > 1:
-        elements.append(_config_diff(configured))
+        elements += _config_diff(configured)
     for run in runs:
         if run.config is None:
             elements.append(Text(f"{run.name} has no config.json, so it cannot be repeated from its folder.", "absent"))
         else:
             text = to_json(encode(run.config), indent=1)
             elements.append(Code(text, "json", f"config.json of {run.name}"))
-    notes = [(f"{run.name}: {note}", "quiet") for run in runs for note in run.notes]
-    if notes:
-        elements.append(Text("What the run folders did not hold, or held and is not shown:"))
-        elements.append(Bullets(tuple(notes)))  # type: ignore[arg-type]
     return Section("reproduce", "Reproduce", "How to reproduce", tuple(elements))
 
 
 def _what_the_commands_do(runs: Sequence[Run]) -> str:
     changed = [r.name for r in runs if any(s.another_run for s in r.starts)]
     moved = [r.name for r in runs if any(s.moved for s in r.starts)]
-    words = "Each run folder holds the whole job: these commands repeat it, on the environment above."
+    words = "Each run folder holds the whole job: these commands repeat it in the environment below."
     if changed:
         words = (
             "These commands train the last config of each run from its first step. They do not repeat "
@@ -173,12 +199,21 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _config_diff(runs: Sequence[Run]) -> Table | Text:
-    rows = [
-        (f"`{path}`", *(v if v == ABSENT else json.dumps(v, ensure_ascii=False) for v in values))
-        for path, values in differing([r.config or {} for r in runs])
-    ]
-    if not rows:
-        return Text("The configs of these runs do not differ in any field.")
-    caption = "All that differs between the configs of the runs compared."
-    return Table(caption, ("Field", *(r.name for r in runs)), tuple(rows))
+def _config_diff(runs: Sequence[Run]) -> list[Element]:
+    """Each run's config against the first one's, as a diff of its fields."""
+    parts = []
+    for run in runs[1:]:
+        fields = differing([runs[0].config or {}, run.config or {}])
+        lines = [f"{mark}{path} = {_json(v)}" for path, values in fields for mark, v in zip("-+", values, strict=True)]
+        parts.append("\n".join([f"--- {_one_line(runs[0].name)}", f"+++ {_one_line(run.name)}", *lines]))
+        if not lines:
+            parts[-1] += "\n(no field differs)"
+    return [Text("All that differs between the configs:"), Code("\n".join(parts), "diff")]
+
+
+def _json(value: Any) -> str:
+    return ABSENT if value == ABSENT else json.dumps(value, ensure_ascii=False)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -203,6 +203,19 @@ def what_was_run(runs: Sequence[Run]) -> Table:
     )
 
 
+def costs(run: Run) -> tuple[tuple[str, str], ...]:
+    """What the run took, as far as it is recorded."""
+    parts = [compute_done(run, part) for part in ("forward_backward", "repeated_forward", "newton_schulz")]
+    rows = (
+        ("Training time", _show(sum(run.steps.finite("seconds")) or None, human_seconds)),
+        ("Tokens per second", _show(_median(run.steps.finite("tokens_per_second")))),
+        ("Compute", UNKNOWN if parts[0] is None else flops(math.fsum(p for p in parts if p is not None))),
+        ("MFU", _percent(_median(run.steps.finite("mfu"), 100))),
+        ("Peak memory", _gib(run)),
+    )
+    return tuple((name, value) for name, value in rows if value != UNKNOWN)
+
+
 def settings(run: Run, *keys: str) -> list[tuple[int, int, Any]]:
     """(first step, last step, value) of a field of the config, in the order of the steps; none without a step."""
     last = run.steps.step[-1] if run.steps.step else 0

@@ -119,15 +119,9 @@ def draw_chart(chart: Chart, width: float, height: float, ident: str) -> str:
     order = {"faint": 0, "reference": 1, "dashed": 2, "line": 3, "points": 4}
     drawn: list[Series] = []
     for s in sorted(chart.series, key=lambda s: order[s.kind]):
-        body += frame.draw(s, over=s.kind == "line" and any(_coincide(s, other) for other in drawn))
+        body += frame.draw(s, over=s.kind == "line" and any(frame.hides(s, other) for other in drawn))
         drawn.append(s)
     return svg(ident, width, height, chart.title, chart.description, body)
-
-
-def _coincide(a: Series, b: Series) -> bool:
-    """Whether one line would hide the other."""
-    same = len(a.x) == len(b.x) and a.kind == b.kind
-    return same and all(math.isclose(p, q, rel_tol=1e-3) for p, q in zip(a.y, b.y, strict=True))
 
 
 @dataclass(frozen=True)
@@ -150,6 +144,14 @@ class Frame:
 
     def y(self, value: float) -> float:
         return self.bottom - self.y_axis.place(value) * (self.bottom - self.top) if math.isfinite(value) else math.nan
+
+    def hides(self, a: Series, b: Series) -> bool:
+        """Whether line `a` would hide nearly all of line `b`: they are less than a line's width apart."""
+        if len(a.x) != len(b.x) or a.kind != b.kind:
+            return False
+        gaps = [abs(self.y(p) - self.y(q)) for p, q in zip(a.y, b.y, strict=True)]
+        near = sum(gap < 2 for gap in gaps if math.isfinite(gap))
+        return near >= 0.9 * sum(map(math.isfinite, gaps)) > 0
 
     def grid(self) -> str:
         """Horizontal lines at the ticks, a base line, short ticks and both axes' numbers."""

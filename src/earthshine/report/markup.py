@@ -1,5 +1,7 @@
-"""A document as one HTML page: no script, no network, every text escaped."""
+"""A report as one HTML page: no network, every text escaped, and one fixed script, without which nothing is lost."""
 
+import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from html import escape
@@ -13,19 +15,31 @@ from earthshine.report.content import (
     Element,
     Figure,
     LegendItem,
+    Links,
     Report,
     Sides,
     Table,
     Text,
     cell_text,
     clean,
+    percent_encoded,
     split_code,
 )
 from earthshine.report.figures import NUM_COLORS, heat_class, marker
 from earthshine.report.style import style_sheet
 
-# Nothing may be fetched and nothing may run, whatever the run folders' texts hold.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+# Shows the copy buttons, and copies the text beside the one that is pressed; where it may not, it selects it.
+SCRIPT = """for(const b of document.querySelectorAll("button.copy")){b.hidden=false;
+b.addEventListener("click",async()=>{const p=b.nextElementSibling;let done="Copied";
+try{await navigator.clipboard.writeText(p.textContent)}
+catch{getSelection().selectAllChildren(p);done=document.execCommand("copy")?"Copied":"Selected"}
+b.textContent=done;setTimeout(()=>{b.textContent="Copy"},1600)})}"""
+
+# Nothing may be fetched, and only that script may run, whatever the run folders' texts hold.
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+)
 
 MOON = """<svg class="moon" viewBox="0 0 120 120" aria-hidden="true" focusable="false"><defs>
 <radialGradient id="moon-dark" cx=".38" cy=".42" r=".75"><stop offset="0" stop-color="#3d5479"/>
@@ -41,7 +55,7 @@ MOON = """<svg class="moon" viewBox="0 0 120 120" aria-hidden="true" focusable="
 
 def to_html(report: Report) -> str:
     """The page."""
-    title = escape(clean(report.title))
+    title, name, stem = escape(clean(report.title)), escape(clean(report.stem)), percent_encoded(report.stem)
     links = "".join(f'<li><a href="#{s.anchor}">{_inline(s.short)}</a></li>' for s in report.sections)
     body = "".join(
         f'<section id="{s.anchor}" aria-labelledby="{s.anchor}-h"><h2 id="{s.anchor}-h">{_inline(s.title)}</h2>'
@@ -58,11 +72,12 @@ def to_html(report: Report) -> str:
         f"<style>{style_sheet()}</style></head>\n<body>"
         '<a class="skip" href="#content">Skip to the content</a>'
         f'<header><div class="in">{MOON}<p class="kind">Earthshine report</p><h1>{title}</h1>'
-        f'<p class="lead">{_inline(report.lead)}</p></div></header>\n'
+        f'<p class="lead">{_inline(report.verdict)}</p></div></header>\n'
         f'<nav aria-label="Sections"><div class="in"><ul>{links}</ul></div></nav>\n'
         f'<main id="content"><div class="in">{body}</div></main>\n'
         '<footer><div class="in">Made by <code>earthshine report</code> from the run folders alone. '
-        "The same content is in report.md, for machines in report.json.</div></footer></body></html>\n"
+        f'The same content is in <a href="{stem}.md">{name}.md</a>, for programs in '
+        f'<a href="{stem}.json">{name}.json</a>.</div></footer><script>{SCRIPT}</script></body></html>\n'
     )
 
 
@@ -89,6 +104,9 @@ def element_html(element: Element) -> str:
         return _figure(element)
     if isinstance(element, Sides):
         return _sides(element)
+    if isinstance(element, Links):
+        links = "".join(f'<li><a href="{escape(link.href)}">{_inline(link.text)}</a></li>' for link in element.links)
+        return f'<ul class="links">{links}</ul>'
     return _code(element)
 
 
@@ -104,7 +122,12 @@ def _cards(element: Cards) -> str:
         color = "" if card.color is None else f" k{card.color % NUM_COLORS}"
         cards.append(
             f'<dl class="card {card.tone}{color}" style="margin:0"><dt>{_inline(card.label)}</dt>'
-            f'<dd class="value">{_inline(card.value)}</dd><dd class="detail">{_inline(card.detail)}</dd></dl>'
+            f'<dd class="value">{_inline(card.value)}</dd><dd class="detail">{_inline(card.detail)}</dd>'
+            + "".join(
+                f'<div class="fact"><dt>{_inline(name)}</dt><dd>{_inline(value)}</dd></div>'
+                for name, value in card.facts
+            )
+            + "</dl>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -137,7 +160,7 @@ def _cell(cell: Cell | str) -> str:
     if cell.share is not None:
         bad = " bad" if cell.tone == "bad" else ""
         return f'{text}<span class="share{bad}"><i style="width:{max(0.02, cell.share):.1%}"></i></span>'
-    if cell.tone in ("good", "bad"):
+    if cell.tone in ("good", "bad", "up", "down"):
         return f'<span class="chip {cell.tone}">{text}</span>'
     return f'<span class="dim">{text}</span>' if cell.tone == "quiet" else text
 
@@ -199,5 +222,8 @@ def _sides(element: Sides) -> str:
 
 
 def _code(element: Code) -> str:
-    html = f'<pre class="code" tabindex="0"><code>{escape(clean(element.text))}</code></pre>'
+    html = (
+        '<div class="copyable"><button type="button" class="copy" aria-live="polite" hidden>Copy</button>'
+        f'<pre class="code" tabindex="0"><code>{escape(clean(element.text))}</code></pre></div>'
+    )
     return f"<details><summary>{_inline(element.summary)}</summary>{html}</details>" if element.summary else html

@@ -12,8 +12,9 @@ from earthshine.report.content import Report, Section, clean, to_markdown
 from earthshine.report.markup import to_html
 from earthshine.report.results import Comparison, comparisons
 from earthshine.report.runs import COLUMNS, WORST_LOAD, Heldout, Run, read_runs
-from earthshine.report.scales import thin, whole
+from earthshine.report.scales import thin
 from earthshine.report.statistics import BAR, Difference, ratio
+from earthshine.report.verdict import verdict
 from earthshine.run_folder import REPORT
 
 FORMAT = 1  # of report.json
@@ -32,11 +33,11 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, titl
     file, DiskFullError.
     The files are a function of the run folders: the same folders give the same bytes.
     """
-    found = read_runs(runs)
-    page = _page_path([run.path for run in found], None if out is None else Path(out))
-    compared = comparisons(found)
-    report = build(found, compared, title)
-    machine = to_json(_clean(machine_readable(found, compared, report.title)), indent=1)
+    read = read_runs(runs)
+    page = _page_path([run.path for run in read], None if out is None else Path(out))
+    compared = comparisons(read)
+    report = build(read, compared, page, title)
+    machine = to_json(_clean(machine_readable(read, compared, report)), indent=1)
     files = {".html": to_html(report), ".md": to_markdown(report), ".json": machine + "\n"}
     try:
         for suffix, text in files.items():
@@ -63,25 +64,25 @@ def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
     return out / REPORT
 
 
-def build(runs: Sequence[Run], compared: Sequence[Comparison], title: str = "") -> Report:
-    """All that the report says."""
+def build(runs: Sequence[Run], compared: Sequence[Comparison], page: Path, title: str = "") -> Report:
+    """All that the report at `page` says."""
     ran = Section(
         "runs", "Runs", "What was run", (facts.what_was_run(runs), *facts.starts(runs), *facts.unknown_properties(runs))
     )
     sections = (
-        results.summary(runs, compared),
+        results.summary(runs, compared, evidence.exported_models(runs, page.parent)),
+        training.curves_section(runs),
+        evidence.reproduce_section(runs),
         ran,
         results.heldout_section(runs, compared),
-        training.curves_section(runs),
         training.dynamics_section(runs),
         training.experts_section(runs),
         training.update_section(runs),
         evidence.verification_section(runs),
         results.samples_section(runs),
         evidence.environment_section(runs),
-        evidence.reproduce_section(runs),
     )
-    return Report(title or _default_title(runs), _lead(runs), sections)
+    return Report(title or _default_title(runs), verdict(runs, compared), sections, page.stem)
 
 
 def _default_title(runs: Sequence[Run]) -> str:
@@ -91,36 +92,12 @@ def _default_title(runs: Sequence[Run]) -> str:
     return f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} and {len(names) - 1} other runs"
 
 
-_NUMBERS = {2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
-
-
-def _lead(runs: Sequence[Run]) -> str:
-    """What this is, in one or two plain sentences."""
-    said = []
-    for run in runs:
-        tokens = facts.tokens_done(run)
-        steps = run.steps.step[-1] if run.steps.step else 0
-        trained = f"{whole(steps)} step{'' if steps == 1 else 's'}" + (f" on {whole(tokens)} tokens" if tokens else "")
-        said.append((run.name, trained if steps else "no recorded step"))
-    if len(said) == 1:
-        changed = [whole(s.first_step) for s in runs[0].starts if s.another_run]
-        later = f" Its config was changed at step {' and '.join(changed)}." if changed else ""
-        return f"One training run: {said[0][1]}.{later}"
-    amounts = {trained for _, trained in said}
-    count = _NUMBERS.get(len(said), str(len(said)))
-    if len(amounts) == 1:
-        return f"{count} training runs side by side, each of {said[0][1]}."
-    if len(said) > 3:
-        lengths = [run.steps.step[-1] if run.steps.step else 0 for run in runs]
-        return f"{count} training runs side by side, of {whole(min(lengths))} to {whole(max(lengths))} steps."
-    return f"{count} training runs side by side: " + "; ".join(f"{name}, {trained}" for name, trained in said) + "."
-
-
-def machine_readable(runs: Sequence[Run], compared: Sequence[Comparison], title: str) -> dict[str, Any]:
+def machine_readable(runs: Sequence[Run], compared: Sequence[Comparison], report: Report) -> dict[str, Any]:
     """The content of report.json: what was read, compared and judged, with series thinned as they are drawn."""
     return {
         "format": FORMAT,
-        "title": clean(title),
+        "title": clean(report.title),
+        "verdict": clean(report.verdict.replace("**", "")),
         "runs": [_run_json(run) for run in runs],
         "comparisons": [_comparison_json(c) for c in compared],
         "bar_in_standard_errors": BAR,

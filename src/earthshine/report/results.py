@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from earthshine.report.content import (
     Bullets,
@@ -12,14 +13,18 @@ from earthshine.report.content import (
     Drawing,
     Element,
     Figure,
+    Link,
+    Links,
     Section,
     Sides,
     Table,
     Text,
     Tone,
 )
+from earthshine.report.evidence import tolerance_used
+from earthshine.report.facts import costs
 from earthshine.report.figures import NARROW, WIDE, Interval, draw_intervals
-from earthshine.report.runs import Heldout, Run, Samples
+from earthshine.report.runs import Heldout, Run, Samples, Verification
 from earthshine.report.scales import fixed, short, whole, with_error
 from earthshine.report.statistics import BAR, Difference, paired, ratio
 
@@ -35,6 +40,7 @@ class Comparison:
     sentence: str  # "{run}: after training, the held-out loss is", which the verdict completes
     reference: str  # what it is compared with, at the sentence's end
     color: int
+    when: Literal["before", "after"]
     outcome: Difference | str
 
     @property
@@ -59,16 +65,19 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
         if before and after:
             outcome = paired(after, before, f"{run.name} after", f"{run.name} before")
             start = f"**{run.name}**: after training, the held-out loss is"
-            compared.append(Comparison(f"{run.name}: after \u2212 before", run.name, start, "before it", i, outcome))
-    for when in (0, 1):
+            compared.append(
+                Comparison(f"{run.name}: after \u2212 before", run.name, start, "before it", i, "after", outcome)
+            )
+    words: tuple[Literal["before", "after"], ...] = ("before", "after")
+    for when, word in enumerate(words):
         for i, run in enumerate(runs[1:], 1):
             heldout, base = evaluations(run)[when], evaluations(runs[0])[when]
             if heldout and base:
-                word = ("before", "after")[when]
                 outcome = paired(heldout, base, f"{run.name} {word}", f"{runs[0].name} {word}")
                 start = f"**{run.name} against {runs[0].name}**, {word} training: the held-out loss is"
                 label = f"{word}: {run.name} \u2212 {runs[0].name}"
-                compared.append(Comparison(label, f"{word}: {run.name}", start, f"that of {runs[0].name}", i, outcome))
+                reference = f"that of {runs[0].name}"
+                compared.append(Comparison(label, f"{word}: {run.name}", start, reference, i, word, outcome))
     return compared
 
 
@@ -91,9 +100,10 @@ def verdict_sentence(c: Comparison) -> str:
 
 
 def tone(d: Difference | str) -> Tone:
-    if isinstance(d, str) or d.verdict in ("unclear", "equal", "no error"):
-        return "quiet"
-    return "good" if d.verdict == "lower" else "bad"
+    """The direction of a significant difference: neither is a failure, which only a missed tolerance is."""
+    if isinstance(d, Difference) and d.verdict in ("lower", "higher"):
+        return "down" if d.verdict == "lower" else "up"
+    return "quiet"
 
 
 def verdict_words(d: Difference) -> str:
@@ -106,55 +116,56 @@ def verdict_words(d: Difference) -> str:
     }[d.verdict]
 
 
-def summary(runs: Sequence[Run], compared: Sequence[Comparison]) -> Section:
-    """Cards and verdict sentences: what a reader with one minute takes away."""
-    cards = []
-    for i, run in enumerate(runs):
-        before, after = evaluations(run)
-        own = next((c.outcome for c in compared if c.color == i and c.within_run), None)
-        if before and after:
-            detail = f"held-out loss, from {fixed(before.loss)}"
-            if isinstance(own, Difference):
-                detail += f"; change {with_error(own.value, own.stderr, sign=True)}"
-            cards.append(Card(run.name, fixed(after.loss), detail, "" if own is None else tone(own), i))
-        elif run.steps.finite("loss"):
-            losses = run.steps.finite("loss")
-            detail = f"training loss, last step; first {fixed(losses[0])} (no held-out loss before and after)"
-            cards.append(Card(run.name, fixed(losses[-1]), detail, "quiet", i))
+def summary(runs: Sequence[Run], compared: Sequence[Comparison], links: Sequence[Link]) -> Section:
+    """What a reader with one minute takes away: each run's result beside its cost, and the checks."""
+    cards = [card for i, run in enumerate(runs) if (card := _run_card(run, i, compared))]
     checks = [v for run in runs for v in run.verifications]
     if checks:
-        rows = [row for v in checks for row in v.rows]
-        good = all(v.ok for v in checks)
-        count = f"{sum(r.ok for r in rows)} of {len(rows)}" if rows else f"{sum(v.ok for v in checks)} of {len(checks)}"
-        cards.append(
-            Card("Verification", count, "checks hold" if good else "hold; see below", "good" if good else "bad")
-        )
+        cards.append(_checks_card(checks))
     elements: list[Element] = [Cards(tuple(cards))] if cards else []
+    if links:
+        elements.append(Links(tuple(links)))
+    return Section("summary", "In short", "The result in short", tuple(elements))
+
+
+def _run_card(run: Run, color: int, compared: Sequence[Comparison]) -> Card | None:
+    before, after = evaluations(run)
+    losses = run.steps.finite("loss")
+    if before and after:
+        change = next((c.outcome for c in compared if c.color == color and c.within_run), None)
+        detail = f"held-out loss, {UNIT}; {fixed(before.loss)} before training"
+        if isinstance(change, Difference):
+            detail += f", change {with_error(change.value, change.stderr, sign=True)}"
+        return Card(run.name, fixed(after.loss), detail, color=color, facts=costs(run))
+    if losses:
+        detail = (
+            f"training loss of the last step, {UNIT}; {fixed(losses[0])} in the first (not held out before and after)"
+        )
+        return Card(run.name, fixed(losses[-1]), detail, color=color, facts=costs(run))
+    return None
+
+
+def _checks_card(checks: Sequence[Verification]) -> Card:
+    rows = [row for v in checks for row in v.rows]
+    good = all(v.ok for v in checks)
+    count = f"{sum(r.ok for r in rows)} of {len(rows)}" if rows else f"{sum(v.ok for v in checks)} of {len(checks)}"
+    facts = tuple((v.check, f"{sum(r.ok for r in v.rows)} of {len(v.rows)}" if v.rows else "") for v in checks)
+    used = [share for row in rows if (share := tolerance_used(row)) is not None]
+    if good and used:
+        facts += (("Closest to tolerance", f"{whole(100 * max(used))} %"),)
+    words = "checks hold" if good else "checks hold; see Verification"
+    return Card("Verification", count, words, "good" if good else "bad", facts=facts)
+
+
+def heldout_section(runs: Sequence[Run], compared: Sequence[Comparison]) -> Section:
+    """The paired differences in words, as figures and as a table, then the absolute losses."""
+    elements: list[Element] = []
     if compared:
         elements.append(Bullets(tuple((verdict_sentence(c), tone(c.outcome)) for c in compared)))
     else:
         elements.append(
             Text("No held-out loss was measured both before and after, so no difference is judged.", "absent")
         )
-    return Section("summary", "In short", "The result in short", tuple(elements))
-
-
-def heldout_section(runs: Sequence[Run], compared: Sequence[Comparison]) -> Section:
-    """Absolute losses, then the paired differences as a figure and a table."""
-    elements: list[Element] = []
-    rows = []
-    for i, run in enumerate(runs):
-        before, after = evaluations(run)
-        for word, h in (("before", before), ("after", after)):
-            if h:
-                rows.append(_heldout_row(run, i, word, h))
-        missing = [w for w, h in (("before", before), ("after", after)) if h is None]
-        if missing:
-            elements.append(Text(f"{run.name} has no held-out loss {' or '.join(missing)} training.", "absent"))
-    if rows:
-        headers = ("Run", "When", f"Loss, {UNIT}", "Bits per byte", "Tokens", "Sequences")
-        caption = "Loss on held-out (validation) text, \u00b1 one standard error over its sequences."
-        elements.insert(0, Table(caption, headers, tuple(rows), frozenset(range(2, 6))))
     measured = [(c, c.outcome) for c in compared if isinstance(c.outcome, Difference)]
     if measured:
         within = [k for k in measured if k[0].within_run]
@@ -162,9 +173,21 @@ def heldout_section(runs: Sequence[Run], compared: Sequence[Comparison]) -> Sect
         figures = (("Change of held-out loss by training", within), (f"Held-out loss against {runs[0].name}", between))
         elements += [_interval_figure(title, rows, bool(within) and rows is between) for title, rows in figures if rows]
         elements += [_difference_table(measured), Text(_CAVEAT, "note")]
-    for c in compared:
-        if isinstance(c.outcome, str):
-            elements.append(Text(verdict_sentence(c), "absent"))
+    evaluated = [(i, run, *evaluations(run)) for i, run in enumerate(runs)]
+    rows = [
+        _heldout_row(run, i, word, h)
+        for i, run, before, after in evaluated
+        for word, h in (("before", before), ("after", after))
+        if h
+    ]
+    if rows:
+        headers = ("Run", "When", f"Loss, {UNIT}", "Bits per byte", "Tokens", "Sequences")
+        caption = "Loss on held-out (validation) text, \u00b1 one standard error over its sequences."
+        elements.append(Table(caption, headers, tuple(rows), frozenset(range(2, 6))))
+    for _, run, before, after in evaluated:
+        missing = [w for w, h in (("before", before), ("after", after)) if h is None]
+        if missing:
+            elements.append(Text(f"{run.name} has no held-out loss {' or '.join(missing)} training.", "absent"))
     return Section("heldout", "Held-out", "Held-out loss", tuple(elements))
 
 

@@ -41,7 +41,9 @@ header .in{position:relative;padding-top:60px;padding-bottom:44px}
 header .kind{margin:0 0 8px;font-size:.8rem;letter-spacing:.16em;text-transform:uppercase;color:#9fb6d8}
 h1{margin:0;max-width:17em;font-size:clamp(1.75rem,4.6vw,2.75rem);line-height:1.14;letter-spacing:-.018em;
 font-weight:680;text-wrap:balance;overflow-wrap:anywhere}
-header .lead{max-width:43em;margin:16px 0 0;font-size:1.08rem;color:#c6d3e8;overflow-wrap:anywhere}
+header .lead{max-width:40em;margin:16px 0 0;font-size:1.16rem;line-height:1.5;color:#d3deef;overflow-wrap:anywhere;
+text-wrap:pretty}
+header .lead strong{color:#ffc4b5}
 .moon{position:absolute;right:34px;top:38px;width:176px;height:176px}
 nav{position:sticky;top:0;z-index:1;background:var(--card);border-bottom:1px solid var(--line)}
 nav ul{display:flex;gap:4px 24px;margin:0;padding:0;list-style:none;overflow-x:auto;scrollbar-width:none}
@@ -60,8 +62,11 @@ p{margin:0 0 14px;max-width:74ch;overflow-wrap:anywhere}
 background:var(--soft);
 padding:.1em .35em;border-radius:4px;overflow-wrap:anywhere}
 pre{margin:0;font:.84rem/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
-pre.code{background:var(--soft);border:1px solid var(--line);border-radius:10px;padding:14px 16px;overflow-x:auto;
-margin-bottom:18px}
+pre.code{background:var(--soft);border:1px solid var(--line);border-radius:10px;padding:14px 16px;overflow-x:auto}
+.copyable{position:relative;margin-bottom:18px}.copyable:has(button:not([hidden])) pre{padding-right:88px}
+.copy{position:absolute;top:8px;right:8px;padding:4px 12px;font:inherit;font-size:.8rem;line-height:1.4;
+color:var(--link);background:var(--card);border:1px solid var(--line);border-radius:7px;cursor:pointer}
+.copy:hover{border-color:currentColor}
 footer{border-top:1px solid var(--line);color:var(--muted);font-size:.86rem;padding:20px 0 44px}
 """
 
@@ -77,13 +82,19 @@ border-top:4px solid var(--c,var(--line))}
 .card .value{font-size:1.95rem;line-height:1.25;font-weight:660;letter-spacing:-.02em;
 font-variant-numeric:tabular-nums}
 .card .detail{font-size:.86rem;line-height:1.45;color:var(--muted)}
+.card .fact{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 12px;
+font-size:.86rem;line-height:1.45;padding:3px 0}
+.card .detail+.fact{margin-top:10px;padding-top:10px;border-top:1px solid var(--line)}
+.card .fact dt{font-size:inherit}.card .fact dd{font-variant-numeric:tabular-nums}
 ul.verdicts{list-style:none;margin:0 0 18px;padding:0}
 ul.verdicts li{position:relative;padding:9px 0 9px 34px;border-top:1px solid var(--line);overflow-wrap:anywhere}
 ul.verdicts li:first-child{border-top:0}
 ul.verdicts li::before{position:absolute;left:4px;top:9px;font-weight:700;content:"\\2022"/"";color:var(--muted)}
 ul.verdicts .good::before{content:"\\2713"/"";color:var(--good)}
 ul.verdicts .bad::before{content:"\\2717"/"";color:var(--bad)}
-ul.verdicts .quiet::before{content:"\\2248"/""}
+ul.verdicts .quiet::before{content:"\\2248"/""}ul.verdicts .up::before{content:"\\2191"/""}
+ul.verdicts .down::before{content:"\\2193"/""}
+ul.links{display:flex;flex-wrap:wrap;gap:4px 24px;margin:0 0 18px;padding:0;list-style:none;font-size:.92rem}
 ul.verdicts.plain li{font-size:.9rem;color:var(--muted);padding:3px 0 3px 22px;border:0}
 ul.verdicts.plain li::before{content:"\\2022"/"";top:3px}
 .table{background:var(--card);border:1px solid var(--line);border-radius:14px;margin:0 0 20px;overflow:hidden}
@@ -99,13 +110,13 @@ tbody th{font-weight:500}
 td.num,th.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .chip{display:inline-block;padding:1px 10px;border-radius:99px;font-size:.84rem;font-weight:600;white-space:nowrap;
 background:var(--quiet-soft);color:var(--muted)}
-.chip.good{background:var(--good-soft);color:var(--good)}.chip.bad{background:var(--bad-soft);color:var(--bad)}
+.chip.good,.chip.down{background:var(--good-soft);color:var(--good)}.chip.bad{background:var(--bad-soft);color:var(--bad)}
 .dim{color:var(--muted);white-space:nowrap}
 .share{display:block;height:4px;margin-top:5px;border-radius:2px;background:var(--soft);min-width:72px}
 .share i{display:block;height:4px;border-radius:2px;background:var(--good)}.share.bad i{background:var(--bad)}
 .dot{display:inline-block;width:.68em;height:.68em;border-radius:50%;background:var(--c);margin-right:.55em}
 details{margin:0 0 16px}summary{cursor:pointer;color:var(--link);font-size:.9rem;padding:4px 0}
-details .table,details pre.code{margin-top:8px}
+details .table,details .copyable{margin-top:8px}
 figure{margin:0 0 22px;padding:20px 22px 16px;background:var(--card);border:1px solid var(--line);border-radius:14px}
 figure details{margin:8px 0 0}
 figcaption{margin-top:10px;font-size:.88rem;line-height:1.5;color:var(--muted);max-width:104ch;overflow-wrap:anywhere}
@@ -162,7 +173,8 @@ figure{padding:16px 14px 12px}.sides{padding:2px 14px 4px}.wide-only{display:non
 th,td{padding:8px 10px}th:first-child,td:first-child{padding-left:14px}.caption{padding:12px 14px 8px}tbody th{
 min-width:7.5em}}
 @media(min-width:1000px){tbody th{min-width:15em}}
-@media print{nav,.moon{display:none}header{color:#000;background:none}header .lead,header .kind{color:#333}
+@media print{nav,.moon,.copy{display:none}pre.code{white-space:pre-wrap}
+header{color:#000;background:none}header .lead,header .kind,header .lead strong{color:#333}
 figure,.table,.sides,.card{break-inside:avoid}}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 """

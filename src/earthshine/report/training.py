@@ -149,7 +149,7 @@ def curves_section(runs: Sequence[Run]) -> Section:
         caption = "Training loss of each step's own batch, which is why it jumps from step to step."
         more = []
         if heldout:
-            caption += " Large hollow marks are held-out losses; see Held-out loss for their errors."
+            caption += " Large hollow marks are held-out losses; their errors follow below."
             more = [LegendItem("held-out loss", 0, "point")]
         table = _table("Training loss, nats per token", runs, [("", "loss", fixed)])
         elements.append(

@@ -9,6 +9,8 @@ from earthshine.report.content import (
     Cards,
     Cell,
     Code,
+    Link,
+    Links,
     Report,
     Section,
     Sides,
@@ -16,6 +18,8 @@ from earthshine.report.content import (
     Text,
     clean,
     fence,
+    markdown_element,
+    percent_encoded,
     split_code,
     to_markdown,
 )
@@ -83,9 +87,10 @@ def test_no_text_of_a_run_becomes_live_html_in_markdown(evil):
         Text(evil),
         Text(evil, "absent"),
         Bullets(((evil, ""),)),
-        Cards((Card(evil, evil, evil),)),
+        Cards((Card(evil, evil, evil, facts=((evil, evil),)),)),
         Table(evil, (evil, evil), ((evil, evil),)),
         Sides(evil, (evil,), ((evil, (evil,)),)),
+        Links((Link(evil, percent_encoded(evil)),)),
         Code(evil, "", evil),
     )
     page = MarkdownIt("commonmark", {"html": True}).enable("table")
@@ -103,14 +108,15 @@ def test_html_escapes_every_kind_of_block():
     elements = (
         Text(evil),
         Bullets(((evil, ""),)),
-        Cards((Card(evil, evil, evil),)),
+        Cards((Card(evil, evil, evil, facts=((evil, evil),)),)),
         Table(evil, (evil,), ((evil,),)),
         Sides(evil, (evil,), ((evil, (evil,)),)),
+        Links((Link(evil, percent_encoded(evil)),)),
         Code(evil, evil, evil),
     )
     page = to_html(Report(evil, evil, (Section("a", evil, evil, elements),)))
     assert "<img" not in page
-    assert page.count("&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;") >= 14
+    assert page.count("&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;") >= 17
 
 
 def test_a_table_is_labelled_and_its_bar_is_drawn():
@@ -118,3 +124,9 @@ def test_a_table_is_labelled_and_its_bar_is_drawn():
     assert 'aria-label="Cap t"' in html and "<strong>t</strong>" in html
     assert '<th scope="row"><span class="dot k1"></span>r</th>' in html
     assert '<td class="num">50 %<span class="share"><i style="width:50.0%"></i></span></td>' in html
+
+
+def test_a_link_s_text_cannot_end_it():
+    evil = "a](javascript:alert(1)) `]` [b"
+    html = MarkdownIt("commonmark").render(markdown_element(Links((Link(evil, percent_encoded("javascript:x y")),))))
+    assert html.count("<a ") == 1 and '<a href="javascript%3Ax%20y">' in html

@@ -82,6 +82,10 @@ def test_a_line_over_its_like_is_dashed():
     same = [Series(str(i), [1, 2, 3], [1.0, 2.0, 3.0], i) for i in range(2)]
     classes = [g.get("class") for g in parse(draw_chart(chart(*same), 400, 300, "a")).findall(f"{SVG}g")]
     assert classes == ["c0 line", "c1 line over"]
+    near = Series("2", [1, 2, 3], [1.0, 2.01, 3.0], 2)  # two pixels are the width of a line
+    far = Series("3", [1, 2, 3], [1.2, 2.2, 3.0], 3)
+    classes = [g.get("class") for g in parse(draw_chart(chart(same[0], near, far), 400, 300, "a")).findall(f"{SVG}g")]
+    assert classes == ["c0 line", "c2 line over", "c3 line"]
 
 
 def test_log_axis_only_for_positive_values():

@@ -1,5 +1,7 @@
 """The page as a reader gets it: whole, self-contained, honest about what is missing."""
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -7,11 +9,12 @@ from html.parser import HTMLParser
 import pytest
 
 from earthshine.errors import ConfigError, DataError
+from earthshine.report.markup import SCRIPT
 from earthshine.report.page import write_report
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-SECTIONS = ("summary", "runs", "heldout", "curves", "dynamics", "experts", "updates", "verification", "samples",
-            "environment", "reproduce")  # fmt: skip
+SECTIONS = ("summary", "curves", "reproduce", "runs", "heldout", "dynamics", "experts", "updates", "verification",
+            "samples", "environment")  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -19,7 +22,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.open, self.ids, self.tags, self.attributes, self.words = [], [], set(), [], []
+        self.open, self.ids, self.tags, self.attributes, self.words, self.scripts = [], [], set(), [], [], []
         self.feed(html)
         self.close()
         assert self.open == []
@@ -41,7 +44,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif "style" not in self.open:
             self.words.append(data)
 
 
@@ -64,11 +69,15 @@ def test_three_files_and_every_section(page):
     assert len(re.findall("^## ", (page.parent / "report.md").read_text(), re.M)) == len(SECTIONS)
 
 
-def test_nothing_is_fetched_and_nothing_runs(page):
+def test_nothing_is_fetched_and_only_the_page_s_own_script_runs(page):
     html = read(page)
-    assert not html.tags & {"script", "iframe", "object", "embed", "img", "form", "base"}
+    assert not html.tags & {"iframe", "object", "embed", "img", "form", "base"}
     assert not [a for a in html.attributes if a[1].startswith("on")]
-    assert all(v.startswith(("#", "data:,")) for _, name, v in html.attributes if name in ("href", "src", "xlink:href"))
+    allowed = ("#", "data:,", "report.md", "report.json")
+    assert all(v.startswith(allowed) for _, name, v in html.attributes if name in ("href", "src", "xlink:href"))
+    assert html.scripts == [SCRIPT]
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page.read_text()
     text = page.read_text()
     assert "@import" not in text and "url(" not in text.replace("url(#", "")
     assert "default-src 'none'" in text
@@ -121,8 +130,62 @@ def test_verification_beside_its_tolerance(page, pair):
 
 def test_config_differences_and_commands(page, pair):
     text = read(page).text
-    assert 'init.path "smollm2" "smollm2-e8t2"' in text
+    assert (
+        '--- smollm2-dense +++ smollm2-e8t2 -name = "smollm2-dense" +name = "smollm2-e8t2" -init.path = "smollm2"'
+        in text
+    )
     assert f"earthshine train {pair[0].path}/config.json --run {pair[0].path}-again" in text
+
+
+def test_a_copy_button_beside_each_text_to_copy_is_hidden_until_the_script_shows_it(page):
+    text = page.read_text()
+    assert (
+        text.count('<button type="button" class="copy" aria-live="polite" hidden>')
+        == text.count('<pre class="code"')
+        == 4
+    )
+
+
+def test_a_run_s_card_has_its_cost(page):
+    text = read(page).text
+    assert re.search(
+        r"Training time \d+s Tokens per second \d+ Compute [\d.]+ TFLOP MFU 5\d\.?\d* % Peak memory 3\.02 GiB", text
+    )
+
+
+def test_an_exported_model_is_linked_where_it_is(pair, tmp_path):
+    """In the run folder by its files, elsewhere by the check that names it; a name stays a name."""
+    for folder in (pair[1].path / "javascript:alert(1)", tmp_path / "models" / "a b"):
+        folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text("{}")
+    (tmp_path / "models" / "a b" / "README.md").write_text("card")
+    check = {"check": "huggingface", "ok": True, "rows": [], "subject": {"model": str(tmp_path / "models" / "a b")}}
+    pair[1].write("eval/verify-huggingface.json", check)
+    html = read(write_report([run.path for run in pair], tmp_path / "out"))
+    links = [v for _, name, v in html.attributes if name == "href" and v.startswith("..")]
+    inside = "../smollm2-e8t2/javascript%3Aalert%281%29/"
+    assert links == [inside, "../models/a%20b/", "../models/a%20b/README.md"]
+    assert "Model card of a b" in html.text
+    elsewhere = json.dumps(check).replace("a b", "gone")
+    pair[1].write("eval/verify-huggingface.json", elsewhere)
+    assert (
+        "gone" not in read(write_report([run.path for run in pair], tmp_path / "out")).text.partition("Loss curves")[0]
+    )
+
+
+def test_the_footer_links_to_the_files_beside_the_page(pair, tmp_path):
+    html = read(write_report([pair[0].path], tmp_path / "my tour.html"))
+    assert [v for _, name, v in html.attributes if name == "href"][-2:] == ["my%20tour.md", "my%20tour.json"]
+
+
+def test_no_difference_is_a_failure(pair, heldout_json):
+    """A significantly higher loss has an arrow; a cross is for a check that does not hold."""
+    pair[1].write("eval/heldout-after.json", heldout_json(2.4, 3))
+    html = write_report([run.path for run in pair]).read_text()
+    assert '<li class="up">' in html and '<span class="chip up">higher</span>' in html
+    assert 'class="bad"' not in html and "chip bad" not in html
+    assert '<li class="down">' in html and '<li class="quiet">' in html
 
 
 def test_same_samples_are_told_from_others(page, pair):
@@ -171,7 +234,7 @@ def test_long_runs_are_thinned_and_the_caption_says_so(folder):
 @pytest.mark.parametrize("num_steps", [2, 6, 70])
 def test_runs_of_any_length(folder, num_steps):
     text = read(write_report([folder("r", num_steps=num_steps, sparse=True).path])).text
-    assert f"One training run: {num_steps} steps" in text
+    assert f"after {num_steps} steps on" in text
     assert ("mean over 5 neighbouring steps" in text) == (num_steps > 60)
 
 
@@ -232,7 +295,7 @@ def test_other_masks_are_not_compared(pair, heldout_json):
 def test_other_heldout_texts_are_not_compared(pair, heldout_json):
     pair[1].write("eval/heldout-after.json", heldout_json(2.2, 5, 0.01, 40))
     text = read(write_report([run.path for run in pair])).text
-    assert text.count("they were measured on different held-out sequences") == 4  # two comparisons, said twice each
+    assert text.count("they were measured on different held-out sequences") == 2  # two comparisons
 
 
 def test_a_diverged_run_is_drawn_without_its_last_step(folder):
