@@ -1,19 +1,16 @@
 """Which parameter gets which algorithm and why.
 
-Moonlight's division (arXiv:2502.16982 section 3, figure 4): Muon for every matrix of the hidden layers, router,
-experts and projections included; AdamW for embeddings, the language-model head, norms, vectors, and matrices of one
-row or one column, which have a single singular value. With non_matrix="scion" these others get the steps of Scion
-(arXiv:2502.07529, its tables of norms) instead: "row_rms" for embeddings, "sign" for the head, also where it is an
-embedding too, "rms" for norms and vectors.
+Moonlight's division (arXiv:2502.16982 section 3, figure 4): Muon for every matrix of the hidden layers, routers and
+experts included; AdamW for embeddings, language-model head, norms, vectors, and matrices of one row or column, which
+have a single singular value. With non_matrix="scion" these get Scion's steps instead (arXiv:2502.07529): "row_rms"
+for embeddings, "sign" for the head, tied or not, "rms" for norms and vectors.
 
-What Newton-Schulz is applied to are the *logical matrices* in a parameter, by a specification of
-`optim.logical_matrices`. A module that holds fused or stacked matrices says so by `logical_matrices() -> {parameter
-name: specification}`, and attention names the rows of each head by `query_key_heads()`, for heads="split".
-transformers' expert stacks and routers are read by the flags and sizes that these modules carry.
-
-A linear layer is one matrix as it is stored, latent attention's q_b_proj, kv_a_proj_with_mqa and kv_b_proj too, unless
-its name or shape shows that several are fused in it (`optim.fused`). That, what may be an output layer
-(`optim.output_layers`) and what no rule knows is asked about: one ConfigError lists it all, and how to answer.
+Newton-Schulz is applied to the *logical matrices* in a parameter (`optim.logical_matrices`). A module with fused or
+stacked matrices declares them by `logical_matrices() -> {parameter name: specification}`, and each head's rows, for
+heads="split", by `query_key_heads()`; transformers' expert stacks and routers are read by the flags and sizes that
+they carry. Any other linear layer is one matrix, unless its name or shape shows that several are fused in it
+(`optim.fused`). That, what may be an output layer (`optim.output_layers`) and anything that no rule knows is asked
+about: one ConfigError lists it all, and how to answer.
 """
 
 import fnmatch

@@ -1,26 +1,25 @@
-"""Muon with Moonlight's scaling, and AdamW for what is not a matrix, as one `torch.optim.Optimizer` for any layout.
+"""Muon with Moonlight's scale, and AdamW for anything that is not a matrix: one `torch.optim.Optimizer` for any layout.
 
     M <- mu M + G                                    momentum is a sum, not an average; M_0 = 0
     O  = NewtonSchulz((mu M + G) / ||.||_F)          Nesterov; NewtonSchulz(M / ||.||_F) without
     W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, cols)) O
 
-Paper: arXiv:2502.16982, equation 4 and footnote 1, per logical matrix. AdamW is torch's; both share lr and weight
-decay.
+Paper: arXiv:2502.16982, equation 4 and footnote 1, per logical matrix. AdamW is torch's; all share lr and weight decay.
+The equations: `optim.rules`. Where a matrix travels: `optim.sharding`.
 
-Where a parameter is, is read from the tensor: plain tensors, DDP, and DTensors of FSDP2, HSDP, tensor and expert
-parallelism, also combined, take the same path and give the same bits (fp32 payload). With `process_group`, plain
-parameters that all its ranks hold alike are updated as in the paper's Algorithm 1: ZeRO-1, state divided by rows.
+The layout is read from the tensors: plain ones, DDP, and DTensors of FSDP2, HSDP, tensor and expert parallelism, also
+combined, take the same path and give the same bits (with comm_dtype fp32). With `process_group`, the state of plain
+parameters is divided by rows over its ranks: ZeRO-1, the paper's Algorithm 1.
 
-How we differ from torch.optim.Muon: (a) a parameter may hold several logical matrices (experts of a stack, row
-blocks of a fused projection), each with its own norm and scale; (b) matrices of one shape are orthogonalized in
-batches, over all parameters of a group; (c) Newton-Schulz runs in the type asked for; (d) state exists from the first
-moment, so that a checkpoint never misses it; (e) the momentum is a sum and named so: 20 times torch's average.
+How we differ from torch.optim.Muon: (a) a parameter may hold several logical matrices (experts of a stack, row blocks
+of a fused projection), each with its own norm and scale; (b) matrices of one shape are orthogonalized in batches; (c)
+in the dtype asked for; (d) state exists from the start, so that no checkpoint lacks it; (e) the momentum is a sum, 20
+times torch's average.
 
-A parameter without a gradient is skipped: no momentum, no decay, no update. Where it is spread over ranks, a rank
-whose shard has none leaves its shard alone and contributes zeros to the whole. An expert that no token chose has a
-zero gradient, not none: its momentum shrinks and its update keeps its full size, because orthogonalization forgets the
-size of what it is given. That is the published rule; `skip_idle` leaves out such stale updates (momentum still
-shrinks, weights still decay).
+A parameter without a gradient is skipped: no momentum, decay or update; a rank whose local shard has none contributes
+zeros. An expert that no token chose has a zero gradient, not none: its momentum shrinks, its update keeps its full
+size, because orthogonalization forgets the size of what it is given. That is the published rule; `skip_idle` leaves
+out such stale updates.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,5 +1,6 @@
 """One Muon step of a group: momentum where a parameter lives, whole matrices to whoever orthogonalizes them, updates
-back to where it lives. `optim.sharding.batches` says what goes where; this carries it out.
+back to where it lives. The equations are those of
+`optim.rules`; `optim.sharding.batches` says what goes where; this carries it out.
 
 The next bucket travels, and local batches run, while a bucket is computed. A rank whose local shard of a parameter has
 no gradient leaves it alone and contributes zeros to its matrices: it sends and receives all the same.
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor
 
 from earthshine.device import Stopwatch
-from earthshine.ops import lmo
-from earthshine.ops.orthogonalize import newton_schulz
 from earthshine.optim import rules
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise
@@ -117,67 +116,51 @@ class _Run:
             if view.data_ptr() != weight.data_ptr():
                 weight.copy_(view.view(weight.shape))
 
-    def momentum(self, rects: Sequence[Rect]) -> tuple[list[Tensor], list[Tensor]]:
-        """M <- mu M + G on some rectangles; G and M of each, M before it is rounded to the type it is kept in."""
-        mu = self.group["momentum"]
+    def momentum(self, rects: Sequence[Rect]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """G and the new M of each of some rectangles."""
         grads, sums = [r.of(self.grads) for r in rects], [r.of(self.sums) for r in rects]
-        if not sums:
-            return [], []
-        if all(m.dtype.itemsize >= 4 for m in sums):
-            torch._foreach_mul_(sums, mu)
-            torch._foreach_add_(sums, grads)
-            return grads, sums
-        exact = [m.to(self.plan.acc_dtype).mul_(mu).add_(g) for m, g in zip(sums, grads, strict=True)]
-        for m, e in zip(sums, exact, strict=True):
-            m.copy_(e)
-        return grads, exact
-
-    def direction(self, grad: Tensor, total: Tensor, out: Tensor) -> None:
-        """mu M + G with Nesterov, else M, into `out`."""
-        if self.group["nesterov"]:
-            torch.add(grad, total, alpha=self.group["momentum"], out=out)
-        else:
-            out.copy_(total)
+        return grads, rules.momentum_(sums, grads, self.group["momentum"], self.plan.acc_dtype)
 
     # ------------------------------------------------------------------------------------------------ local matrices
 
     def local_batch(self, batch: Batch) -> None:
-        here = [(rect, place) for rect, place in batch.sources if rect.param in self.grads]
-        if not here:
+        present = [(rect, place) for rect, place in batch.sources if rect.param in self.grads]
+        if not present:
             return
-        rects = [rect for rect, _ in here]
+        rects = [rect for rect, _ in present]
         grads, sums = self.momentum(rects)
-        X_BSL = self._new_batch(batch, complete=len(here) == len(batch.sources))
-        for (rect, place), g, m in zip(here, grads, sums, strict=True):
-            self.direction(g, m, batch.part(X_BSL, place, rect.count, rect.rows, rect.cols))
+        X_BSL = self._new_batch(batch, complete=len(present) == len(batch.sources))
+        for (rect, place), g, m in zip(present, grads, sums, strict=True):
+            X_CMN = batch.part(X_BSL, place, rect.count, rect.rows, rect.cols)
+            rules.direction_(X_CMN, g, m, self.group)
         busy_B = self._flags(batch)
         if busy_B is not None:
-            for (rect, place), g in zip(here, grads, strict=True):
+            for (rect, place), g in zip(present, grads, strict=True):
                 busy_B[place.slot : place.slot + rect.count] |= (g != 0).flatten(1).any(dim=1)
         moment_BL = self._moments(batch)
-        rows = [] if moment_BL is None else [_rows(moment_BL, place, rect.count, rect.rows) for rect, place in here]
-        for (rect, _), rows_CM in zip(here, rows, strict=False):
+        rows = [] if moment_BL is None else [_rows(moment_BL, place, rect.count, rect.rows) for rect, place in present]
+        for (rect, _), rows_CM in zip(present, rows, strict=False):
             rows_CM.copy_(rect.rows_of(self.moments))
-        O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moment_BL)
-        updates = [batch.part(O_BSL, place, rect.count, rect.rows, rect.cols) for rect, place in here]
-        self._apply(rects, updates, [batch.shapes[place.slot] for _, place in here])
-        for (rect, _), rows_CM in zip(here, rows, strict=False):
+        O_BSL = self._update(X_BSL, batch, busy_B, moment_BL)
+        updates = [batch.part(O_BSL, place, rect.count, rect.rows, rect.cols) for rect, place in present]
+        self._apply(rects, updates, [batch.shapes[place.slot] for _, place in present])
+        for (rect, _), rows_CM in zip(present, rows, strict=False):
             rect.rows_of(self.moments).copy_(rows_CM)
 
     # ----------------------------------------------------------------------------------------------- spread matrices
 
     def send(self, t: Transfer) -> tuple[Message, Message | None]:
         """Momentum of this rank's rectangles of a bucket; directions and statistics set out for the owners."""
-        here = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
-        grads, sums = self.momentum([rect for rect, _ in here])
-        make = torch.empty if len(here) == len(t.outgoing) else torch.zeros
+        present = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
+        grads, sums = self.momentum([rect for rect, _ in present])
+        make = torch.empty if len(present) == len(t.outgoing) else torch.zeros
         buffer = make(sum(t.sends), dtype=self.plan.comm_dtype, device=self.plan.device)
-        for (_, segment), g, m in zip(here, grads, sums, strict=True):
-            self.direction(g, m, segment.of(buffer))
+        for (_, segment), g, m in zip(present, grads, sums, strict=True):
+            rules.direction_(segment.of(buffer), g, m, self.group)
         stats = None
         if self.plan.flags or self.plan.moments:
             buffer_stats = torch.zeros(sum(t.stats_sends), dtype=torch.float32, device=self.plan.device)
-            for (_, segment), g in zip(here, grads, strict=True) if self.plan.flags else ():
+            for (_, segment), g in zip(present, grads, strict=True) if self.plan.flags else ():
                 buffer_stats[segment.stats_offset] = (g != 0).any()
             for rect, segment in t.outgoing if self.plan.moments else ():
                 self._row_stats(buffer_stats, segment).copy_(rect.rows_of(self.moments)[0])
@@ -197,9 +180,9 @@ class _Run:
 
         def apply() -> None:
             update, rows = returned.wait(), moments.wait() if moments is not None else None
-            here = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
-            shapes = [segment.shape for _, segment in here]
-            self._apply([rect for rect, _ in here], [segment.of(update) for _, segment in here], shapes)
+            present = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
+            shapes = [segment.shape for _, segment in present]
+            self._apply([rect for rect, _ in present], [segment.of(update) for _, segment in present], shapes)
             if rows is not None:
                 for rect, segment in t.outgoing:
                     rect.rows_of(self.moments)[0] = self._row_stats(rows, segment)
@@ -215,7 +198,7 @@ class _Run:
                 busy_B[place.slot] |= stats[segment.stats_offset] > 0
             if moment_BL is not None and stats is not None:
                 _rows(moment_BL, place, 1, segment.rows)[0] = self._row_stats(stats, segment)
-        O_BSL = self._orthogonalize(X_BSL, batch, busy_B, moment_BL)
+        O_BSL = self._update(X_BSL, batch, busy_B, moment_BL)
         for segment, place in batch.sources:
             segment.of(back).copy_(batch.part(O_BSL, place, 1, segment.rows, segment.cols))
             if moment_BL is not None and stats is not None:
@@ -247,60 +230,29 @@ class _Run:
             return None
         return torch.zeros(batch.size[0], batch.size[2], dtype=torch.float32, device=self.plan.device)
 
-    def _orthogonalize(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, moment_BL: Tensor | None) -> Tensor:
-        """The updates before their factors; new values into `moment`. May overwrite X."""
-        group = self.group
-        # NorMuon's moment rests where nobody has a gradient, and where the update is left out.
-        moving_B = X_BSL.flatten(1).any(dim=1) if moment_BL is not None else None
-        if moving_B is not None and busy_B is not None:
-            moving_B &= busy_B
-        with self.numbers.stopwatch:
-            if group["norm"] == "schatten":
-                O_BSL = lmo.schatten(X_BSL, group["schatten_p"])
-            else:
-                self.numbers.flops += sum(self.plan.cost(M, N) for M, N in batch.shapes)
-                O_BSL = newton_schulz(
-                    X_BSL,
-                    group["ns_coefficients"],
-                    group["ns_steps"],
-                    self.plan.ns_dtype,
-                    group["ns_form"],
-                    consume=True,
-                    compile=group["ns_compile"],
-                )
-        if busy_B is not None:
-            O_BSL *= busy_B[:, None, None]
-        if moment_BL is not None and moving_B is not None:
-            for slots, (M, N) in batch.by_shape():
-                O_BMN = O_BSL[slots].mT if M > N else O_BSL[slots]
-                v_BM, moving_B1 = moment_BL[slots, :M], moving_B[slots, None]
-                hat_BMN, new_BM = rules.normuon(O_BMN, v_BM, group["normuon_beta2"])
-                O_BMN.copy_(torch.where(moving_B1[..., None], hat_BMN, O_BMN))
-                v_BM.copy_(torch.where(moving_B1, new_BM, v_BM))
-        if group["exact_rms"]:
-            O_BSL = rules.exact_rms(O_BSL)
+    def _update(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, moment_BL: Tensor | None) -> Tensor:
+        """The updates before their scale, and their norms; new values into `moment`. May overwrite X."""
+        if self.group["norm"] == "spectral":
+            self.numbers.flops += sum(self.plan.cost(M, N) for M, N in batch.shapes)
+        O_BSL = rules.update(
+            X_BSL, batch.by_shape(), self.group, self.plan.ns_dtype, busy_B, moment_BL, self.numbers.stopwatch
+        )
         norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.acc_dtype)
-        self.numbers.norms.append((norms_B, [(self._factor(M, N), M * N) for M, N in batch.shapes]))
+        self.numbers.norms.append((norms_B, [(rules.scale(self.group, M, N), M * N) for M, N in batch.shapes]))
         return O_BSL
 
-    def _factor(self, M: int, N: int) -> float:
-        """What multiplies an M x N update before the learning rate does."""
-        if self.group["exact_rms"] or self.plan.moments:
-            return float(self.group["update_rms"])
-        return rules.scale_factor(self.group["scale"], M, N, self.group["update_rms"])
-
     def _apply(self, rects: Sequence[Rect], updates: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
-        """W <- (1 - lr wd) W - lr factor O, with the unscaled lr in the decay."""
+        """W <- W - lr wd W - lr s O, those of one scale s together."""
         lr = float(self.group["lr"])
-        by_factor: dict[float, tuple[list[Tensor], list[Tensor], list[Noise | None]]] = {}
+        by_scale: dict[float, tuple[list[Tensor], list[Tensor], list[Noise | None]]] = {}
         for rect, update, shape in zip(rects, updates, shapes, strict=True):
-            weights, changes, noises = by_factor.setdefault(self._factor(*shape), ([], [], []))
+            weights, changes, noises = by_scale.setdefault(rules.scale(self.group, *shape), ([], [], []))
             weights.append(rect.of(self.weights))
             changes.append(update)
             noises.append(rect.noise(self.noises))
-        for factor, (weights, changes, noises) in by_factor.items():
+        for scale, (weights, changes, noises) in by_scale.items():
             decay, cautious = lr * self.group["weight_decay"], self.group["cautious_weight_decay"]
-            rules.step_(weights, changes, lr * factor, decay, cautious, noises)
+            rules.step_(weights, changes, lr * scale, decay, cautious, noises)
 
 
 def _rows(moment_BL: Tensor, place: Place, count: int, rows: int) -> Tensor:

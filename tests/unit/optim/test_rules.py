@@ -1,4 +1,4 @@
-"""Scale, exact RMS, NorMuon and weight decay against their papers' equations, in float64 and plainly written out.
+"""The equations of a step against their papers', in float64 and plainly written out.
 
 A tolerance of 1e-14: a handful of roundings of 1e-16 each.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from earthshine.errors import ConfigError
 from earthshine.optim import rules
+from earthshine.optim.config import GroupOptions
 from earthshine.optim.rules import decay_, exact_rms, normuon, register_scale, scale_factor, scale_name
 
 
@@ -175,3 +176,56 @@ def test_decay_reaches_the_parameter_through_a_view() -> None:
     p = torch.ones(4, 3)
     decay_([p[1:3].T], [torch.ones(3, 2)], 0.5, cautious=True)
     assert torch.equal(p, torch.tensor([1.0, 0.5, 0.5, 1.0]).unsqueeze(1).expand(4, 3))
+
+
+def test_momentum_is_a_sum_and_the_direction_nesterovs() -> None:
+    mu, grads = 0.95, [gaussian(3, 4), gaussian(5)]
+    first = [gaussian(4, 3).T.contiguous(), gaussian(6)[:5]]
+    sums = [m.clone() for m in first]
+    expected = [mu * m + g for m, g in zip(first, grads, strict=True)]
+    after = rules.momentum_(sums, grads, mu, torch.float64)
+    torch.testing.assert_close(list(after), expected, rtol=1e-14, atol=1e-15)
+    assert all(a is m for a, m in zip(after, sums, strict=True)), "in place"
+    for nesterov, wanted in ((True, mu * expected[0] + grads[0]), (False, expected[0])):
+        X = torch.full_like(grads[0], math.nan)
+        rules.direction_(X, grads[0], sums[0], {"nesterov": nesterov, "momentum": mu})
+        torch.testing.assert_close(X, wanted, rtol=1e-14, atol=1e-15)
+
+
+def test_momentum_kept_in_bfloat16_is_rounded_after_use() -> None:
+    grad, kept = gaussian(64).float(), gaussian(65)[:64].bfloat16()
+    exact = kept.float() * 0.95 + grad
+    (used,) = rules.momentum_([kept], [grad], 0.95, torch.float32)
+    assert torch.equal(used, exact)
+    assert torch.equal(kept, exact.bfloat16())
+
+
+def test_an_update_takes_the_equations_in_the_papers_order() -> None:
+    """Polar factors by SVD, then NorMuon, each matrix by itself; two tall ones (transposed), two wide ones. The second
+    has no token, so no update; the last has no gradient on any rank: the second moments of both stay as they were."""
+    X_BSL, v_BL = gaussian(4, 4, 6), gaussian(4, 6).square()
+    X_BSL[3] = 0
+    before, busy_B = v_BL.clone(), torch.tensor([True, False, True, True])
+    options = GroupOptions(norm="schatten", schatten_p=math.inf, normuon_beta2=0.95, skip_idle=True).as_group()
+    by_shape = [(slice(0, 2), (6, 4)), (slice(2, 4), (4, 6))]
+    O_BSL = rules.update(X_BSL.clone(), by_shape, options, torch.float64, busy_B, v_BL)
+    for b, (M, _) in ((0, (6, 4)), (2, (4, 6))):
+        U, _, Vh = torch.linalg.svd(X_BSL[b].T if M == 6 else X_BSL[b], full_matrices=False)
+        expected, v_M = plain_normuon(U @ Vh, before[b, :M], 0.95, rules.NORMUON_EPS)
+        got = O_BSL[b].T if M == 6 else O_BSL[b]
+        # The SVD of another memory order differs by some 1e-15.
+        torch.testing.assert_close(rules.scale(options, *got.shape) * got, expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(v_BL[b, :M], v_M, rtol=1e-12, atol=0)
+        assert torch.equal(v_BL[b, M:], before[b, M:])
+    assert not O_BSL[1].any() and not O_BSL[3].any()
+    assert torch.equal(v_BL[1], before[1]) and torch.equal(v_BL[3], before[3])
+
+
+def test_the_scale_is_the_rms_alone_where_the_update_has_rms_one() -> None:
+    for options, expected in (
+        (GroupOptions(), 0.2 * 3),
+        (GroupOptions(exact_rms=True), 0.2),
+        (GroupOptions(normuon_beta2=0.95), 0.2),
+        (GroupOptions(scale="spectral"), 1.5),
+    ):
+        assert rules.scale(options.as_group(), 9, 4) == pytest.approx(expected, rel=1e-15)
