@@ -8,7 +8,6 @@ Shapes: B sequences, S tokens per sequence.
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from earthshine.console import log
 from earthshine.data.config import DataConfig
 from earthshine.data.mixture import Mixture
-from earthshine.data.packing import Epoch, Packing, cut
+from earthshine.data.packing import Epoch, cut
 from earthshine.data.shards import TokenShards
-from earthshine.data.tokenization import Tokenization, of_sources, unlike
+from earthshine.data.tokenization import Tokenization, of_sources
 from earthshine.errors import CheckpointError, ConfigError, DataError
 
 IGNORED = -100  # a target that is no target, as in torch.nn.functional.cross_entropy
@@ -57,10 +55,10 @@ class Batch:
         )
 
 
-def _batch(
+def batch_of_windows(
     window_BT: NDArray[np.int64], ends_BT: NDArray[np.bool_], sample_ids: list[SampleId], document_attention: bool
 ) -> Batch:
-    """Windows of T = S + 1 tokens as a Batch; ends_BT: which tokens are the last of their document."""
+    """Windows of T = S + 1 tokens as a Batch. ends_BT: which tokens are the last of their document."""
     tokens_BS = window_BT[:, :-1]
     targets_BS = window_BT[:, 1:].copy()
     documents_BS = np.zeros(tokens_BS.shape, dtype=np.int32)
@@ -78,13 +76,13 @@ def _batch(
 
 
 class _Source:
-    """One folder of shards, with the epoch it is in. Holds about 28 bytes a document and 8 a sample."""
+    """One folder of shards, with the epoch it is in. Holds about 28 bytes per document and 8 per sample."""
 
     def __init__(self, number: int, shards: TokenShards, seq_len: int, seed: int) -> None:
         self.shards = shards
         self._lengths_N = shards.lengths()
         self._key = {"seq_len": seq_len, "seed": seed, "source": number}
-        self.samples_per_epoch, self.left_out_per_epoch = _samples(shards, seq_len)
+        self.samples_per_epoch, self.left_out_per_epoch = samples_per_epoch(shards, seq_len)
         self._epoch_number = -1
         self._epoch: Epoch | None = None
 
@@ -99,7 +97,7 @@ class _Source:
         return self.shards.ends(start_P, stop_P, out_T)
 
 
-def _samples(shards: TokenShards, seq_len: int) -> tuple[int, int]:
+def samples_per_epoch(shards: TokenShards, seq_len: int) -> tuple[int, int]:
     """Samples of an epoch, at least one, and the tokens left out of it."""
     samples, left_out = cut(shards.num_tokens, seq_len)
     if samples == 0:
@@ -113,8 +111,8 @@ def _samples(shards: TokenShards, seq_len: int) -> tuple[int, int]:
 class Loader:
     """The endless global sample order of a run, one whole step at a time.
 
-    summary: for each source its path, weight, tokens, documents, samples per epoch, and the tokens that packing leaves
-    out of each epoch.
+    shards: each source's, opened. summary: for each source its path, weight, tokens, documents, samples per epoch, and
+    the tokens that packing leaves out of each epoch.
     """
 
     def __init__(
@@ -138,13 +136,18 @@ class Loader:
             raise ConfigError(f"seed={seed} must be from 0 to 2**64 - 1: it is a key of the shuffles.")
         if not config.sources:
             raise ConfigError("data.sources=[] names no token shards; add a folder written by prepare.")
-        self._document_attention, self._vocab_size = config.document_attention, vocab_size
-        self._seq_len, self._sequences_per_step, self._seed = seq_len, sequences_per_step, seed
+        self.seq_len, self.vocab_size = seq_len, vocab_size
+        self._document_attention, self._sequences_per_step, self._seed = (
+            config.document_attention,
+            sequences_per_step,
+            seed,
+        )
         self._sources = [
             _Source(i, TokenShards(s.path, verify=verify, vocab_size=vocab_size), seq_len, seed)
             for i, s in enumerate(config.sources)
         ]
-        _require_one_tokenizer([s.shards for s in self._sources])
+        self.shards = [s.shards for s in self._sources]
+        require_one_tokenizer(self.shards)
         self._mixture = Mixture([s.weight for s in config.sources])
         self._taken = [0] * len(self._sources)
         self._steps = 0
@@ -180,7 +183,7 @@ class Loader:
 
     def _read(self) -> tuple[Batch, list[int]]:
         """The next step, and how many samples each source has given after it."""
-        window_BT = np.empty((self._sequences_per_step, self._seq_len + 1), dtype=np.int64)
+        window_BT = np.empty((self._sequences_per_step, self.seq_len + 1), dtype=np.int64)
         ends_BT = np.empty(window_BT.shape, dtype=np.bool_)
         taken = list(self._taken)
         sample_ids = []
@@ -191,40 +194,22 @@ class Loader:
             end_T[:] = source.read(epoch, index, row_T)
             sample_ids.append((number, epoch, index))
             taken[number] += 1
-        return _batch(window_BT, ends_BT, sample_ids, self._document_attention), taken
+        return batch_of_windows(window_BT, ends_BT, sample_ids, self._document_attention), taken
 
     @property
     def tokenization(self) -> Tokenization:
         """How the run's texts became ids: what its checkpoints carry, for evaluation, prompts and export."""
-        return of_sources([s.shards.tokenization for s in self._sources])
+        return of_sources([s.tokenization for s in self.shards])
 
     def notes(self) -> list[str]:
         """What a user should know of the data before the first step, as lines of a log."""
-        shards = [s.shards for s in self._sources]
-        found = [note for s in shards for note in s.notes()]
-        if len({s.tokenization.bos_ids for s in shards}) > 1:
-            found.append(
+        notes = [note for shards in self.shards for note in shards.notes()]
+        if len({shards.tokenization.bos_ids for shards in self.shards}) > 1:
+            notes.append(
                 "warning: data.sources: the documents of some begin with a beginning token and those of others do not; "
                 "prepare them alike, because a prompt begins like the first source's documents."
             )
-        return found
-
-    def check_heldout(self, path: str) -> str:
-        """The fingerprint of shards to evaluate on between steps.
-
-        Raises DataError when they cannot be used or were prepared with another tokenizer; says so when they are what is
-        trained on.
-        """
-        shards = TokenShards(path, vocab_size=self._vocab_size)
-        _samples(shards, self._seq_len)
-        trained = [s.shards for s in self._sources]
-        _require_one_tokenizer([*trained, shards])
-        if shards.fingerprint in [s.fingerprint for s in trained]:
-            log(f"warning: heldout.path={path} is data that is trained on: its loss says nothing about other text.")
-        differ = unlike(shards.tokenization, [s.tokenization for s in trained])
-        if differ:
-            log(f"warning: heldout.path={path} was prepared otherwise than the data that is trained on: {differ}.")
-        return shards.fingerprint
+        return notes
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands, JSON-ready: samples taken of each source; and what the order is made from."""
@@ -233,23 +218,23 @@ class Loader:
             "steps": self._steps,
             "taken": list(self._taken),
             "seed": self._seed,
-            "seq_len": self._seq_len,
-            "fingerprints": [s.shards.fingerprint for s in self._sources],
+            "seq_len": self.seq_len,
+            "fingerprints": [s.fingerprint for s in self.shards],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; sequences_per_step may differ.
+        """Resume where `state_dict` was taken; sequences_per_step may differ.
 
         Raises CheckpointError when the state is of another seed or seq_len or is no loader state, DataError when a
         source holds other data than then: the same positions would be other samples.
         """
-        mine = self.state_dict()
-        if not isinstance(state, dict) or set(state) != set(mine) or state["version"] != mine["version"]:
+        current = self.state_dict()
+        if not isinstance(state, dict) or set(state) != set(current) or state["version"] != current["version"]:
             raise CheckpointError("the loader's saved state is not one of this program's; start from the beginning.")
         for name in ("seed", "seq_len"):
-            if state[name] != mine[name]:
+            if state[name] != current[name]:
                 raise CheckpointError(
-                    f"{name}={mine[name]}, but the loader's state was saved with {name}={state[name]}: the same "
+                    f"{name}={current[name]}, but the loader's state was saved with {name}={state[name]}: the same "
                     f"positions would be other samples. Restore {name}, or start a new run from the checkpoint."
                 )
         if len(state["taken"]) != len(self._taken) or len(state["fingerprints"]) != len(self._taken):
@@ -257,10 +242,10 @@ class Loader:
                 f"data.sources has {len(self._taken)} sources, but the loader's state was saved with "
                 f"{len(state['taken'])}. Restore them, or start a new run from the checkpoint."
             )
-        for source, then in zip(self._sources, state["fingerprints"], strict=True):
-            if source.shards.fingerprint != then:
+        for shards, saved_fingerprint in zip(self.shards, state["fingerprints"], strict=True):
+            if shards.fingerprint != saved_fingerprint:
                 raise DataError(
-                    f"{source.shards.path} holds other data than when the loader's state was saved. "
+                    f"{shards.path} holds other data than when the loader's state was saved. "
                     f"Restore it, or start a new run from the checkpoint."
                 )
         self._taken = [int(n) for n in state["taken"]]
@@ -268,62 +253,11 @@ class Loader:
         self._ahead = None
 
 
-def _require_one_tokenizer(shards: list[TokenShards]) -> None:
+def require_one_tokenizer(shards: list[TokenShards]) -> None:
+    """Raises DataError unless all were prepared with the same tokenizer and end-of-document token."""
     for other in shards[1:]:
         if (other.tokenizer_sha256, other.eod) != (shards[0].tokenizer_sha256, shards[0].eod):
             raise DataError(
                 f"{other.path} and {shards[0].path} were prepared with different tokenizers or end-of-document tokens; "
                 f"prepare all sources with the tokenizer of the model."
             )
-
-
-def heldout_batches(
-    path: str,
-    *,
-    seq_len: int,
-    max_sequences: int,
-    batch: int,
-    document_attention: bool = True,
-    vocab_size: int | None = None,
-) -> Iterator[Batch]:
-    """The first `max_sequences` windows (0: all) of a folder of shards, in file order, at most `batch` at a time.
-
-    The last batch may be smaller; the ragged end, too short for a window, is left out. Raises DataError for shards that
-    cannot be used or hold not even one window.
-    """
-    for name, value in (("seq_len", seq_len), ("batch", batch)):
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1.")
-    shards = TokenShards(path, vocab_size=vocab_size)
-    available, _ = _samples(shards, seq_len)
-    count = min(available, max_sequences) if max_sequences > 0 else available
-    packing = Packing(shards.lengths(), seq_len)
-    for first in range(0, count, batch):
-        last = min(first + batch, count)
-        window_BT = np.empty((last - first, seq_len + 1), dtype=np.int64)
-        ends_BT = np.empty(window_BT.shape, dtype=np.bool_)
-        for i, row_T, end_T in zip(range(first, last), window_BT, ends_BT, strict=True):
-            document_P, start_P, stop_P = packing.pieces(i)
-            shards.read(document_P, start_P, stop_P, row_T)
-            end_T[:] = shards.ends(start_P, stop_P, row_T)
-        yield _batch(window_BT, ends_BT, [(0, 0, i) for i in range(first, last)], document_attention)
-
-
-def heldout_bytes_per_token(
-    path: str, *, seq_len: int = 0, max_sequences: int = 0, document_attention: bool = True
-) -> float:
-    """UTF-8 bytes of text per target token, for bits per byte.
-
-    A document has one target fewer than tokens where its first is none, and as many without `document_attention`.
-
-    Given the arguments of `heldout_batches`, it is that of the documents which those windows touch: a part of a
-    held-out set can be denser than the whole.
-    """
-    shards = TokenShards(path, verify=False)
-    tokens, documents, num_bytes = shards.num_tokens, shards.num_documents, shards.num_bytes
-    if seq_len and max_sequences:
-        ends_N = np.cumsum(shards.lengths(), dtype=np.int64)
-        last = int(np.searchsorted(ends_N, max_sequences * seq_len + 1, side="left"))
-        documents = min(last + 1, documents)
-        tokens, num_bytes = int(ends_N[documents - 1]), shards.document_bytes(documents)
-    return num_bytes / (tokens - documents if document_attention else tokens)

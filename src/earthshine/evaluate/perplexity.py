@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from earthshine.console import progress
-from earthshine.data.loader import heldout_batches, heldout_bytes_per_token
-from earthshine.data.shards import TokenShards
+from earthshine.data.heldout import HeldOut
 from earthshine.errors import ConfigError, DataError, TrainingDivergedError
 from earthshine.model.transformer import Transformer
 from earthshine.ops.cross_entropy import IGNORE
@@ -44,23 +44,18 @@ def heldout_loss(
     limit = model.config.max_position_embeddings
     if not 1 <= seq_len <= limit:
         raise ConfigError(f"seq_len={seq_len} must be between 1 and the model's {limit} positions.")
-    if max_sequences < 0:
-        raise ConfigError(f"max_sequences={max_sequences} must not be negative; 0 takes all.")
-    sums: list[float] = []
-    counts: list[int] = []
-    shards = TokenShards(path, verify=False)
-    windows = (shards.num_tokens - 1) // seq_len
-    batches = heldout_batches(
-        str(path),
+    heldout = HeldOut(
+        path,
         seq_len=seq_len,
         max_sequences=max_sequences,
-        batch=batch,
         document_attention=document_attention,
         vocab_size=model.config.vocab_size,
     )
+    sums: list[float] = []
+    counts: list[int] = []
     device = model.embed.weight.device
-    with _evaluating(model), progress("held-out loss", min(windows, max_sequences or windows), "sequences") as bar:
-        for rows in batches:
+    with _evaluating(model), progress("held-out loss", heldout.num_sequences, "sequences") as bar:
+        for rows in heldout.batches(batch):
             documents_BS = rows.documents_BS if document_attention else None
             losses_B = model.sequence_loss_sums(rows.tokens_BS.to(device), rows.targets_BS.to(device), documents_BS)
             targets_B = (rows.targets_BS != IGNORE).sum(1)
@@ -78,9 +73,7 @@ def heldout_loss(
         raise DataError(f"{path} holds no window of {seq_len} held-out tokens: prepare more text or lower seq_len.")
     tokens = sum(counts)
     loss = math.fsum(sums) / tokens
-    num_bytes = tokens * heldout_bytes_per_token(
-        str(path), seq_len=seq_len, max_sequences=max_sequences, document_attention=document_attention
-    )
+    num_bytes = tokens * bytes_per_token(heldout)
     return {
         "kind": "heldout",
         "loss": loss,
@@ -90,11 +83,28 @@ def heldout_loss(
         "bytes": round(num_bytes),
         "seq_len": seq_len,
         "document_attention": document_attention,
-        "sha256": shards.fingerprint,
-        "lost": shards.lost(),
+        "sha256": heldout.shards.fingerprint,
+        "lost": heldout.shards.lost(),
         "sequence_losses": [s / n for s, n in zip(sums, counts, strict=True)],
         "sequence_tokens": counts,
     }
+
+
+def bytes_per_token(heldout: HeldOut) -> float:
+    """UTF-8 bytes of text per target token, for bits per byte.
+
+    A document has one target fewer than tokens where its first is none, and as many without document attention.
+    Where `max_sequences` limits the windows, only the documents that they touch count: a part of a held-out set can be
+    denser than the whole.
+    """
+    shards = heldout.shards
+    tokens, documents, num_bytes = shards.num_tokens, shards.num_documents, shards.num_bytes
+    if heldout.max_sequences:
+        ends_N = np.cumsum(heldout.lengths_N, dtype=np.int64)
+        last = int(np.searchsorted(ends_N, heldout.max_sequences * heldout.seq_len + 1, side="left"))
+        documents = min(last + 1, documents)
+        tokens, num_bytes = int(ends_N[documents - 1]), shards.document_bytes(documents)
+    return num_bytes / (tokens - documents if heldout.document_attention else tokens)
 
 
 @contextmanager

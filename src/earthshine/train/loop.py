@@ -14,6 +14,7 @@ from earthshine.checkpoint import run_store
 from earthshine.checkpoint.run_store import Checkpoint
 from earthshine.config import encode, parse_object
 from earthshine.console import log
+from earthshine.data.heldout import check_beside_training
 from earthshine.data.loader import SampleId
 from earthshine.device import (
     DTYPES,
@@ -186,7 +187,7 @@ def _build(
     compute = _compute(job, device, checkpoint)
     state = build_state(job, device, compute.dtype, checkpoint, trust=trust, allow_config_change=allow_config_change)
     if job.heldout.path:
-        sha256 = state.loader.check_heldout(job.heldout.path)
+        sha256 = check_beside_training(job.heldout.path, state.loader)
         check_heldout(folder, job.heldout.path, sha256, allow_change=allow_config_change or checkpoint is None)
     if state.step < job.num_steps:
         every = job.checkpoint.every_steps

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earthshine.data.config import DataConfig, SourceConfig
-from earthshine.data.loader import IGNORED, Batch, Loader, heldout_batches, heldout_bytes_per_token
+from earthshine.data.heldout import HeldOut
+from earthshine.data.loader import IGNORED, Batch, Loader
 from earthshine.data.shards import TokenShards
 from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError, DataError
@@ -88,7 +89,7 @@ def test_documents_end_where_their_lengths_say(make_shards: ShardMaker, record: 
     """An end token inside a text (id 0) ends no document; in shards that do not record the rule it does, as ever."""
     documents = [[7, 0, 8], [5, 6], [0, 0]]
     path = make_shards("d", documents, **({"tokenization": record} if record else {}))
-    (b,) = heldout_batches(str(path), seq_len=9, max_sequences=0, batch=1)
+    (b,) = HeldOut(path, seq_len=9).batches(1)
     assert b.tokens_BS.tolist() == [[7, 0, 8, 0, 5, 6, 0, 0, 0]]
     if record:
         assert b.documents_BS.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2]]
@@ -146,7 +147,7 @@ def test_seed_changes_the_order(two_sources: DataConfig) -> None:
 def test_separate_documents(make_shards: ShardMaker) -> None:
     path = str(make_shards("d", [[1, 2], [3], [4, 5, 6], [7]]))
     config = DataConfig(sources=(SourceConfig(path=path),))
-    (b,) = heldout_batches(path, seq_len=10, max_sequences=0, batch=4)
+    (b,) = HeldOut(path, seq_len=10).batches(4)
     assert b.tokens_BS.tolist() == [[1, 2, 0, 3, 0, 4, 5, 6, 0, 7]]
     assert b.targets_BS.tolist() == [[2, 0, IGNORED, 0, IGNORED, 5, 6, 0, IGNORED, 0]]
     assert b.documents_BS.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 2, 3]]
@@ -229,7 +230,7 @@ class TestRefusals:
         with pytest.raises(DataError, match="has 16 tokens, a sample of seq_len=16 needs 17"):
             loader(config)
         with pytest.raises(DataError, match="has 16 tokens"):
-            list(heldout_batches(path, seq_len=16, max_sequences=0, batch=1))
+            HeldOut(path, seq_len=16)
 
     @pytest.mark.parametrize("other", [{"tokenizer_sha256": "1" * 64}, {"eod": 1}])
     def test_two_tokenizers(self, make_shards: ShardMaker, other: dict[str, object]) -> None:
@@ -253,55 +254,3 @@ class TestRefusals:
         swapped = DataConfig(sources=two_sources.sources[::-1])
         with pytest.raises(DataError, match="holds other data than when the loader's state was saved"):
             loader(swapped).load_state_dict(state)
-
-
-class TestHeldout:
-    def test_file_order_and_limits(self, counting_shards: Path) -> None:
-        shards = TokenShards(counting_shards)
-        stream = np.concatenate([shards.document(i) for i in range(shards.num_documents)])
-        whole = list(heldout_batches(str(counting_shards), seq_len=16, max_sequences=0, batch=4))
-        got = torch.cat([b.tokens_BS for b in whole]).numpy().ravel()
-        assert np.array_equal(got, stream[: len(got)])
-        assert len(stream) - len(got) <= 16
-        some = list(heldout_batches(str(counting_shards), seq_len=16, max_sequences=5, batch=4))
-        assert [len(b.sample_ids) for b in some] == [4, 1]
-        assert rows(some) == rows(whole)[:5]
-
-    def test_vocabulary(self, counting_shards: Path) -> None:
-        with pytest.raises(DataError, match="the vocabulary has 50 ids"):
-            list(heldout_batches(str(counting_shards), seq_len=16, max_sequences=0, batch=4, vocab_size=50))
-
-    def test_numbers(self, counting_shards: Path) -> None:
-        with pytest.raises(ConfigError, match="batch=0 must be at least 1"):
-            list(heldout_batches(str(counting_shards), seq_len=16, max_sequences=0, batch=0))
-
-    @pytest.mark.parametrize(
-        ("limits", "expected"),
-        [
-            ({}, 66 / 9),  # of all documents: 12 tokens, of which each document's first is no target
-            ({"seq_len": 3, "max_sequences": 1}, 6 / 3),  # four tokens, the first document to its end
-            ({"seq_len": 4, "max_sequences": 1}, 26 / 5),  # one token of the second document counts it whole
-            ({"seq_len": 3, "max_sequences": 2}, 26 / 5),
-            ({"seq_len": 7, "max_sequences": 1}, 66 / 9),
-            ({"seq_len": 3, "max_sequences": 1000}, 66 / 9),
-            ({"seq_len": 3, "max_sequences": 0}, 66 / 9),
-            ({"document_attention": False}, 66 / 12),
-            ({"seq_len": 4, "max_sequences": 1, "document_attention": False}, 26 / 7),
-        ],
-    )
-    def test_bytes_per_token(self, limits: dict[str, int], expected: float, make_shards: ShardMaker) -> None:
-        """Documents of 4, 3 and 5 tokens, the end included, hold 2, 10 and 10 bytes per target."""
-        path = make_shards("uneven", [[1, 2, 3], [4, 5], [6, 7, 8, 9]], num_bytes=(6, 20, 40), max_tokens_per_shard=5)
-        assert heldout_bytes_per_token(str(path), **limits) == expected
-
-    def test_beside_what_is_trained_on(
-        self, two_sources: DataConfig, make_shards: ShardMaker, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        other = make_shards("heldout", [[7] * 40])
-        assert loader(two_sources).check_heldout(str(other)) == TokenShards(other).fingerprint
-        assert capsys.readouterr().err == ""
-        loader(two_sources).check_heldout(two_sources.sources[1].path)
-        assert "is data that is trained on" in capsys.readouterr().err
-        foreign = make_shards("foreign", [[7] * 40], tokenizer_sha256="f" * 64)
-        with pytest.raises(DataError, match="prepared with different tokenizers"):
-            loader(two_sources).check_heldout(str(foreign))

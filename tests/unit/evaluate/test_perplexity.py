@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from earthshine.data import shards as shards_module
+from earthshine.data.heldout import HeldOut
 from earthshine.data.prepare import prepare
-from earthshine.data.shards import TokenShards
+from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.errors import ConfigError, TrainingDivergedError
-from earthshine.evaluate.perplexity import heldout_loss, ratio_stderr
+from earthshine.evaluate.perplexity import bytes_per_token, heldout_loss, ratio_stderr
 from earthshine.model.config import CapacityConfig
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
@@ -82,6 +84,41 @@ def test_attention_across_documents_is_the_plain_loss_of_the_stream(shards: Path
     logits = model(flat[:60].view(3, 20)).flatten(0, 1)
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, flat[1:61]).item(), rel=1e-5)
     assert result["tokens"] == 60 and result["sha256"] == data.fingerprint and model.training
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 66 / 9),  # of all documents: 12 tokens, of which each document's first is no target
+        ({"seq_len": 3, "max_sequences": 1}, 6 / 3),  # four tokens, the first document to its end
+        ({"seq_len": 4, "max_sequences": 1}, 26 / 5),  # one token of the second document counts it whole
+        ({"seq_len": 3, "max_sequences": 2}, 26 / 5),
+        ({"seq_len": 7, "max_sequences": 1}, 66 / 9),
+        ({"seq_len": 3, "max_sequences": 1000}, 66 / 9),
+        ({"seq_len": 3, "max_sequences": 0}, 66 / 9),
+        ({"document_attention": False}, 66 / 12),
+        ({"seq_len": 4, "max_sequences": 1, "document_attention": False}, 26 / 7),
+    ],
+)
+def test_bytes_per_token(limits: dict, expected: float, tmp_path: Path) -> None:
+    """Documents of 4, 3 and 5 tokens, the end included, hold 2, 10 and 10 bytes per target."""
+    writer = ShardWriter(tmp_path, vocab_size=16, max_tokens_per_shard=5)
+    tokens = np.array([1, 2, 3, 0, 4, 5, 0, 6, 7, 8, 9, 0])
+    writer.add(tokens, np.array([4, 3, 5]), np.array([6, 20, 40]))
+    writer.finish(eod=0, tokenizer_sha256="0" * 64)
+    assert bytes_per_token(HeldOut(tmp_path, **({"seq_len": 1} | limits))) == expected
+
+
+def test_shards_are_opened_and_hashed_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, hashed = [], []
+    read_index, sha256_file = shards_module.read_index, shards_module.sha256_file
+    monkeypatch.setattr(shards_module, "read_index", lambda path: opened.append(path) or read_index(path))
+    monkeypatch.setattr(shards_module, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+    model = Transformer(preset("llama3_tiny"))
+    initialize(model, seed=0)
+    heldout_loss(model, shards, seq_len=20, max_sequences=2)
+    assert opened == [shards]
+    assert hashed == ["shard-00000.bin", "shard-00000.idx"]
 
 
 @pytest.mark.parametrize("name", ["llama3_tiny_e8t2", "moonlight_tiny"])
