@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from earthshine.checkpoint.hf import load_model, read_config
 from earthshine.console import log
 from earthshine.device import DTYPES, environment, gemm_peak, peak_memory_bytes, total_memory_bytes
-from earthshine.model.config import BalanceConfig, ModelConfig, MoEConfig
+from earthshine.model.config import BalanceConfig, ModelConfig, MoEConfig, TrainingOptions
 from earthshine.model.counts import count_parameters, train_flops_per_token
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.config import OptimizerConfig
@@ -152,9 +152,10 @@ def build(side: Side, case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
         return model, loss
     loaded = load_model(case.directory)
     config = dense_equivalent(loaded.config) if side.dense else loaded.config
-    backend, no_loss = side.experts or "auto", BalanceConfig(loss="none")  # as transformers' objective has none
+    backend = side.experts or "auto"
+    no_loss = TrainingOptions(balance=BalanceConfig(loss="none"))  # as transformers' objective has none
     with torch.device(case.device):
-        ours = Transformer(config, DTYPES[case.dtype], backend, balance=no_loss)  # type: ignore[arg-type]
+        ours = Transformer(config, DTYPES[case.dtype], backend, training=no_loss)  # type: ignore[arg-type]
     if side.dense:
         initialize(ours, seed=0)
     else:

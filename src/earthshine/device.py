@@ -1,6 +1,6 @@
 """Which device, which compute type, how fast and how large: measured on this machine, now.
 
-The only place (with `parallel/`) that names a kind of accelerator. Imports torch, so no config file imports it.
+The only place that names a kind of accelerator. Imports torch, so no config file imports it.
 """
 
 import functools

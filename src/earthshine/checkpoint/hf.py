@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from earthshine.checkpoint.safetensors_store import (
     FileRecord,
     Store,
     TensorInfo,
+    WriteOptions,
     check_finite,
     check_fits,
     row_blocks,
@@ -24,7 +25,7 @@ from earthshine.checkpoint.safetensors_store import (
 )
 from earthshine.console import log
 from earthshine.errors import WeightsError, nearest
-from earthshine.model.config import ModelConfig
+from earthshine.model.config import ModelConfig, TrainingOptions
 from earthshine.model.hf_config import from_hf, read_hf_config, to_hf, without_effect
 from earthshine.run_folder import is_run
 from earthshine.staging import staged_directory
@@ -161,15 +162,15 @@ def load_model(
     compute_dtype: torch.dtype | None = None,
     *,
     trust: bool = False,
-    **training: Any,
+    training: TrainingOptions | None = None,
 ) -> "Transformer":
     """A Hugging Face directory or a run's latest checkpoint as a model; `model(tokens_BS) -> logits_BSV`.
 
     Args:
         dtype: of the parameters; a router's bias is float32 in any model.
-        compute_dtype: of activations and products; `dtype` when None.
+        compute_dtype: of activations and matmuls; `dtype` when None.
         trust: read a run's checkpoint that was not made on this machine.
-        training: what `Transformer` takes besides, for a model that will be trained: balance, capacity, recompute.
+        training: for a model that will be trained.
     Raises ConfigError or UnsupportedModelError for the config, WeightsError for any tensor that is missing, extra,
     misshapen or not finite, or whose values `dtype` cannot hold; CheckpointError for a damaged checkpoint.
     """
@@ -180,7 +181,7 @@ def load_model(
 
     def build() -> Transformer:
         with torch.device(device):
-            return Transformer(config, compute_dtype or dtype, **training).to(dtype)
+            return Transformer(config, compute_dtype or dtype, training=training).to(dtype)
 
     if is_run(path):
         from earthshine.checkpoint.run_store import load_model_state
@@ -270,7 +271,7 @@ def write_model(
     dtypes: Mapping[str, torch.dtype],
     blocks: Callable[[Entry], Iterable[Tensor]],
     files: Mapping[str, str | bytes],
-    **options: Any,
+    **options: Unpack[WriteOptions],
 ) -> dict[str, FileRecord]:
     """Stream a model's tensors, its config and further files into `directory`; returns the record of every file.
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -353,6 +353,14 @@ def lay_out(tensors: Iterable[TensorInfo], max_shard_bytes: int) -> list[Shard]:
 Blocks = Callable[[TensorInfo], Iterable[torch.Tensor]]
 
 
+class WriteOptions(TypedDict, total=False):
+    """Those of `write_sharded`, for who passes them on."""
+
+    max_shard_bytes: int
+    on_bytes: Callable[[int], None]
+    after_shard: Callable[[Path], None]
+
+
 def write_sharded(
     directory: Path,
     tensors: Sequence[TensorInfo],
@@ -365,7 +373,12 @@ def write_sharded(
     """Write `tensors` into `directory` as a stream; `blocks(tensor)` yields a tensor's rows in order.
 
     Each file is written under another name, synced, and renamed beside a `.sha256` of its contents; files already
-    there that match theirs are kept, so that a killed writer goes on where it was. Returns the record of every file.
+    there that match theirs are kept, so that a killed writer resumes where it was. Returns the record of every file.
+
+    Args:
+        max_shard_bytes: of tensors in one file.
+        on_bytes: called with the number of bytes just written, or found written.
+        after_shard: called with the path of each file that was completed.
     Raises DiskFullError when the disk is full.
     """
     shards = lay_out(tensors, max_shard_bytes)

@@ -188,6 +188,18 @@ class CapacityConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What a model is told of its training; nothing of it changes what it computes in evaluation.
+
+    recompute: keep only each block's input, and compute the block again in the backward pass.
+    """
+
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    recompute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Sizes are in elements; token ids of -1 mean "none".
 

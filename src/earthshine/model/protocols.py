@@ -1,6 +1,7 @@
 """What a model asks of the world when parts of it are elsewhere, with the defaults for "all of it is here".
 
-The model calls these and knows nothing of ranks; implementations for meshes live above it.
+The model calls these and knows nothing of ranks. So far nothing implements them but the defaults in this file: those
+for meshes will come with `parallel/`, which does not exist yet.
 """
 
 from typing import Protocol

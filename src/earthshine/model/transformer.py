@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from earthshine.errors import ConfigError
 from earthshine.model.attention import Cache, RopeTables, attention_widths, make_attention, make_cache
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, TrainingOptions
 from earthshine.model.layers import Embedding, Linear, RMSNorm, SwiGLU, at_least_float32, to_compute
 from earthshine.model.moe import MoE
 from earthshine.model.protocols import LocalLossReduce, LossReduce
@@ -79,8 +79,7 @@ class Transformer(nn.Module):
         compute_dtype: dtype of activations and products; parameters stay float32 (use `.double()` together with
             torch.float64 for a float64 model).
         experts_backend: see `ops.grouped_experts.swiglu_experts`.
-        balance, capacity: how the routers are trained; without effect in evaluation.
-        recompute: in training, keep only each block's input and compute the block again in the backward pass.
+        training: balance, capacity and recomputation; without effect in evaluation.
     """
 
     def __init__(
@@ -89,18 +88,17 @@ class Transformer(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         experts_backend: Backend = "auto",
         *,
-        balance: BalanceConfig | None = None,
-        capacity: CapacityConfig | None = None,
-        recompute: bool = False,
+        training: TrainingOptions | None = None,
     ) -> None:
         super().__init__()
+        training = training or TrainingOptions()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.balance = balance or BalanceConfig()
-        self.recompute = recompute
+        self.balance = training.balance
+        self.recompute = training.recompute
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, i, experts_backend, self.balance, capacity or CapacityConfig())
+            Block(config, i, experts_backend, training.balance, training.capacity)
             for i in range(config.num_hidden_layers)
         )
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

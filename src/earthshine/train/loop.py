@@ -200,7 +200,7 @@ def _build(
 def _prepare_folder(run: _Run, point: _ResumePoint) -> None:
     """Record the start, and take away what does not belong to the steps that are kept."""
     job, folder, checkpoint, done = run.job, run.folder, point.checkpoint, run.state.step
-    place = environment(run.state.device) | run.state.choices
+    place = environment(run.state.device) | run.state.resolved_dtypes
     place |= {"compute_reason": run.compute.reason, "peak_flops": run.compute.peak_flops}
     record_start(
         folder,
@@ -234,8 +234,8 @@ def _announce(run: _Run, point: _ResumePoint) -> None:
             if warning not in point.told:
                 log(f"warning: {warning}")
         log(
-            f"computing in {state.choices['compute_dtype']} ({run.compute.reason}), "
-            f"Newton-Schulz in {state.choices['ns_dtype']}"
+            f"computing in {state.resolved_dtypes['compute_dtype']} ({run.compute.reason}), "
+            f"Newton-Schulz in {state.resolved_dtypes['ns_dtype']}"
         )
         if point.checkpoint:
             log(f"resuming from {point.checkpoint.folder}")
@@ -253,16 +253,16 @@ def _compute(job: TrainJob, device: torch.device, checkpoint: Checkpoint | None)
 
 def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
     job, state = run.job, run.state
-    if not interrupts:
+    if not interrupts.requested:
         _evaluate_if_due(run)
-    while state.step < last_step and not interrupts:
+    while state.step < last_step and not interrupts.requested:
         _step(run)
         every = job.checkpoint.every_steps
-        if state.step == last_step or interrupts or (every and state.step % every == 0):
+        if state.step == last_step or interrupts.requested or (every and state.step % every == 0):
             _save(run)
-        if not interrupts:
+        if not interrupts.requested:
             _evaluate_if_due(run)
-    if interrupts and not _complete(run):
+    if interrupts.requested and not _complete(run):
         if run.saved != step_folder(run.folder, state.step):
             _save(run)
         raise InterruptedRunError(
@@ -394,7 +394,7 @@ def _save(run: _Run) -> None:
         run.folder,
         step=state.step,
         tensors=state.tensors(),
-        state=state.numbers(),
+        state=state.metadata(),
         model=state.model.config,
         job=encode(run.job),
         keep=run.job.checkpoint.keep,

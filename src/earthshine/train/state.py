@@ -21,7 +21,7 @@ from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import warn_of_other_tokenizer
 from earthshine.device import Readings, resolve_ns_dtype
 from earthshine.errors import ConfigError, TrainingDivergedError
-from earthshine.model.config import ModelConfig
+from earthshine.model.config import ModelConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.muon import Muon, build_optimizer
 from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob
@@ -33,13 +33,13 @@ _RNG_DEVICE = "rng.device"
 
 @dataclass
 class TrainState:
-    """What changes while training. `choices` are the types of the run that are decided once, by measurement."""
+    """What changes while training. `resolved_dtypes`: resolved at the first start and kept on resume."""
 
     model: Transformer
     optimizer: Muon
     loader: Loader
     device: torch.device
-    choices: dict[str, str]
+    resolved_dtypes: dict[str, str]
     step: int = 0
     total_tokens: int = 0
 
@@ -54,12 +54,12 @@ class TrainState:
             found[_RNG_DEVICE] = torch.get_device_module(self.device).get_rng_state(self.device)
         return found
 
-    def numbers(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What is not a tensor, JSON-ready."""
         return {
             "step": self.step,
             "total_tokens": self.total_tokens,
-            "choices": self.choices,
+            "choices": self.resolved_dtypes,
             "loader": self.loader.state_dict(),
             "optimizer_groups": encode(self.optimizer.state_dict()["param_groups"]),
         }
@@ -144,8 +144,8 @@ def build_state(
     if ends and ends != model.config.eos_token_ids:
         log(f"the data's documents end with id {loader.tokenization.eod}: it ends a text, besides or instead of {ends}")
     optimizer = build_optimizer(model, replace(job.optimizer, ns_dtype=ns_dtype))
-    choices = {"compute_dtype": _dtype_name(compute_dtype), "ns_dtype": ns_dtype}
-    state = TrainState(model, optimizer, loader, device, choices)
+    resolved_dtypes = {"compute_dtype": _dtype_name(compute_dtype), "ns_dtype": ns_dtype}
+    state = TrainState(model, optimizer, loader, device, resolved_dtypes)
     if checkpoint is not None:
         state.restore(checkpoint, allow_config_change=allow_config_change)
     if job.compile:
@@ -169,7 +169,7 @@ def _initial_model(job: TrainJob, device: torch.device, compute_dtype: torch.dty
             model = _empty_model(job, config, device, compute_dtype)
             initialize(model, job.seed)
         case FromHuggingFace(path=path):
-            model = load_model(path, device=device, compute_dtype=compute_dtype, **_training_options(job))
+            model = load_model(path, device=device, compute_dtype=compute_dtype, training=_training_options(job))
         case FromCheckpoint(path=path):
             config, tensors = run_store.load_model_state(path, trust=trust)
             model = _empty_model(job, config, device, compute_dtype)
@@ -179,12 +179,11 @@ def _initial_model(job: TrainJob, device: torch.device, compute_dtype: torch.dty
 
 def _empty_model(job: TrainJob, config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> Transformer:
     with device:
-        return Transformer(config, compute_dtype, **_training_options(job))
+        return Transformer(config, compute_dtype, training=_training_options(job))
 
 
-def _training_options(job: TrainJob) -> dict[str, Any]:
-    """What the model is told of the job: none of it changes what it computes outside of training."""
-    return {"balance": job.balance, "capacity": job.capacity, "recompute": job.recompute == "block"}
+def _training_options(job: TrainJob) -> TrainingOptions:
+    return TrainingOptions(balance=job.balance, capacity=job.capacity, recompute=job.recompute == "block")
 
 
 def _same_model(job: TrainJob, checkpoint: Checkpoint) -> ModelConfig:

@@ -16,7 +16,7 @@ from earthshine.data.prepare import prepare
 from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.evaluate.perplexity import bytes_per_token, heldout_loss, ratio_stderr
-from earthshine.model.config import CapacityConfig
+from earthshine.model.config import CapacityConfig, TrainingOptions
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
 
@@ -124,7 +124,8 @@ def test_shards_are_opened_and_hashed_once(shards: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["llama3_tiny_e8t2", "moonlight_tiny"])
 def test_evaluation_drops_nothing_and_changes_nothing(shards: Path, name: str) -> None:
     """In the middle of a step of training, with hardly any capacity: no count, no bias, no mode, no loss is another."""
-    free, tight = Transformer(preset(name)), Transformer(preset(name), capacity=CapacityConfig(factor=0.1)).train()
+    capacity = TrainingOptions(capacity=CapacityConfig(factor=0.1))
+    free, tight = Transformer(preset(name)), Transformer(preset(name), training=capacity).train()
     initialize(free, seed=0)
     initialize(tight, seed=0)
     tokens_BS = torch.arange(48).view(2, 24)

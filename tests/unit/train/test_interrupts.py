@@ -42,7 +42,7 @@ def test_nohup_is_heeded() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGHUP)
-        assert not interrupts
+        assert not interrupts.requested
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
@@ -62,5 +62,5 @@ def test_a_request_is_taken_where_it_cannot_be_confirmed(number: int, monkeypatc
         monkeypatch.setattr(sys, "__stderr__", stream)
         with Interrupts() as interrupts:
             os.kill(os.getpid(), number)
-            assert interrupts
+            assert interrupts.requested
     os.close(writer)

@@ -159,7 +159,7 @@ def test_a_step_is_read_while_the_one_before_is_computed(
 
         monkeypatch.setattr(module, name, wrapped)
 
-    told(loop.TrainState, "numbers", "save")
+    told(loop.TrainState, "metadata", "save")
     told(loop, "train_step", "train")
     told(loop, "read", "wait")
     told(Loader, "_read", "load")

@@ -90,7 +90,7 @@ def test_what_is_dropped_and_added_is_logged(
     step = records(tmp_path)[1]
     assert 0.5 <= step["drop_rate"] < 1 and step["z_loss"] > 0 and "balance" not in step
     err = capsys.readouterr().err
-    assert f"maxvio {step['max_violation']:.2f}  drop {step['drop_rate']:.1%}" in err
+    assert f"maxvio {step['max_violation']:5.2f}  drop {step['drop_rate']:5.1%}" in err
     assert "warning" not in err
 
 
@@ -436,9 +436,9 @@ def test_a_signal_while_the_run_is_opened_is_an_interruption(
 
 def test_the_first_signal_asks_and_gives_the_second_its_default_back() -> None:
     with Interrupts() as interrupts:
-        assert not interrupts
+        assert not interrupts.requested
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupts and interrupts.name == "SIGTERM"
+        assert interrupts.requested and interrupts.name == "SIGTERM"
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
 

@@ -51,7 +51,7 @@ def save(job: TrainJob, state: TrainState, run: Path) -> None:
         run,
         step=state.step,
         tensors=state.tensors(),
-        state=state.numbers(),
+        state=state.metadata(),
         model=state.model.config,
         job=encode(job),
         keep=0,
@@ -161,7 +161,7 @@ def test_a_warm_start_from_a_run_of_another_tokenizer_is_said(
     for sha256, said in (("0" * 64, False), ("1" * 64, True)):
         rule = Tokenization(tokenizer_sha256=sha256, eod=0)
         run_store.save(
-            tmp_path, step=1, tensors=state.tensors(), state=state.numbers(), model=state.model.config,
+            tmp_path, step=1, tensors=state.tensors(), state=state.metadata(), model=state.model.config,
             job=encode(job), keep=0, tokenization=rule,
         )  # fmt: skip
         started(make_job(init=FromCheckpoint(path=str(tmp_path))), CPU)
