@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ from earthshine.device import (
     read,
 )
 from earthshine.device import pick_device as pick_device_by_name
-from earthshine.errors import ConfigError, InterruptedRunError, TrainingDivergedError
+from earthshine.errors import ConfigError, DataError, InterruptedRunError, TrainingDivergedError
 from earthshine.evaluate.perplexity import heldout_loss
 from earthshine.files import expand_home, write_json
 from earthshine.optim.groups import describe
@@ -160,6 +160,14 @@ def _resume_point(job: TrainJob, folder: Path, *, trust: bool, allow_config_chan
     return _ResumePoint(checkpoint, same, warnings_told(folder) if checkpoint else ())
 
 
+class _Done(NamedTuple):
+    """A step whose numbers are not recorded yet."""
+
+    result: StepResult
+    samples: tuple[SampleId, ...]
+    stopwatch: Stopwatch
+
+
 @dataclass
 class _Run:
     """What a call of `fit` works with."""
@@ -170,10 +178,9 @@ class _Run:
     compute: ComputeChoice
     state: TrainState
     metrics: MetricsFile
-    stopwatch: Stopwatch  # of the steps since the last record
     saved: Path | None = None  # the newest checkpoint
     tracker: Tracker = field(default_factory=NoTracker)
-    unrecorded: list[tuple[StepResult, tuple[SampleId, ...]]] = field(default_factory=list)  # and what they were
+    unrecorded: list[_Done] = field(default_factory=list)  # steps since the last record
     doubted_peak: bool = False
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))  # per step
 
@@ -194,7 +201,7 @@ def _build(
         saves = 1 + ((job.num_steps - 1) // every - state.step // every if every else 0)
         run_store.check_can_save(folder, state.tensors(), saves=saves, keep=job.checkpoint.keep)
     metrics, saved = MetricsFile(folder / METRICS), checkpoint.folder if checkpoint else None
-    return _Run(job, folder, derived, compute, state, metrics, Stopwatch(device), saved)
+    return _Run(job, folder, derived, compute, state, metrics, saved)
 
 
 def _prepare_folder(run: _Run, point: _ResumePoint) -> None:
@@ -300,35 +307,40 @@ def _complete(run: _Run) -> bool:
 
 def _step(run: _Run) -> None:
     """One step and, every `log_every` steps, line and record."""
-    job, state = run.job, run.state
-    with run.stopwatch:
-        lr = learning_rate(job.schedule, job.optimizer.lr, state.step, job.num_steps)
-        batch = state.loader.next_step()
-        micro = job.sequences_per_micro_batch
-        try:
+    job, state, stopwatch = run.job, run.state, Stopwatch(run.state.device)
+    try:
+        with stopwatch:
+            lr = learning_rate(job.schedule, job.optimizer.lr, state.step, job.num_steps)
+            batch = state.loader.next_step()
+            micro = job.sequences_per_micro_batch
             result = train_step(state, batch, lr=lr, micro_batch=micro, clip=job.clip_grad_norm)
-        except TrainingDivergedError as e:
-            raise _diverged(run, str(e)) from e
-        if state.step < job.num_steps:
-            state.loader.read_ahead()  # an accelerator is still computing
-    run.unrecorded.append((result, batch.sample_ids))
+            if state.step < job.num_steps:
+                state.loader.read_ahead()  # an accelerator is still computing
+    except TrainingDivergedError as e:
+        _record(run, routing=False)  # the steps before it; the routing counts are its own by now
+        raise _diverged(run, str(e)) from e
+    except DataError:
+        _record(run, routing=False)
+        raise
+    run.unrecorded.append(_Done(result, batch.sample_ids, stopwatch))
     if state.step % job.log_every == 0:
         _record(run)
 
 
-def _record(run: _Run) -> None:
+def _record(run: _Run, *, routing: bool = True) -> None:
     """Line and record of the steps since the last: the one place where their numbers are waited for, all at once.
 
     Losses, norms and routing are those of the last of these steps; tokens, times and samples are of all of them.
+    routing: whether the model still has the counts of that step.
     """
     if not run.unrecorded:
         return
     job, state, peak = run.job, run.state, run.compute.peak_flops
-    results = [result for result, _ in run.unrecorded]
-    sample_ids = [i for _, of_step in run.unrecorded for i in of_step]
-    stopwatch, last = run.stopwatch, results[-1]
-    run.unrecorded, run.stopwatch = [], Stopwatch(state.device)
-    counts, dropped = state.model.expert_counts(), state.model.dropped_counts()
+    done, run.unrecorded = run.unrecorded, []
+    results = [step.result for step in done]
+    sample_ids = [i for step in done for i in step.samples]
+    last = results[-1]
+    counts, dropped = (state.model.expert_counts(), state.model.dropped_counts()) if routing else ({}, {})
     routed = Readings(*counts.values(), *dropped.values())
     read(*(readings for result in results for readings in result.readings), routed, state.optimizer.measure())
     try:
@@ -336,7 +348,7 @@ def _record(run: _Run) -> None:
             result.require_finite()
     except TrainingDivergedError as e:
         raise _diverged(run, str(e)) from e
-    seconds, tokens = stopwatch.seconds, sum(result.num_targets for result in results)
+    seconds, tokens = sum(step.stopwatch.seconds for step in done), sum(result.num_targets for result in results)
     computing = sum(result.forward_backward_seconds for result in results)
     record: dict[str, Any] = {
         "kind": "step",

@@ -49,6 +49,11 @@ def before_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[Any], No
     patch.setattr(loop, "_step", wrapped)
 
 
+def poison(run: Any) -> None:
+    with torch.no_grad():
+        run.state.model.final_norm.weight.fill_(float("nan"))
+
+
 def test_a_line_is_of_its_step_and_of_all_since_the_line_before(
     make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,14 +113,26 @@ def test_an_interruption_between_two_lines_loses_no_number(
 def test_a_loss_that_is_not_finite_between_two_lines_is_refused(
     make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poison(run: Any) -> None:
-        with torch.no_grad():
-            run.state.model.final_norm.weight.fill_(float("nan"))
-
     before_step(monkeypatch, 4, poison)
     with pytest.raises(TrainingDivergedError, match=r"the loss of step 4 is nan.*step-000002"):
         fit(make_job(log_every=6, checkpoint=CheckpointConfig(every_steps=2, keep=0)), tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_the_steps_before_a_divergence_are_recorded(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where it is found in the step itself: of the steps since the last line there is one more."""
+    fit(make_job(True, **QUIET, log_every=2), tmp_path / "whole")
+    before_step(monkeypatch, 5, poison)
+    with pytest.raises(TrainingDivergedError, match="the loss of step 5 is nan"):
+        fit(make_job(True, **QUIET, log_every=6), tmp_path / "run")
+    (line,), whole = steps(tmp_path / "run"), steps(tmp_path / "whole")[1]
+    assert (line["step"], line["steps"]) == (4, 4) and line["total_tokens"] == whole["total_tokens"]
+    assert [line[k] for k in ("loss", "grad_norm", "lr", "update_rms")] == [
+        whole[k] for k in ("loss", "grad_norm", "lr", "update_rms")
+    ]
+    assert "expert_load" not in line and line["tokens_per_second"] == line["tokens"] / line["seconds"]
 
 
 def test_a_replay_is_logged_as_the_run_was(make_job: JobMaker, tmp_path: Path) -> None:
@@ -185,6 +202,9 @@ def test_data_that_goes_away_is_said_by_the_step_that_needs_it(
 
     monkeypatch.setattr(Loader, "_read", gone)
     with pytest.raises(DataError, match="went away"):
-        fit(make_job(checkpoint=CheckpointConfig(every_steps=4)), tmp_path)
-    assert [r["step"] for r in steps(tmp_path)] == [1, 2, 3, 4]
-    assert run_store.latest(tmp_path) is not None
+        fit(make_job(checkpoint=CheckpointConfig(every_steps=4)), tmp_path / "each")
+    assert [r["step"] for r in steps(tmp_path / "each")] == [1, 2, 3, 4]
+    assert run_store.latest(tmp_path / "each") is not None
+    with pytest.raises(DataError, match="went away"):
+        fit(make_job(**QUIET, log_every=6), tmp_path / "once")
+    assert [(r["step"], r["steps"]) for r in steps(tmp_path / "once")] == [(4, 4)]
