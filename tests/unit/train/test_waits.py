@@ -62,7 +62,9 @@ def test_a_step_waits_for_nothing_and_its_record_is_one_transfer(
 
 def result(step: int, loss: float = 1.0, norm: float = 1.0) -> StepResult:
     sums = Readings(torch.tensor([loss, 0.0, 0.0]))
-    return StepResult(step, Objective(sums, 1, 1, 1, 0, BalanceConfig()), 1, Readings(torch.tensor(norm)), Stopwatch(META))
+    return StepResult(
+        step, Objective(sums, 1, 1, 1, 0, BalanceConfig()), 1, Readings(torch.tensor(norm)), Stopwatch(META)
+    )
 
 
 @pytest.mark.parametrize(("bad", "name"), [({"loss": math.inf}, "loss"), ({"norm": math.nan}, "gradient norm")])
@@ -75,7 +77,7 @@ def test_what_is_not_finite_is_found_by_the_next_record_and_never_saved(
         run = started(make_job(log_every=10), tmp_path)
         with torch.device("cpu"):
             done = (result(1), result(2, **bad), result(3))
-                run.unrecorded = [loop._Done(each, (), Stopwatch(META)) for each in done]
+            run.unrecorded = [loop._Done(each, (), Stopwatch(META)) for each in done]
         run.state.step = 3
         with pytest.raises(TrainingDivergedError, match=f"the {name} of step 2 is (inf|nan).*Nothing was saved since"):
             finish(run)
