@@ -23,8 +23,8 @@ from earthshine.device import DTYPES, environment, gemm_peak, peak_memory_bytes,
 from earthshine.model.config import BalanceConfig, ModelConfig, MoEConfig, TrainingOptions
 from earthshine.model.counts import count_parameters, train_flops_per_token
 from earthshine.model.transformer import Transformer, initialize
+from earthshine.optim.build import build_optimizer
 from earthshine.optim.config import OptimizerConfig
-from earthshine.optim.muon import build_optimizer
 
 # Relative differences to transformers' own float32 loss and gradient norm. In bf16, and in float32 products that may be
 # rounded, a token near a tie between two experts may choose the other one; and transformers rounds its router too.

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from earthshine.errors import ConfigError
 
+# The functions below for whatever is not a hidden matrix, by which a parameter group asks for them.
+KINDS = ("row_rms", "sign", "rms")
+
 
 def schatten(G_BMN: Tensor, p: float) -> Tensor:
     """Of the Schatten-p norm (the p-norm of the singular values), of each matrix of [..., M, N]; by SVD.

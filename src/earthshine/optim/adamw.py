@@ -1,6 +1,6 @@
 """torch's AdamW on the local shards of a group, and the size of its last update."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from earthshine.optim import rules
+from earthshine.optim.group_step import GroupStep, StepNumbers
 from earthshine.optim.measure import Measure
-from earthshine.optim.rounding import NEAREST, Noise, write_
-from earthshine.optim.sharding.local_shards import LocalShards
+from earthshine.optim.rounding import write_
 
 # The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
 # element's bits would depend on where a shard ends. No vector is longer (16 fp32 of AVX-512, two at a time for bf16).
@@ -21,47 +21,51 @@ _STATS_ELEMENTS = 1 << 26
 _CPU_STATS_ELEMENTS = 1 << 18
 
 
-def step_adamw(
-    shards: LocalShards,
-    group: Mapping[str, Any],
-    states: Mapping[int, Mapping[str, Tensor]],
-    grads: Mapping[int, Tensor],
-    noises: Mapping[int, Noise] = NEAREST,
-) -> Callable[[], Measure]:
-    """One step of the local shards that have a gradient. Returns what measures the update, before the next step.
+class AdamWStep(GroupStep):
+    """Equation and order of operations are torch.optim.AdamW's (arXiv:1711.05101, algorithm 2).
 
-    Equation and order of operations are torch.optim.AdamW's (arXiv:1711.05101, algorithm 2). Moments are at least fp32,
-    and so is the arithmetic: in fp16 the second moment of gradients below 1e-4 is zero. noises: as of `rules.step_`.
+    Moments are at least fp32, and so is the arithmetic: in fp16 the second moment of gradients below 1e-4 is zero.
     """
-    members = sorted(grads)
-    weights = [shards.weight(i) for i in members]
-    moments = [[shards.local_state(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
-    steps = [states[i]["step"] for i in members]
-    rows = list(zip(weights, [grads[i] for i in members], *moments, steps, strict=True))
-    _update([row for row in rows if row[0].dtype.itemsize >= 4], group)
-    for i, (weight, *row) in zip(members, rows, strict=True):
-        if weight.dtype.itemsize < 4:  # one at a time: the copy is twice its size
-            exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            _update([(exact, *row)], group)
-            write_(weight, exact, noises.get(i))
-    betas, eps = group["betas"], group["eps"]
 
-    def measure() -> Measure:
-        steps_done = [float(states[i]["step"]) for i in members]  # kept on the CPU: nothing waits
-        norms = [
-            _piece_norms(m, v, step, betas, eps) for m, v, step in zip(moments[0], moments[1], steps_done, strict=True)
-        ]
+    algorithm = "adamw"
 
-        def total(values: Sequence[Sequence[float]]) -> tuple[float, int]:
-            squares = (
-                sum(norm**2 for norm in of_pieces) / (1 - betas[0] ** step) ** 2
-                for of_pieces, step in zip(values, steps_done, strict=True)
-            )
-            return sum(squares), sum(w.numel() for w in weights)
+    def _state_keys(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "step")
 
-        return Measure(norms, total)
+    def step(
+        self, options: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
+    ) -> StepNumbers:
+        shards, noises = self.shards, self._noises(states, grads)
+        members = sorted(grads)
+        weights = [shards.weight(i) for i in members]
+        moments = [[shards.local_state(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
+        steps = [states[i]["step"] for i in members]
+        rows = list(zip(weights, [grads[i] for i in members], *moments, steps, strict=True))
+        _update([row for row in rows if row[0].dtype.itemsize >= 4], options)
+        for i, (weight, *row) in zip(members, rows, strict=True):
+            if weight.dtype.itemsize < 4:  # one at a time: the copy is twice its size
+                exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                _update([(exact, *row)], options)
+                write_(weight, exact, noises.get(i))
+        betas, eps = options["betas"], options["eps"]
 
-    return measure
+        def measure() -> Measure:
+            steps_done = [float(states[i]["step"]) for i in members]  # kept on the CPU: nothing waits
+            norms = [
+                _piece_norms(m, v, step, betas, eps)
+                for m, v, step in zip(moments[0], moments[1], steps_done, strict=True)
+            ]
+
+            def total(values: Sequence[Sequence[float]]) -> tuple[float, int]:
+                squares = (
+                    sum(norm**2 for norm in of_pieces) / (1 - betas[0] ** step) ** 2
+                    for of_pieces, step in zip(values, steps_done, strict=True)
+                )
+                return sum(squares), sum(w.numel() for w in weights)
+
+            return Measure(norms, total)
+
+        return StepNumbers(self.algorithm, measure)
 
 
 def _update(rows: Sequence[Sequence[Tensor]], group: Mapping[str, Any]) -> None:

@@ -68,15 +68,15 @@ def cost(config: OptimizerConfig, parameters: Iterable[Parameter]) -> dict[Algor
 
     Halves of symmetric products that a CPU leaves out are counted; so is nothing of the SVD of norm="schatten".
     """
-    found: dict[Algorithm, Cost] = {"muon": Cost(), "adamw": Cost(), "scion": Cost()}
+    costs: dict[Algorithm, Cost] = {"muon": Cost(), "adamw": Cost(), "scion": Cost()}
     for parameter in parameters:
         algorithm = algorithm_of(parameter, config)
-        total = found[algorithm]
+        total = costs[algorithm]
         total.elements += parameter.elements
         total.state_bytes += _state_bytes(algorithm, parameter, config)
         if algorithm == "muon" and config.norm == "spectral":
             total.newton_schulz_flops += parameter.count * _orthogonalizing(parameter, config)
-    return found
+    return costs
 
 
 def _state_bytes(algorithm: Algorithm, parameter: Parameter, config: OptimizerConfig) -> int:

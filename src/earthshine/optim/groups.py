@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
@@ -188,12 +189,15 @@ def assign(
     return list(found.values())
 
 
-def describe(groups: Sequence[Mapping[str, Any]], model: nn.Module | None = None) -> str:
+def describe(groups: Sequence[Mapping[str, Any]] | torch.optim.Optimizer, model: nn.Module | None = None) -> str:
     """A table of who gets what and why; names that differ only in numbers share a line.
 
-    groups: of `param_groups`, or an optimizer's. model: when given, its parameters in no group are shown as frozen.
+    groups: of `param_groups`, or an optimizer; `Muon` remembers why. model: when given, its parameters in no group are
+        shown as frozen.
     """
     lines: dict[tuple[str, ...], list[int]] = {}
+    remembered: Mapping[Tensor, str] = getattr(groups, "reasons", {})
+    groups = groups.param_groups if isinstance(groups, torch.optim.Optimizer) else groups
 
     def add(name: str, p: Tensor, algorithm: str, holds: str, why: str) -> None:
         key = (algorithm, _starred(name), holds, why)
@@ -205,7 +209,7 @@ def describe(groups: Sequence[Mapping[str, Any]], model: nn.Module | None = None
     for group in groups:
         named = _named(group)
         specs = group.get("matrices") or ((),) * len(named)
-        reasons = group.get("reasons") or ("",) * len(named)
+        reasons = group.get("reasons") or [remembered.get(p, "") for _, p in named]
         lmos = group.get("lmo") or ("",) * len(named)
         for (name, p), spec, lmo, why in zip(named, specs, lmos, reasons, strict=True):
             seen.add(id(p))

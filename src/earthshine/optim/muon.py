@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from earthshine.device import Readings
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.ops.orthogonalize import Form
-from earthshine.optim.config import OptimizerConfig, current_names, reads_old_names
-from earthshine.optim.group_plan import GroupPlan, GroupStep, alike
-from earthshine.optim.groups import param_groups
+from earthshine.optim.adamw import AdamWStep
+from earthshine.optim.config import current_names, reads_old_names
+from earthshine.optim.group_step import GroupStep, StepNumbers, state_fits
 from earthshine.optim.measure import Measure
+from earthshine.optim.muon_step import MuonStep
 from earthshine.optim.options import (
     DEFAULTS,
     check_group,
@@ -49,11 +50,13 @@ from earthshine.optim.options import (
     resolve_numbers,
     saved_groups,
     scheduled,
-    state_keys,
     warn_of_lost_updates,
 )
 from earthshine.optim.rules import ScaleRule, scale_name
+from earthshine.optim.scion import ScionStep
 from earthshine.optim.sharding.local_shards import is_dtensor, local
+
+_ALGORITHMS: dict[str, type[GroupStep]] = {step.algorithm: step for step in (MuonStep, ScionStep, AdamWStep)}
 
 
 class Muon(torch.optim.Optimizer):
@@ -126,7 +129,9 @@ class Muon(torch.optim.Optimizer):
         self._process_group, self._reduce, self._bucket_bytes = process_group, reduce_gradients, max_bucket_bytes
         self._stepped = False  # or loaded: whether state may hold anything
         self._made = False
-        self._forget()
+        # Why each parameter has its algorithm, as `param_groups` said: for `describe`.
+        self.reasons: dict[Tensor, str] = {}
+        self._reset_plans()
         super().__init__(params, {"algorithm": "muon"} | defaults)
         self._made = True
         warn_of_lost_updates(self.param_groups, stacklevel=4)
@@ -134,25 +139,25 @@ class Muon(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:
             raise ConfigError("a Muon with a process_group cannot be copied or pickled: use its state_dict().")
-        own = ("_reduce", "_bucket_bytes", "_stepped", "_made")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        attributes = ("_reduce", "_bucket_bytes", "_stepped", "_made", "reasons")
+        return super().__getstate__() | {name: getattr(self, name) for name in attributes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_stepped": True, "_made": True} | state)
+        super().__setstate__({"_stepped": True, "_made": True, "reasons": {}} | state)
         self.defaults.pop("differentiable", None)  # torch adds it here; later groups would have an option more
         for options in (self.defaults, *self.param_groups):
             complete(options)
         self._process_group = None
-        self._forget()
+        self._reset_plans()
 
-    def _forget(self) -> None:
+    def _reset_plans(self) -> None:
         """Forget what is derived from the groups: their plans, and the last step's numbers."""
-        self._known: dict[int, GroupPlan] = {}
-        self._last: list[GroupStep] = []
+        self._plans: dict[int, GroupStep] = {}
+        self._last: list[StepNumbers] = []
         self._measures: list[Measure] = []
         self._readings: Readings | None = None
 
-    def _plan(self, index: int) -> GroupPlan:
+    def _plan(self, index: int) -> GroupStep:
         """The static plan of group `index`, and its state; made at construction, and again after unpickling.
 
         Also when somebody exchanged, moved, cast or removed its parameters since, as trainers do that wrap a model
@@ -160,7 +165,7 @@ class Muon(torch.optim.Optimizer):
         ConfigError where momentum would be lost.
         """
         group = self.param_groups[index]
-        plan = self._known.get(index)
+        plan = self._plans.get(index)
         if plan is not None and plan.group is not group:
             plan = None  # of a group that was removed
         if plan is None or not plan.is_current():
@@ -168,48 +173,50 @@ class Muon(torch.optim.Optimizer):
             if plan is not None:
                 realign(group, before, plan.per_parameter)
                 check_group(group)
-            plan = GroupPlan(group, self._process_group, self._bucket_bytes)
+            plan = _ALGORITHMS[group["algorithm"]](group, self._process_group, self._bucket_bytes)
             self.state.update(self._states(group, plan, before))
             self._drop_others(before)
-            self._known[index] = plan
+            self._plans[index] = plan
         for i, p in enumerate(group["params"]):
             state = self.state.setdefault(p, {})
-            for key in state_keys(group):
+            for key in plan.state_keys:
                 if key not in state:
-                    state[key] = plan.new_state(i, key, group)
+                    state[key] = plan.new_state(i, key)
         return plan
 
     def _states(
-        self, group: Mapping[str, Any], plan: GroupPlan, before: Sequence[Tensor]
+        self, group: Mapping[str, Any], plan: GroupStep, before: Sequence[Tensor]
     ) -> dict[Tensor, dict[str, Tensor]]:
         """State for a group's new plan: what fits stays, zeros are made for the rest. before: its last parameters."""
-        kept = {id(p) for g in self.param_groups for p in g["params"]}
-        found = {}
+        grouped = {id(p) for g in self.param_groups for p in g["params"]}
+        states = {}
         for i, p in enumerate(group["params"]):
             state = self.state.get(p, {})
-            fresh = {key: plan.new_state(i, key, group) for key in state_keys(group)}
-            stays = {k: v for k, v in state.items() if k in fresh and (k == "step" or alike(v, fresh[k]))}
+            fresh = {key: plan.new_state(i, key) for key in plan.state_keys}
+            stays = {k: v for k, v in state.items() if k in fresh and (k == "step" or state_fits(v, fresh[k]))}
             gone = [value for key, value in state.items() if key not in stays]
-            if not state and len(before) == len(group["params"]) and id(before[i]) not in kept:
+            if not state and len(before) == len(group["params"]) and id(before[i]) not in grouped:
                 gone = list(self.state.get(before[i], {}).values())  # exchanged for p
             if self._stepped and any(map(_holds_anything, gone)):
                 raise ConfigError(
                     f"{name_of(group, i)} was exchanged, moved or cast after a step or a load, and its momentum would "
                     f"be lost: make the optimizer when the model is where it trains, then load_state_dict()."
                 )
-            found[p] = fresh | stays
-        return found
+            states[p] = fresh | stays
+        return states
 
     def _drop_others(self, params: Iterable[Tensor]) -> None:
         """Forget the state of those that are in no group any more: nobody would save it, and it keeps them alive."""
-        kept = {id(p) for group in self.param_groups for p in group["params"]}
+        grouped = {id(p) for group in self.param_groups for p in group["params"]}
         for p in list(params):
-            if id(p) not in kept:
+            if id(p) not in grouped:
                 self.state.pop(p, None)
+                self.reasons.pop(p, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, now or later, with its state. Raises ConfigError where a parameter does not fit it."""
-        group = {k: v for k, v in current_names(param_group, stacklevel=3).items() if k != "reasons"}
+        group = current_names(param_group, stacklevel=3)
+        reasons = group.pop("reasons", ())
         check_keys(group, self.defaults)
         if "params" not in group:
             raise ConfigError(f"a parameter group with the entries {sorted(group)} has no 'params'.")
@@ -225,6 +232,7 @@ class Muon(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self.reasons.update(zip(self.param_groups[-1]["params"], reasons, strict=False))
         if self._made:
             warn_of_lost_updates(self.param_groups[-1:], stacklevel=3)
 
@@ -307,8 +315,8 @@ class Muon(torch.optim.Optimizer):
             squares, elements = measured.total([next(values) for _ in measured.norms])
             by_group.append((squares / elements) ** 0.5 if elements else None)
             if elements:
-                known = total.setdefault(step.algorithm, [0.0, 0.0])
-                known[0], known[1] = known[0] + squares, known[1] + elements
+                sums = total.setdefault(step.algorithm, [0.0, 0.0])
+                sums[0], sums[1] = sums[0] + squares, sums[1] + elements
             for key, n in step.sent.items():
                 sent[key] = sent.get(key, 0) + n
         return {
@@ -325,27 +333,27 @@ class Muon(torch.optim.Optimizer):
         for index in range(len(self.param_groups)):
             self._plan(index)
         self._drop_others(self.state)
-        found = super().state_dict()
+        state_dict = super().state_dict()
         if self._process_group is not None:
-            for index, saved in enumerate(found["param_groups"]):
+            for index, saved in enumerate(state_dict["param_groups"]):
                 for key, moved in self._moved(index, "to_dtensor", None).items():
                     for i, tensor in moved.items():
                         number = saved["params"][i]
-                        found["state"][number] = found["state"][number] | {key: tensor}
-        return found
+                        state_dict["state"][number] = state_dict["state"][number] | {key: tensor}
+        return state_dict
 
     def _moved(
         self, index: int, way: str, saved: Sequence[Mapping[str, Tensor]] | None
     ) -> dict[str, dict[int, Tensor]]:
         """Each kind of state of a group's ZeRO-1 parameters, moved by `LocalShards.to_dtensor` or `from_dtensor`."""
-        group, shards = self.param_groups[index], self._plan(index).shards
+        group, plan = self.param_groups[index], self._plan(index)
         states = saved if saved is not None else [self.state[p] for p in group["params"]]
-        found = {}
-        for key in state_keys(group):
+        moved = {}
+        for key in plan.state_keys:
             if key != "step":
                 whole = {i: state[key] for i, state in enumerate(states)}
-                found[key] = getattr(shards, way)(whole, key == "row_second_moment")
-        return found
+                moved[key] = getattr(plan.shards, way)(whole, key in plan.per_row)
+        return moved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of `state_dict()`, lr, and what the loop has set since construction, as schedules do.
@@ -371,13 +379,13 @@ class Muon(torch.optim.Optimizer):
             [self._checked_state(index, i, states.get(number)) for i, number in enumerate(saved["params"])]
             for index, saved in enumerate(groups)
         ]
-        arrived = [self._arrived(index, found) for index, found in enumerate(checked)]
+        arrived = [self._arrived(index, states) for index, states in enumerate(checked)]
         for index, values in enumerate(taken):
             self._take_over(index, arrived[index])
             for key, value in values.items():
                 self._set(index, key, value)
         # From here on there may be momentum to lose.
-        self._stepped = any(_holds_anything(t) for found in checked for state in found for t in state.values())
+        self._stepped = any(_holds_anything(t) for states in checked for state in states for t in state.values())
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -408,9 +416,9 @@ class Muon(torch.optim.Optimizer):
     def _checked_state(self, index: int, i: int, saved: Any) -> dict[str, Tensor]:
         """The saved state of a parameter, checked; zeros where it is zero, and so may be placed in any way."""
         group, plan, saved = self.param_groups[index], self._plan(index), saved if isinstance(saved, Mapping) else {}
-        found = {}
-        for key in state_keys(group):
-            expected = plan.whole_shape(i, key)
+        checked = {}
+        for key in plan.state_keys:
+            expected = plan.state_shape(i, key)
             if key in saved and not isinstance(saved[key], Tensor):
                 raise CheckpointError(
                     f"the saved optimizer state {key} of parameter {name_of(group, i)} is a "
@@ -422,7 +430,7 @@ class Muon(torch.optim.Optimizer):
                     f"the saved optimizer state {key} of parameter {name_of(group, i)} {got}, not {list(expected)}: "
                     f"the checkpoint is of another optimizer or model."
                 )
-            found[key] = saved[key]
+            checked[key] = saved[key]
             live = self.state[group["params"][i]][key]
             if not plan.shards.state_fits(i, live, saved[key]):
                 if _holds_anything(saved[key], everywhere=True):
@@ -430,8 +438,8 @@ class Muon(torch.optim.Optimizer):
                         f"the saved optimizer state {key} of parameter {name_of(group, i)} is placed otherwise than "
                         f"the parameter: load through torch.distributed.checkpoint, which moves it to where it belongs."
                     )
-                found[key] = torch.zeros_like(live) if live.shape == expected else torch.zeros(expected)
-        return found
+                checked[key] = torch.zeros_like(live) if live.shape == expected else torch.zeros(expected)
+        return checked
 
 
 def _holds_anything(state: Any, everywhere: bool = False) -> bool:
@@ -451,20 +459,3 @@ def _without_autocast(params: list[Tensor]) -> AbstractContextManager[None]:
     """Autocast would turn the products of Newton-Schulz into bf16, whatever type was asked for."""
     device = params[0].device.type if params else "cpu"
     return torch.autocast(device, enabled=False) if device != "meta" else nullcontext()
-
-
-def configured_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The parameter groups of a config for any module; freezes the parameters that `config.freeze` names."""
-    return param_groups(
-        model,
-        algorithm=config.algorithm,
-        non_matrix=config.non_matrix,
-        router=config.router,
-        heads=config.heads,
-        freeze=config.freeze,
-    )
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Muon:
-    """The optimizer of a config for any module; freezes as `configured_groups` does."""
-    return Muon(configured_groups(model, config), **config.as_group())

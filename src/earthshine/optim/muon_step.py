@@ -9,7 +9,7 @@ Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall ma
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,36 +17,40 @@ from torch import Tensor
 
 from earthshine.device import Stopwatch
 from earthshine.optim import rules
+from earthshine.optim.group_step import GroupStep, StepNumbers
+from earthshine.optim.logical_matrices import Spec
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise
 from earthshine.optim.sharding.batches import Batch, MatrixPlan, Place, Rect, Segment, Transfer
 from earthshine.optim.sharding.exchange import Message
 
 
-@dataclass
-class StepNumbers:
-    """What a step of one group did on this rank.
+class MuonStep(GroupStep):
+    """Muon on the logical matrices of a group. Raises ConfigError for layouts and options that it cannot serve."""
 
-    norms: per batch, the Frobenius norm of each matrix's update, and (factor, elements) of each.
-    """
+    algorithm = "muon"
+    per_row = ("row_second_moment",)
 
-    stopwatch: Stopwatch
-    norms: list[tuple[Tensor, list[tuple[float, int]]]] = field(default_factory=list)
-    bytes_sent: int = 0
-    flops: int = 0
+    def __init__(self, group: Mapping[str, Any], process_group: Any, bucket_bytes: int) -> None:
+        super().__init__(group, process_group, bucket_bytes)
+        self._plan = MatrixPlan(group, self.shards, bucket_bytes)
 
-    def measure(self) -> Measure:
-        """A matrix whose update is zero, as that of one without a gradient, is not counted."""
+    def _specs(self) -> list[Spec]:
+        return list(self.group["matrices"])
 
-        def total(values: Sequence[Sequence[float]]) -> tuple[float, int]:
-            squares, elements = 0.0, 0
-            for norms, (_, of_each) in zip(values, self.norms, strict=True):
-                for norm, (factor, size) in zip(norms, of_each, strict=True):
-                    if norm != 0:
-                        squares, elements = squares + (norm * factor) ** 2, elements + size
-            return squares, elements
+    def _state_keys(self) -> tuple[str, ...]:
+        keys = ("momentum_sum", *self.per_row) if self.group["normuon_beta2"] else ("momentum_sum",)
+        return (*keys, "step") if self._stochastic else keys
 
-        return Measure([norms for norms, _ in self.norms], total)
+    def predicted_bytes(self, reduce: bool) -> dict[str, int]:
+        return super().predicted_bytes(reduce) | {"orthogonalize": self._plan.predicted_bytes()}
+
+    def step(
+        self, options: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
+    ) -> StepNumbers:
+        numbers = step_matrices(self._plan, options, states, grads, self._noises(states, grads))
+        self._count_step(states, grads)
+        return numbers
 
 
 def step_matrices(
@@ -107,7 +111,16 @@ class _Run:
             # Of every parameter: copies of a row's moment must stay alike where only some holders have a gradient.
             rows = {i: shards.local_state(state["row_second_moment"]) for i, state in states.items()}
             self.moments = {i: shards.view2d(i, v, per_row=True) for i, v in rows.items()}
-        self.numbers = StepNumbers(Stopwatch(plan.device))
+        # Per batch, the Frobenius norm of each matrix's update, and (scale, elements) of each.
+        self.norms: list[tuple[Tensor, list[tuple[float, int]]]] = []
+        self.stopwatch = stopwatch = Stopwatch(plan.device)
+        self.numbers = StepNumbers(
+            "muon",
+            measure=partial(_measure, self.norms),
+            sent={"orthogonalize": 0},
+            seconds=lambda: stopwatch.seconds,
+            imbalance=plan.imbalance,
+        )
 
     def write_back(self) -> None:
         """Weights whose local shard cannot be seen as rows and columns in place were updated in a copy."""
@@ -210,7 +223,7 @@ class _Run:
 
     def _message(self, t: Transfer, buffer: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Message:
         message = Message(t.shard_group.ranks, buffer, sends, receives, t.shard_group.position)
-        self.numbers.bytes_sent += message.bytes_sent
+        self.numbers.sent["orthogonalize"] += message.bytes_sent
         return message
 
     # ----------------------------------------------------------------------------------------- what both have in common
@@ -234,11 +247,9 @@ class _Run:
         """The updates before their scale, and their norms; new values into `moment`. May overwrite X."""
         if self.group["norm"] == "spectral":
             self.numbers.flops += sum(self.plan.cost(M, N) for M, N in batch.shapes)
-        O_BSL = rules.update(
-            X_BSL, batch.by_shape(), self.group, self.plan.ns_dtype, busy_B, moment_BL, self.numbers.stopwatch
-        )
+        O_BSL = rules.update(X_BSL, batch.by_shape(), self.group, self.plan.ns_dtype, busy_B, moment_BL, self.stopwatch)
         norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.acc_dtype)
-        self.numbers.norms.append((norms_B, [(rules.scale(self.group, M, N), M * N) for M, N in batch.shapes]))
+        self.norms.append((norms_B, [(rules.scale(self.group, M, N), M * N) for M, N in batch.shapes]))
         return O_BSL
 
     def _apply(self, rects: Sequence[Rect], updates: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
@@ -258,3 +269,17 @@ class _Run:
 def _rows(moment_BL: Tensor, place: Place, count: int, rows: int) -> Tensor:
     """One value per row of the rectangles at a place, [count, rows], the same memory."""
     return moment_BL.narrow(0, place.slot, count).narrow(1, place.row, rows)
+
+
+def _measure(norms: Sequence[tuple[Tensor, Sequence[tuple[float, int]]]]) -> Measure:
+    """A matrix whose update is zero, as that of one without a gradient, is not counted."""
+
+    def total(values: Sequence[Sequence[float]]) -> tuple[float, int]:
+        squares, elements = 0.0, 0
+        for of_batch, (_, of_each) in zip(values, norms, strict=True):
+            for norm, (scale, size) in zip(of_batch, of_each, strict=True):
+                if norm != 0:
+                    squares, elements = squares + (norm * scale) ** 2, elements + size
+        return squares, elements
+
+    return Measure([norms_B for norms_B, _ in norms], total)

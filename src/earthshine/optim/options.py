@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from earthshine.errors import CheckpointError, ConfigError, nearest
+from earthshine.ops import lmo
 from earthshine.ops.orthogonalize import coefficient_steps, default_steps
-from earthshine.optim import rules, scion
+from earthshine.optim import rules
 from earthshine.optim.config import OLD_NAMES, GroupOptions, check_option
 from earthshine.optim.flattened import FLATTENED
 from earthshine.optim.logical_matrices import logical_matrices, normalize
@@ -21,7 +22,7 @@ from earthshine.optim.rounding import NARROW
 
 # What a group may hold beside the options: what it is of, and what torch's schedulers and other people's tools note.
 _KEPT = ("params", "param_names", "algorithm", "matrices", "lmo", "initial_options")
-_NOTED = ("reasons", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+_NOTED = ("name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 # Every option of a group with its default, in the form in which a group holds it.
 DEFAULTS = GroupOptions().as_group()
 # Options that plan and state are made by.
@@ -32,15 +33,9 @@ STATIC = tuple(
 _SETTABLE = tuple(key for key in DEFAULTS if key not in (*STATIC, "lr"))
 _NUMBERS = tuple(key for key, default in DEFAULTS.items() if isinstance(default, float))
 ALGORITHMS = ("muon", "adamw", "scion")
+# Entries with a value per parameter: they follow the list of parameters.
+PER_PARAMETER = ("param_names", "matrices", "lmo")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of state that each parameter of the group has."""
-    if group["algorithm"] == "adamw":
-        return ("exp_avg", "exp_avg_sq", "step")
-    keys = ("momentum_sum", "row_second_moment") if group["normuon_beta2"] else ("momentum_sum",)
-    return (*keys, "step") if group["rounding"] == "stochastic" else keys
 
 
 def name_of(group: Mapping[str, Any], i: int) -> str:
@@ -61,14 +56,14 @@ def scheduled(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
 
     Raises CheckpointError for values that they cannot have.
     """
-    found = {key: saved[key] for key in ("lr", "initial_lr", *_SETTABLE) if key in saved}
-    whole = dict(group) | found
+    settable = {key: saved[key] for key in ("lr", "initial_lr", *_SETTABLE) if key in saved}
+    whole = dict(group) | settable
     try:
         resolve_group(whole)
         check_group(whole)
     except ConfigError as e:
         raise CheckpointError(f"a saved parameter group holds what no option can be: {e}") from e
-    return {key: whole[key] for key in found}
+    return {key: whole[key] for key in settable}
 
 
 def resolve_group(group: dict[str, Any]) -> None:
@@ -161,10 +156,10 @@ def check_group(group: Mapping[str, Any]) -> None:
     params = group["params"]
     for i, p in enumerate(params):
         _check_parameter(name_of(group, i), p)
-    if group["algorithm"] == "scion" and (len(group["lmo"]) != len(params) or set(group["lmo"]) - set(scion.KINDS)):
+    if group["algorithm"] == "scion" and (len(group["lmo"]) != len(params) or set(group["lmo"]) - set(lmo.KINDS)):
         raise ConfigError(
             f"lmo={group['lmo']} of a scion group of {len(params)} parameters must be one of "
-            f"{', '.join(scion.KINDS)} for each: param_groups(model, non_matrix='scion') chooses."
+            f"{', '.join(lmo.KINDS)} for each: param_groups(model, non_matrix='scion') chooses."
         )
     if group["algorithm"] == "muon":
         _check_matrices(group)
@@ -220,10 +215,10 @@ def realign(group: dict[str, Any], before: Sequence[Tensor], was: Mapping[str, A
     Raises ConfigError for a parameter that was put in without such entries.
     """
     params, places = group["params"], {id(p): i for i, p in enumerate(before)}
-    kept = {id(p) for p in params}
-    exchanged = [i if len(params) == len(before) and id(before[i]) not in kept else None for i in range(len(params))]
+    present = {id(p) for p in params}
+    exchanged = [i if len(params) == len(before) and id(before[i]) not in present else None for i in range(len(params))]
     known = [places.get(id(p), i) for p, i in zip(params, exchanged, strict=True)]
-    for key in ("param_names", "matrices", "lmo"):
+    for key in PER_PARAMETER:
         if key in group and group[key] == was[key]:
             if None in known:
                 raise ConfigError(
@@ -252,11 +247,11 @@ def saved_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     options = {key: options[key] for key in (*STATIC, *_SETTABLE)}
     groups = [{OLD_NAMES.get(key, key): value for key, value in group.items()} for group in groups]
     plain = [{"matrices": (("matrix",),) * len(g["params"])} if g.get("algorithm") == "muon" else {} for g in groups]
-    found = [options | unsaid | group for unsaid, group in zip(plain, groups, strict=True)]
-    for group in found:
+    groups = [options | unsaid | group for unsaid, group in zip(plain, groups, strict=True)]
+    for group in groups:
         if group["schatten_p"] == str(math.inf):  # as JSON has it
             group["schatten_p"] = math.inf
-    return found
+    return groups
 
 
 def warn_of_lost_updates(groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:

@@ -1,4 +1,4 @@
-"""Norm-ball steps for what is no hidden matrix: embeddings, head, norms and vectors. Opt-in: algorithm="scion".
+"""Scion's norm-ball updates for embeddings, head, norms and vectors. Opt-in: algorithm="scion".
 
     M <- mu M + G                                   a sum, as Muon's; the step depends on its direction alone
     W <- (1 - lr wd) W - lr update_rms lmo(M)
@@ -20,102 +20,99 @@ from torch import Tensor
 from earthshine.errors import ConfigError
 from earthshine.ops import lmo
 from earthshine.optim import rules
+from earthshine.optim.group_step import GroupStep, StepNumbers
 from earthshine.optim.measure import Measure
-from earthshine.optim.rounding import NEAREST, Noise
 from earthshine.optim.sharding.exchange import check_agreement, process_group
 from earthshine.optim.sharding.layout import read_layout
-from earthshine.optim.sharding.local_shards import LocalShards, ensure_group
-
-# The directions that group["lmo"] may name.
-KINDS = ("row_rms", "sign", "rms")
+from earthshine.optim.sharding.local_shards import ensure_group
 
 
-class ScionPlan:
-    """Over which ranks each vector's norm has to be summed. Raises ConfigError for rows that are cut by columns."""
+class ScionStep(GroupStep):
+    """Also: over which ranks each vector's norm is summed. Raises ConfigError for rows that are cut by columns."""
 
-    def __init__(self, group: Mapping[str, Any], shards: LocalShards) -> None:
-        self.shards = shards
+    algorithm = "scion"
+
+    def __init__(self, group: Mapping[str, Any], process_group: Any, bucket_bytes: int) -> None:
+        super().__init__(group, process_group, bucket_bytes)
         # Ranks -> the "rms" parameters that they share.
-        self.spread: dict[tuple[int, ...], list[int]] = {}
+        self._spread: dict[tuple[int, ...], list[int]] = {}
         for i, kind in enumerate(group["lmo"]):
-            layout = read_layout(shards.params[i], (), shards.names[i])
-            ensure_group(shards.params[i], layout)
-            ranks = shards.zero1_ranks(i) or layout.ranks
+            p, name = self.params[i], self.shards.names[i]
+            layout = read_layout(p, (), name)
+            ensure_group(p, layout)
+            ranks = self.shards.zero1_ranks(i) or layout.ranks
             if kind == "rms" and len(ranks) > 1:
-                self.spread.setdefault(ranks, []).append(i)
-            if kind == "row_rms" and shards.params[i].ndim < 2:
-                raise ConfigError(
-                    f"{shards.names[i]} of shape {list(shards.params[i].shape)} has no rows: 'row_rms' is for "
-                    f"embeddings [V, D]; use 'rms'."
-                )
-            if (
-                kind == "row_rms"
-                and shards.weight(i).ndim > 1
-                and shards.weight(i).shape[-1] != shards.params[i].shape[-1]
-            ):
-                raise ConfigError(
-                    f"{shards.names[i]}: its rows are cut by columns over the processes {list(ranks)}, so 'row_rms' "
-                    f"cannot measure them: shard it by rows (Shard(0)), or give it to AdamW."
-                )
+                self._spread.setdefault(ranks, []).append(i)
+            if kind == "row_rms":
+                self._check_rows(i, ranks)
+        for ranks, members in sorted(self._spread.items()):
+            what = [(self.shards.names[i], tuple(self.params[i].shape)) for i in members]
+            check_agreement(ranks, repr(what), self.params[members[0]].device)
 
-        for ranks, members in sorted(self.spread.items()):
-            what = [(shards.names[i], tuple(shards.params[i].shape)) for i in members]
-            check_agreement(ranks, repr(what), shards.params[members[0]].device)
+    def _check_rows(self, i: int, ranks: tuple[int, ...]) -> None:
+        p, name, weight = self.params[i], self.shards.names[i], self.shards.weight(i)
+        if p.ndim < 2:
+            raise ConfigError(
+                f"{name} of shape {list(p.shape)} has no rows: 'row_rms' is for embeddings [V, D]; use 'rms'."
+            )
+        if weight.ndim > 1 and weight.shape[-1] != p.shape[-1]:
+            raise ConfigError(
+                f"{name}: its rows are cut by columns over the processes {list(ranks)}, so 'row_rms' cannot measure "
+                f"them: shard it by rows (Shard(0)), or give it to AdamW."
+            )
 
-    def predicted_bytes(self) -> int:
-        return sum(_bytes(len(ranks), len(members)) for ranks, members in self.spread.items())
+    def _state_keys(self) -> tuple[str, ...]:
+        return ("momentum_sum", "step") if self._stochastic else ("momentum_sum",)
 
+    def predicted_bytes(self, reduce: bool) -> dict[str, int]:
+        norms = sum(_bytes(len(ranks), len(members)) for ranks, members in self._spread.items())
+        return super().predicted_bytes(reduce) | {"norms": norms}
 
-def step_scion(
-    plan: ScionPlan,
-    group: Mapping[str, Any],
-    states: Mapping[int, Mapping[str, Tensor]],
-    grads: Mapping[int, Tensor],
-    noises: Mapping[int, Noise] = NEAREST,
-) -> tuple[Measure, int]:
-    """One step of the local shards that have a gradient: (what measures it, bytes sent). noises: see `rules.step_`."""
-    shards, lr = plan.shards, float(group["lr"])
-    sums = {i: shards.local_state(states[i]["momentum_sum"]) for i in states}
-    for i, grad in grads.items():
-        kept, wide = sums[i], torch.promote_types(sums[i].dtype, torch.float32)
-        sums[i] = kept.to(wide).mul_(group["momentum"]).add_(grad.reshape(kept.shape))  # rounded once, after use
-        if sums[i] is not kept:
-            kept.copy_(sums[i])
-    squares, sent = _squares(plan, sums)
-    norms: list[Tensor] = []
-    elements = 0
-    for i in grads:
-        update = _direction(group["lmo"][i], shards, i, sums[i], squares.get(i)).mul_(group["update_rms"])
-        weight = shards.weight(i)
-        decay, cautious = lr * group["weight_decay"], group["cautious_weight_decay"]
-        rules.step_([weight], [update.view(weight.shape)], lr, decay, cautious, [noises.get(i)])
-        norms.append(torch.linalg.vector_norm(update))
-        elements += update.numel()
-    return Measure(norms, lambda values: (sum(norm**2 for (norm,) in values), elements)), sent
+    def step(
+        self, options: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
+    ) -> StepNumbers:
+        shards, lr, noises = self.shards, float(options["lr"]), self._noises(states, grads)
+        sums = {i: shards.local_state(states[i]["momentum_sum"]) for i in states}
+        for i, grad in grads.items():
+            stored, acc_dtype = sums[i], torch.promote_types(sums[i].dtype, torch.float32)
+            sums[i] = stored.to(acc_dtype).mul_(options["momentum"]).add_(grad.reshape(stored.shape))
+            if sums[i] is not stored:  # rounded once, after use
+                stored.copy_(sums[i])
+        squares, sent = self._squares(sums)
+        norms: list[Tensor] = []
+        num_elements = 0
+        for i in grads:
+            update = self._direction(options["lmo"][i], i, sums[i], squares.get(i)).mul_(options["update_rms"])
+            weight = shards.weight(i)
+            decay, cautious = lr * options["weight_decay"], options["cautious_weight_decay"]
+            rules.step_([weight], [update.view(weight.shape)], lr, decay, cautious, [noises.get(i)])
+            norms.append(torch.linalg.vector_norm(update))
+            num_elements += update.numel()
+        self._count_step(states, grads)
+        measure = Measure(norms, lambda values: (sum(norm**2 for (norm,) in values), num_elements))
+        return StepNumbers(self.algorithm, lambda: measure, {"norms": sent})
 
+    def _direction(self, kind: str, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
+        """The lmo of a local shard with RMS 1, as a new tensor."""
+        if kind == "sign":
+            return lmo.sign(total).to(torch.promote_types(total.dtype, torch.float32))
+        if kind == "row_rms":
+            return lmo.row_rms(total.view(-1, self.params[i].shape[-1]))
+        return lmo.rms(total, squares, self.params[i].numel())
 
-def _direction(kind: str, shards: LocalShards, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
-    """The lmo of a local shard with RMS 1, as a new tensor."""
-    if kind == "sign":
-        return lmo.sign(total).to(torch.promote_types(total.dtype, torch.float32))
-    if kind == "row_rms":
-        return lmo.row_rms(total.view(-1, shards.params[i].shape[-1]))
-    return lmo.rms(total, squares, shards.params[i].numel())
+    def _squares(self, sums: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], int]:
+        """Sum of squares over all ranks of each vector that is spread, one all-reduce per shard group; bytes sent.
 
-
-def _squares(plan: ScionPlan, sums: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], int]:
-    """Sum of squares over all ranks of each vector that is spread, one all-reduce per shard group; and the bytes sent.
-
-    Of every such vector, whether this rank has a gradient of it or not: all ranks have to take part.
-    """
-    found: dict[int, Tensor] = {}
-    sent = 0
-    for ranks, members in sorted(plan.spread.items()):
-        own = torch.stack([torch.linalg.vector_norm(sums[i].float()).square() for i in members])
-        dist.all_reduce(own, group=process_group(ranks))
-        found |= dict(zip(members, own.unbind(), strict=True))
-        sent += _bytes(len(ranks), len(members))
-    return found, sent
+        Of every such vector, whether this rank has a gradient of it or not: all ranks have to take part.
+        """
+        squares: dict[int, Tensor] = {}
+        sent = 0
+        for ranks, members in sorted(self._spread.items()):
+            local_squares = torch.stack([torch.linalg.vector_norm(sums[i].float()).square() for i in members])
+            dist.all_reduce(local_squares, group=process_group(ranks))
+            squares |= dict(zip(members, local_squares.unbind(), strict=True))
+            sent += _bytes(len(ranks), len(members))
+        return squares, sent
 
 
 def _bytes(ranks: int, values: int) -> int:

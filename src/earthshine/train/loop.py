@@ -33,7 +33,6 @@ from earthshine.errors import ConfigError, DataError, InterruptedRunError, Train
 from earthshine.evaluate.perplexity import heldout_loss
 from earthshine.files import expand_home, write_json
 from earthshine.optim.groups import describe
-from earthshine.optim.muon import configured_groups
 from earthshine.optim.schedule import learning_rate
 from earthshine.run_folder import EVAL, HELDOUT_AFTER, HELDOUT_BEFORE, METRICS, step_folder
 from earthshine.train.claim import claim, remove_leftovers
@@ -234,8 +233,8 @@ def _announce(run: _Run, point: _ResumePoint) -> None:
     """Log what will be trained: at the first start all of it, later only what is new."""
     job, state, done = run.job, run.state, run.state.step
     if point.checkpoint is None:
-        groups = configured_groups(state.model, job.optimizer)
-        log(f"{run.derived.table(run.compute.peak_flops)}\n\n{describe(groups, state.model)}\n")
+        groups = describe(state.optimizer, state.model)
+        log(f"{run.derived.table(run.compute.peak_flops)}\n\n{groups}\n")
     if done < job.num_steps:
         for warning in run.derived.warnings:
             if warning not in point.told:

@@ -23,7 +23,8 @@ from earthshine.device import Readings, resolve_ns_dtype
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.config import ModelConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
-from earthshine.optim.muon import Muon, build_optimizer
+from earthshine.optim.build import build_optimizer
+from earthshine.optim.muon import Muon
 from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob
 
 _OPTIMIZER_PREFIX = "optimizer."

@@ -12,10 +12,10 @@ from earthshine.model.parameters import weights
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer
 from earthshine.ops.orthogonalize import resolve_method
+from earthshine.optim.build import build_optimizer
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.cost import Cost, cost
 from earthshine.optim.logical_matrices import logical_matrices
-from earthshine.optim.muon import build_optimizer
 
 FP32 = OptimizerConfig(ns_dtype="float32")
 OPTIONS: dict[str, OptimizerConfig] = {

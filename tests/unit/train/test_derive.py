@@ -18,9 +18,9 @@ from earthshine.model.counts import train_flops_per_token
 from earthshine.model.presets import llama3_tiny, llama3_tiny_e8t2
 from earthshine.model.transformer import Transformer
 from earthshine.ops.orthogonalize import newton_schulz
+from earthshine.optim.build import build_optimizer
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.logical_matrices import logical_matrices
-from earthshine.optim.muon import build_optimizer
 from earthshine.train.derive import derive
 from earthshine.train.job import Scratch, TrainJob, model_config
 

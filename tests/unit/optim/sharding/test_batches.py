@@ -424,7 +424,7 @@ def run_steps(
         try:
             for step in grads:
                 mine = {i: held_by(G, layouts[i], k) for i, G in step.items()}
-                sent[k].append(step_matrices(plans[k], group, states[k], mine).bytes_sent)
+                sent[k].append(step_matrices(plans[k], group, states[k], mine).sent["orthogonalize"])
         except BaseException as failure:
             failures.append(failure)
 
