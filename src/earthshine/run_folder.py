@@ -5,7 +5,7 @@
         plan.json        every number that follows from it (`train.derive`)
         env.json         where the first start ran
         origin.json      where the weights began, when not at random
-        starts.jsonl     one line per start, with what had changed (`train.starts`)
+        starts.jsonl     one line per start, with what has changed (`train.starts`)
         metrics.jsonl    one line per logged step and per held-out evaluation (`train.metrics`)
         metrics.damaged  lines of it that were no JSON, set aside at a resume
         checkpoints/     step-NNNNNN/manifest.json, ... (`checkpoint.manifest`)
@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from earthshine.config import parse_json
+from earthshine.errors import DataError
 
 CONFIG, PLAN, ENV, ORIGIN = "config.json", "plan.json", "env.json", "origin.json"
 STARTS, METRICS, DAMAGED = "starts.jsonl", "metrics.jsonl", "metrics.damaged"
+START_PARTS = ("config", "plan", "environment")  # of a start; those that are as in the line before are left out
 TENSORBOARD, REPORT = "tensorboard", "report.html"
 
 CHECKPOINTS = "checkpoints"
@@ -88,21 +90,39 @@ class Line(NamedTuple):
 
 
 def json_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, damaged ones too; none where there is no file."""
+    """The lines of a file, damaged ones too; none where there is no file. Raises DataError where it cannot be read."""
     if not path.exists():
         return
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                record = parse_json(raw)
-            except ValueError:  # not JSON, or not even text
-                record = None
-            yield Line(number, raw, record if isinstance(record, dict) else None)
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                try:
+                    record = parse_json(raw)
+                except ValueError:  # not JSON, or not even text
+                    record = None
+                yield Line(number, raw, record if isinstance(record, dict) else None)
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror}. Make it readable, or move it away.") from e
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of lines, in order; damaged lines are passed over."""
     return (line.record for line in json_lines(path) if line.record is not None)
+
+
+def start_lines(starts: Path) -> Iterator[Line]:
+    """The lines of a starts.jsonl, whole: what a start leaves out of `START_PARTS` is as in the line before.
+
+    After a damaged line, what a start leaves out is not known.
+    """
+    before: dict[str, Any] = {}
+    for line in json_lines(starts):
+        if line.record is None:
+            before = {}
+        else:
+            line = line._replace(record=before | line.record)
+            before = {part: line.record[part] for part in START_PARTS if part in line.record}
+        yield line
 
 
 def read_steps(metrics: Path) -> dict[int, dict[str, Any]]:

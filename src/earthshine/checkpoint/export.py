@@ -51,8 +51,8 @@ from earthshine.run_folder import (
     VERIFICATIONS,
     is_run,
     read_steps,
-    records,
     run_of,
+    start_lines,
 )
 from earthshine.staging import staged_directory
 
@@ -211,7 +211,7 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
             "job": job,
             "steps": checkpoint.step,
             "tokens": read_steps(run_dir / METRICS).get(checkpoint.step, {}).get("total_tokens"),
-            "starts": list(records(run_dir / STARTS)),
+            "starts": [line.record for line in start_lines(run_dir / STARTS) if line.record],
         },
         "data": [dict(s) for s in job.get("data", {}).get("sources", [])],
         "lineage": lineage,

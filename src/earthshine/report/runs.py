@@ -229,21 +229,18 @@ def _read_metrics(path: Path, run: Run) -> None:
         return
     unknown: set[str] = set()
     damaged: list[int] = []
-    try:
-        for line in json_lines(path):
-            data, where = line.record, f"{path} line {line.number}"
-            if line.cut_off:
-                run.notes.append("the last line of metrics.jsonl is cut off (the run is being written); left out.")
-            elif data is None:
-                damaged.append(line.number)
-            elif data.get("kind") == "step":
-                _add_step(run.steps, data, where)
-            elif data.get("kind") == "heldout":
-                run.heldout_during.append(_heldout(data, where))
-            else:
-                unknown.add(repr(data.get("kind")))
-    except OSError as e:
-        raise DataError(f"{path} cannot be read: {e}.") from e
+    for line in json_lines(path):
+        data, where = line.record, f"{path} line {line.number}"
+        if line.cut_off:
+            run.notes.append("the last line of metrics.jsonl is cut off (the run is being written); left out.")
+        elif data is None:
+            damaged.append(line.number)
+        elif data.get("kind") == "step":
+            _add_step(run.steps, data, where)
+        elif data.get("kind") == "heldout":
+            run.heldout_during.append(_heldout(data, where))
+        else:
+            unknown.add(repr(data.get("kind")))
     if damaged:
         lines = f"line{'s' if len(damaged) > 1 else ''} {', '.join(map(str, damaged))}"
         run.notes.append(f"metrics.jsonl is damaged in {lines} (not a JSON object); left out.")

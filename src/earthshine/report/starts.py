@@ -9,7 +9,7 @@ from earthshine.errors import DataError
 from earthshine.files import to_json
 from earthshine.report.content import Cell, Table
 from earthshine.report.scales import whole
-from earthshine.run_folder import STARTS, json_lines
+from earthshine.run_folder import STARTS, start_lines
 
 LONGEST = 80  # characters of a value
 SHOWN = 6  # changes of one start, where space is short
@@ -61,7 +61,7 @@ def _short(text: str) -> str:
 
 def read_starts(path: Path) -> tuple[list[Start], list[int]]:
     """The starts whose steps remain, and the numbers of damaged lines. Raises DataError as `start_of`."""
-    lines = list(json_lines(path))
+    lines = list(start_lines(path))
     starts = effective(start_of(x.record, f"{path} line {x.number}") for x in lines if x.record is not None)
     return starts, [x.number for x in lines if x.record is None]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import make_folder, try_lock
-from earthshine.run_folder import CONFIG, EVAL
+from earthshine.run_folder import CONFIG, DAMAGED, ENV, EVAL, METRICS, ORIGIN, PLAN, STARTS
 
 _LOCK = ".lock"
 
@@ -17,13 +17,15 @@ _LOCK = ".lock"
 def claim(run_dir: Path) -> Iterator[None]:
     """Make the folder and keep other processes out of it; when nothing was written into a new one, it goes again.
 
-    Raises ConfigError when another process trains there, OutputExistsError when it is not a run folder.
+    Raises ConfigError when another process trains there, OutputExistsError when it is not a run folder, or a
+    name in it is taken by something else.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise OutputExistsError(f"run folder {run_dir} is a file: choose another path.")
     new = not run_dir.exists()
     if not new and not (run_dir / CONFIG).exists() and not all(map(_left_by_a_kill, run_dir.iterdir())):
         raise OutputExistsError(f"{run_dir} exists and is not a run folder (no {CONFIG}): choose another path.")
+    _check_kinds(run_dir)
     make_folder(run_dir)
     lock = run_dir / _LOCK
     fd = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -37,6 +39,15 @@ def claim(run_dir: Path) -> Iterator[None]:
             lock.unlink()
             run_dir.rmdir()
         os.close(fd)
+
+
+def _check_kinds(run_dir: Path) -> None:
+    """Raise OutputExistsError for a folder under the name of a file that training writes, and the reverse."""
+    for name in (CONFIG, PLAN, ENV, ORIGIN, STARTS, METRICS, DAMAGED):
+        if (run_dir / name).is_dir():
+            raise OutputExistsError(f"{run_dir / name} is a folder where a file of the run belongs: move it away.")
+    if (run_dir / EVAL).is_file():
+        raise OutputExistsError(f"{run_dir / EVAL} is a file where a folder of the run belongs: move it away.")
 
 
 def _left_by_a_kill(path: Path) -> bool:

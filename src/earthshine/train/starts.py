@@ -17,7 +17,7 @@ from earthshine.config import differences, encode, read_json
 from earthshine.console import log
 from earthshine.files import atomic_write, to_json, write_json
 from earthshine.model.config import ModelConfig
-from earthshine.run_folder import CONFIG, ENV, ORIGIN, PLAN, STARTS, json_lines, records
+from earthshine.run_folder import CONFIG, ENV, ORIGIN, PLAN, START_PARTS, STARTS, start_lines
 from earthshine.train.derive import Derived
 from earthshine.train.job import TrainJob
 from earthshine.train.resume import changes_on_resume, completed
@@ -86,7 +86,8 @@ def new_start(
     """The line of a start after `done` steps, JSON-ready.
 
     Args:
-        plan, environment: what plan.json and env.json would hold.
+        plan, environment: what plan.json and env.json would hold. Of the latter only the first start keeps all; later
+            ones keep `PLACE` and the host.
         saved: the job in the checkpoint, for a folder from before there were such lines.
         same_data: which data are the same as they were, if in another place (`changes_on_resume`).
 
@@ -98,8 +99,10 @@ def new_start(
     before = _before(run_dir, done, saved) if done else {}
     now = {"config": encode(job), "plan": dict(plan), "environment": dict(environment) | {"host": platform.node()}}
     there, here = _place(before.get("environment", {})), _place(now["environment"])
+    if done:
+        now["environment"] = here
     if "host" not in there:  # not recorded by then
-        here.pop("host")
+        here = {key: value for key, value in here.items() if key != "host"}
     changes = {
         "config": _changes(completed(before["config"]) if before.get("config") else None, now["config"]),
         "plan": [c for c in _changes(before.get("plan"), now["plan"]) if "(absent)" not in (c["from"], c["to"])],
@@ -117,28 +120,41 @@ def new_start(
 
 
 def write_start(run_dir: Path, start: Mapping[str, Any], *, finished: bool) -> None:
-    """Append the line; begin a new file at the first step. A finished run that is started as it was adds nothing.
+    """Append the line, without the parts that are as in the line before; begin a new file at the first step.
+
+    A finished run that is started as it was adds nothing.
 
     The file is on the disk before config.json, which it tells of, is written.
     """
     path = run_dir / STARTS
-    earlier = [*json_lines(path)] if start["first_step"] > 1 else []
+    earlier = [*start_lines(path)] if start["first_step"] > 1 else []
     last: dict[str, Any] = next((line.record for line in reversed(earlier) if line.record), {})
     if not (finished and all(last.get(part) == start[part] for part in ("config", "plan"))):
+        before = _parts(earlier[-1].record or {}) if earlier else {}
+        before["environment"] = _place(before.get("environment", {}))
+        line = {key: value for key, value in start.items() if key not in START_PARTS or value != before.get(key)}
         lines = [line.raw.removesuffix(b"\n") for line in earlier]
-        atomic_write(path, b"\n".join([*lines, to_json(start).encode()]) + b"\n")
+        atomic_write(path, b"\n".join([*lines, to_json(line).encode()]) + b"\n")
     if fields := [change["field"] for change in start["changes"]["plan"]]:
         log(f"{PLAN} changed after step {start['first_step'] - 1}, as {STARTS} tells: {', '.join(fields)}")
 
 
 def _before(run_dir: Path, done: int, saved: dict[str, Any] | None) -> dict[str, Any]:
     """Config, plan and environment of the start that did step `done`; of an older folder, what its files say."""
-    kept = [s for s in records(run_dir / STARTS) if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
+    kept = [s for s in _starts(run_dir) if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
     if kept:
-        return {part: found for part, found in kept[-1].items() if isinstance(found, dict)}
+        return _parts(kept[-1])
     files = {"config": CONFIG, "plan": PLAN, "environment": ENV}
     found = {part: stored(run_dir / name) or {} for part, name in files.items()}
     return found | ({"config": saved} if saved else {})
+
+
+def _parts(start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {part: start[part] for part in START_PARTS if isinstance(start.get(part), dict)}
+
+
+def _starts(run_dir: Path) -> list[dict[str, Any]]:
+    return [line.record for line in start_lines(run_dir / STARTS) if line.record]
 
 
 def stored(path: Path) -> dict[str, Any] | None:
@@ -155,7 +171,7 @@ def stored(path: Path) -> dict[str, Any] | None:
 
 def first_environment(run_dir: Path) -> dict[str, Any] | None:
     """That of the start that did step 1, which env.json holds, where it was recorded."""
-    for start in records(run_dir / STARTS):
+    for start in _starts(run_dir):
         if start.get("first_step") == 1 and isinstance(start.get("environment"), dict):
             return {key: value for key, value in start["environment"].items() if key != "host"}
     return None

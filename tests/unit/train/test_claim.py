@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from earthshine.errors import ConfigError, OutputExistsError
+from earthshine.config import encode
+from earthshine.errors import ConfigError, DataError, OutputExistsError
+from earthshine.files import write_json
+from earthshine.report.runs import read_run
 from earthshine.train import claim as claim_module
 from earthshine.train.claim import claim
 from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob
@@ -97,3 +100,21 @@ def test_a_damaged_json_file_of_a_run_is_one_clear_line(
     (run / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config.json is not JSON of a run: .* Restore it"):
         fit(job, run, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["starts.jsonl", "metrics.jsonl", "plan.json"])
+def test_a_folder_under_the_name_of_a_file_is_one_clear_line(tmp_path: Path, make_job: JobMaker, name: str) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match=rf"{name} is a folder where a file of the run belongs: move it away"):
+        fit(make_job(), tmp_path / "run")
+    if name.endswith("jsonl"):
+        with pytest.raises(DataError, match=rf"{name} cannot be read: Is a directory"):
+            read_run(tmp_path / "run")
+
+
+def test_a_file_under_the_name_of_a_folder_is_one_clear_line(tmp_path: Path, make_job: JobMaker) -> None:
+    write_json(tmp_path / "config.json", encode(make_job()))
+    (tmp_path / "eval").write_text("mine")
+    with pytest.raises(OutputExistsError, match="eval is a file where a folder of the run belongs"):
+        fit(make_job(), tmp_path)

@@ -15,6 +15,7 @@ from earthshine.report.facts import compute_done
 from earthshine.report.page import write_report
 from earthshine.report.runs import read_run
 from earthshine.report.starts import change_words
+from earthshine.run_folder import json_lines, start_lines
 from earthshine.train import loop
 from earthshine.train.derive import derive
 from earthshine.train.job import CheckpointConfig, FromHuggingFace, HeldoutConfig, TrainJob, model_config
@@ -224,3 +225,29 @@ def test_where_the_weights_began_is_kept_whole(
     monkeypatch.chdir(other)
     record_start(run, warm, derive(scratch), model, {})
     assert json.loads((run / "origin.json").read_text()) == {"path": str(tmp_path / "models" / "a")}
+
+
+def test_a_start_holds_only_what_differs_from_the_one_before(job: TrainJob, tmp_path: Path) -> None:
+    """Many short starts stay small; whoever reads them has each one whole. After a damaged line one is whole again."""
+    constant = replace(job, num_steps=8)
+    for step in range(1, 5):
+        fit(constant, tmp_path, device="cpu", stop_after=step)
+    path = tmp_path / "starts.jsonl"
+    sizes = [len(line) for line in path.read_bytes().splitlines()]
+    assert sizes[0] > 3000 and all(size < 200 for size in sizes[1:])
+    fit(replace(constant, log_every=2), tmp_path, device="cpu", stop_after=5)
+    last = starts(tmp_path)[-1]
+    assert last["config"]["log_every"] == 2 and not {"plan", "environment"} & set(last)
+    assert fields(last, "config") == {"log_every": (1, 2)}
+    whole = [line.record for line in start_lines(path)]
+    assert [s and s["config"]["log_every"] for s in whole] == [1, 1, 1, 1, 2]
+    assert all(s and s["plan"] == json.loads((tmp_path / "plan.json").read_text()) for s in whole)
+    path.write_bytes(path.read_bytes()[:-20] + b"\n")
+    fit(constant, tmp_path, device="cpu", stop_after=6)
+    assert starts_after_damage(path)["config"] == encode(constant) and "plan" in starts_after_damage(path)
+
+
+def starts_after_damage(path: Path) -> dict[str, Any]:
+    *_, damaged, last = json_lines(path)
+    assert damaged.record is None and last.record is not None
+    return last.record
