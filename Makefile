@@ -21,11 +21,14 @@ dev: $(VENV)/.dev-installed
 quickstart: setup
 	$(BIN)/earthshine quickstart
 
+# Whole files go to each of two workers, which tests/conftest.py gives one thread each, the longest files first.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.trainers-installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: dev
 	$(BIN)/ruff format --check .

@@ -31,7 +31,9 @@ _PRELOAD = [
     "torch.distributed.tensor.parallel",
     "torch._dynamo",  # what DTensor and FSDP2 import on first use
 ]
+TIMEOUT_SECONDS = 900.0  # for a hang: a busy machine is slower than any task takes
 _GRACE_SECONDS = 1.0  # that the other ranks have to finish or fail after the first failure
+_STACK_SECONDS = 10.0  # that a silent rank has to write its stack
 
 
 class WorkerError(AssertionError):
@@ -58,7 +60,7 @@ class World:
                 self._processes.append(process)
                 self._pipes.append(ours)
 
-    def run(self, task: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, task: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
         """What the task returned on each rank. WorkerError when a rank raised, died, or did not answer in time."""
         __tracebackhide__ = True
         name = task.__module__.rpartition(".")[2]
@@ -88,7 +90,10 @@ class World:
         for rank in silent:
             with contextlib.suppress(ProcessLookupError, TypeError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)  # type: ignore[arg-type]
-        time.sleep(0.3 if silent else 0)
+        stacks = [self._folder / f"stack-{rank}" for rank in silent]
+        until = time.monotonic() + _STACK_SECONDS
+        while not all(stack.read_text() for stack in stacks) and time.monotonic() < until:
+            time.sleep(0.05)
         lines = [f"{task}{args} on {self.size} processes, at most {timeout:g} s:"]
         told: dict[str, int] = {}
         for rank in range(self.size):
@@ -127,7 +132,7 @@ class Worlds:
     def __init__(self) -> None:
         self._worlds: dict[int, World] = {}
 
-    def run(self, size: int, task: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, size: int, task: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
         """The task's results by rank, on `size` processes."""
         __tracebackhide__ = True
         if size not in self._worlds or not self._worlds[size].alive:

@@ -211,7 +211,6 @@ def test_a_full_disk(command, dense_dir, tokenizer_dir, tmp_path, earthshine_env
         capture_output=True,
         text=True,
         env=earthshine_env,
-        timeout=120,
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("earthshine: ")]
     assert done.returncode == 1, done.stderr

@@ -14,7 +14,7 @@ import pytest
 def wheel(repository, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(repository)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.glob("*.whl")
     return built
@@ -25,7 +25,7 @@ def site(wheel, tmp_path_factory) -> Path:
     """A folder with the wheel installed in it, alone."""
     target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    done = subprocess.run([*pip, str(wheel)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*pip, str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return target
 
@@ -38,7 +38,7 @@ def python(site: Path, code: str, *args: object, cwd: Path, env: dict[str, str])
     folders = [str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {folders!r}\n{code}", *map(str, args)]
     env = {k: v for k, v in env.items() if k != "PYTHONPATH"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 
 CLI = "from earthshine.cli.main import main\nsys.exit(main(sys.argv[1:]))"

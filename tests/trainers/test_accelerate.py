@@ -145,7 +145,7 @@ def trained_by_trainer(folder: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("task", "name"), [(prepared_by_accelerate, "Qwen3Moe"), (trained_by_trainer, "Llama")])
 def test_fsdp2_takes_the_steps_of_one_process(worlds: Worlds, tmp_path: Path, task: Any, name: str) -> None:
     """Half of each batch on each of two processes; an optimizer that is made before its parameters are sharded."""
-    one, other = worlds.run(2, task, str(tmp_path), timeout=200)
+    one, other = worlds.run(2, task, str(tmp_path))
     steps = batches(4)[:2] * 2 if name == "Qwen3Moe" else batches(2)
     alone = dict(by_hand(tiny(name), [[batch] for batch in steps]).named_parameters())
     assert one.keys() == alone.keys()

@@ -92,4 +92,4 @@ net = tiny()
 fit(net, Path({str(tmp_path)!r}), devices=2, strategy="ddp_fork", use_distributed_sampler=False)
 assert_close(net, by_hand(tiny(), [[batch] for batch in batches(2)]), rtol=1e-5, atol=1e-6)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)

@@ -81,12 +81,10 @@ def test_optimizer_options_out_of_range(options: dict[str, object], message: str
         OptimizerConfig(**options)  # type: ignore[arg-type]
 
 
-def test_configs_survive_json_and_their_defaults_are_moonlights() -> None:
+def test_configs_survive_json() -> None:
     config = OptimizerConfig(freeze=("embed.*",))
     assert decode(OptimizerConfig, encode(config)) == config
     assert decode(ScheduleConfig, encode(ScheduleConfig())) == ScheduleConfig()
-    assert (config.lr, config.weight_decay, config.momentum, config.update_rms) == (4.2e-4, 0.1, 0.95, 0.2)
-    assert (config.beta1, config.beta2, config.eps, config.newton_schulz_steps) == (0.9, 0.95, 1e-8, 5)
 
 
 def test_the_tables_of_the_config_are_those_of_the_operator() -> None:

@@ -383,7 +383,7 @@ class Post:
         def wait() -> Tensor:
             needed = [(number, k, position) for k in order]
             with self.arrivals:
-                assert self.arrivals.wait_for(lambda: all(n in self.parts for n in needed), timeout=20), "a hang"
+                assert self.arrivals.wait_for(lambda: all(n in self.parts for n in needed), timeout=600), "a hang"
                 parts = [self.parts[n] for n in needed]
             assert [p.numel() for p in parts] == [receives[k] for k in order]
             return torch.cat(parts)
