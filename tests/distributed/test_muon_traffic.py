@@ -1,4 +1,5 @@
-"""Bytes: what the plan predicts is what Muon reports and what really leaves each rank; and the bounds that it keeps."""
+"""Bytes: what the plan predicts is what Muon reports and what really leaves each rank; the bounds that it keeps; what
+each rank of ZeRO-1 holds."""
 
 from typing import Any
 
@@ -15,6 +16,12 @@ from torch.distributed.tensor import DTensor
 from traffic import Traffic, check_counts
 
 from earthshine import Muon
+from earthshine.model.parameters import weights
+from earthshine.model.presets import llama3_tiny_e8t2
+from earthshine.model.transformer import Transformer
+from earthshine.optim.build import configured_groups
+from earthshine.optim.config import OptimizerConfig
+from earthshine.optim.cost import cost
 
 
 def test_the_counter(worlds: Worlds) -> None:
@@ -172,3 +179,32 @@ def test_momentum_is_half_of_adamw_s_two_buffers(worlds: Worlds) -> None:
     ranks = worlds.run(4, state_bytes, "zero1-4")
     assert sum(ours for ours, _, _ in ranks) == 4 * ranks[0][2]  # one fp32 buffer in all, AdamW's are on every rank
     assert all(abs(ours - elements) <= 4 * 22 * 3 for ours, _, elements in ranks)  # P/N of 4 bytes, within longest rows
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def zero1_state_bytes(config: OptimizerConfig) -> dict[str, int]:
+    """Of this rank's ZeRO-1 shards, by algorithm, without step counts."""
+    model = Transformer(llama3_tiny_e8t2())
+    optimizer = Muon(configured_groups(model, config), **config.as_group(), process_group=dist.group.WORLD)
+    held = {"muon": 0, "scion": 0, "adamw": 0}
+    for group in optimizer.param_groups:
+        states = [optimizer.state[p] for p in group["params"]]
+        held[group["algorithm"]] += sum(t.nbytes for state in states for key, t in state.items() if key != "step")
+    return held
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"non_matrix": "scion", "momentum_dtype": "bfloat16"}, {"normuon_beta2": 0.95}], ids=str
+)
+def test_zero1_divides_the_state_that_a_plan_counts(worlds: Worlds, options: Options) -> None:
+    """Over the ranks it adds up to the byte. It is even to within two rows, or 1 %: NorMuon has a number per row, and
+    rows differ in length."""
+    config = OptimizerConfig(ns_dtype="float32", **options)
+    ranks = worlds.run(4, zero1_state_bytes, config)
+    expected = cost(config, weights(llama3_tiny_e8t2()))
+    for algorithm, total in expected.items():
+        held = [rank[algorithm] for rank in ranks]
+        assert sum(held) == total.state_bytes
+        assert max(held) - min(held) <= max(0.01 * total.state_bytes, 2 * 8 * 64)

@@ -64,7 +64,8 @@ def algorithm_of(parameter: Parameter, config: OptimizerConfig) -> Algorithm:
 
 
 def cost(config: OptimizerConfig, parameters: Iterable[Parameter]) -> dict[Algorithm, Cost]:
-    """The cost of each algorithm, of one process that holds everything, with fp32 parameters.
+    """The cost of each algorithm, of one process that holds everything, with fp32 parameters. ZeRO-1 divides the bytes
+    of state over its ranks, as evenly as whole rows allow.
 
     Halves of symmetric products that a CPU leaves out are counted; so is nothing of the SVD of norm="schatten".
     """
