@@ -21,7 +21,7 @@ Results go to stdout, logs to stderr. Every command that only reads takes `--jso
 | 1 | the run failed |
 | 2 | wrong usage or config |
 | 3 | a check did not hold |
-| 75 | interrupted after saving: run the same command again to resume |
+| 75 | interrupted after saving: re-run the same command to resume |
 """
 _SUBJECT = "This page is generated from them by `tools/cli_page.py`, and a test keeps it current."
 

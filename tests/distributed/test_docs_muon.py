@@ -1,8 +1,8 @@
 """docs/muon.md stays true: its Python blocks run, and print what the page says they print.
 
-What a block needs stands in its first line, after "python": "N processes[, needs PACKAGES][, gradients given]". It
-finds the names that the page promises: `model`, `batches`, `device_type`, and what `_names` says besides. What a block
-defines is then put to use: one step of its `optimizer`, and more for the trainers and the checkpoints.
+What a block needs stands in a comment above it: "N processes[, needs PACKAGES][, gradients given]". It finds the names
+that the page promises: `model`, `batches`, `device_type`, and what `_names` says besides. What a block defines is then
+put to use: one step of its `optimizer`, and more for the trainers and the checkpoints.
 """
 
 import re
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from earthshine.optim.logical_matrices import logical_matrices
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "muon.md"
-_BLOCK = re.compile(r"```python ?([^\n]*)\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
+_BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n)?```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
 _SPECIFICATION = re.compile(r"^\| `(\([\d, ]+\))` \| `(\(.*?\))` \| ([\dx +of]+) \|", re.MULTILINE)
 V, D, HEADS, WIDTH = 24, 32, (4, 2), 8
 
