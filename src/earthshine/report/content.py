@@ -73,11 +73,15 @@ class LegendItem:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One SVG element, or the same drawing for wide and for narrow screens. `title` stands above a panel."""
+    """One SVG element, or the same drawing for wide and for narrow screens.
+
+    title: above a panel. full: a panel as wide as the figure, however many there are.
+    """
 
     wide: str
     narrow: str = ""
     title: str = ""
+    full: bool = False
 
 
 @dataclass(frozen=True)

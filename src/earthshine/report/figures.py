@@ -53,6 +53,7 @@ class Chart:
     y_label: str
     series: tuple[Series, ...]
     integer_x: bool = True
+    integer_y: bool = False
     from_zero: bool = False
     log_y: bool = False
     marks: tuple[Mark, ...] = ()
@@ -105,7 +106,11 @@ def draw_chart(chart: Chart, width: float, height: float, ident: str) -> str:
     xs = [x for s in chart.series for x in s.x]
     ys = [v for s in chart.series for v in (*s.y, *s.low, *s.high) if math.isfinite(v)]
     log = chart.log_y and bool(ys) and min(ys) > 0
-    y_axis = log_axis(ys, 5) if log else linear_axis(ys, max(3, round(height / 62)), from_zero=chart.from_zero)
+    y_axis = (
+        log_axis(ys, 5)
+        if log
+        else linear_axis(ys, max(3, round(height / 62)), integers=chart.integer_y, from_zero=chart.from_zero)
+    )
     left = max(DIGIT * len(label) for label in y_axis.labels) + 14
     x_axis = linear_axis(xs, max(3, int((width - left) / 88)), integers=chart.integer_x, tight=True)
     right = max(12.0, DIGIT * len(x_axis.labels[-1]) / 2 if x_axis.labels else 12.0)
@@ -234,6 +239,43 @@ def draw_intervals(title: str, description: str, unit: str, rows: Sequence[Inter
         out.append(marker(frame.x(row.value), y + base, row.color, 5.5) + "</g>")
     out.append(_text(frame.middle, bottom + 37, unit, "axis", "middle"))
     return svg(ident, width, bottom + 44, title, description, "".join(out))
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """One of many small charts on the same scale."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: int
+
+
+MULTIPLE_WIDTH, MULTIPLE_HEIGHT, MULTIPLE_GAP = 108.0, 62.0, 14.0
+
+
+def draw_multiples(title: str, description: str, rows: Sequence[Multiple], width: float, ident: str) -> str:
+    """Small charts side by side, with one pair of axes for all from zero up: label, last value and line of each."""
+    axis = linear_axis([v for row in rows for v in row.y], 2, from_zero=True, tight=True)
+    x_axis = linear_axis([x for row in rows for x in row.x], 2, tight=True)
+    left = max(DIGIT * len(label) for label in axis.labels) + 12
+    columns = max(1, int((width - left + MULTIPLE_GAP) / (MULTIPLE_WIDTH + MULTIPLE_GAP)))
+    columns = math.ceil(len(rows) / math.ceil(len(rows) / columns))  # as many in each row
+    cell = min(1.6 * MULTIPLE_WIDTH, (width - left + MULTIPLE_GAP) / columns - MULTIPLE_GAP)
+    out = []
+    for i, row in enumerate(rows):
+        x, y = left + (i % columns) * (cell + MULTIPLE_GAP), (i // columns) * (MULTIPLE_HEIGHT + 2 * MULTIPLE_GAP)
+        frame = Frame(x - INSET + 3, y + 20, x + cell + INSET - 3, y + 20 + MULTIPLE_HEIGHT - 8, x_axis, axis)
+        for value, label in zip(axis.ticks, axis.labels, strict=True):
+            kind = "base" if value == 0 else "grid"
+            out.append(f'<path class="{kind}" d="M{_n(x)} {_n(frame.y(value))}h{_n(cell)}"/>')
+            if i % columns == 0:
+                out.append(_text(left - 7, frame.y(value) + 4, label, "tick", "end"))
+        out.append(_text(x, y + 11, row.label) + _text(x + cell, y + 11, fixed(row.y[-1], 2), "last halo", "end"))
+        line = _path([(frame.x(a), frame.y(b)) for a, b in zip(row.x, row.y, strict=True)])
+        out.append(f'<g class="c{row.color % NUM_COLORS} line thin"><path class="stroke" d="{line}"/></g>')
+    height = math.ceil(len(rows) / columns) * (MULTIPLE_HEIGHT + 2 * MULTIPLE_GAP) - 4
+    return svg(ident, width, height, title, description, "".join(out))
 
 
 HEAT_BINS = 9  # from a quarter of the fair share to four times it, in steps of sqrt(2)

@@ -170,7 +170,10 @@ def _figure(figure: Figure) -> str:
     if len(figure.drawings) == 1 and not figure.drawings[0].title:
         body = _drawing(figure.drawings[0])
     else:
-        panels = "".join(f"<div><h4>{_inline(d.title)}</h4>{_drawing(d)}</div>" for d in figure.drawings)
+        panels = "".join(
+            f"<div{' class=full' if d.full else ''}><h4>{_inline(d.title)}</h4>{_drawing(d)}</div>"
+            for d in figure.drawings
+        )
         least = "380px" if figure.drawings[0].narrow else "270px"
         body = f'<div class="panels" style="--least:{least}">{panels}</div>'
     numbers = _table(figure.numbers) if figure.numbers else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from earthshine.errors import ConfigError, DiskFullError
 from earthshine.files import atomic_write, to_json
-from earthshine.report import evidence, facts, results, training
+from earthshine.report import evidence, experts, facts, results, training
 from earthshine.report.content import Report, Section, clean, to_markdown
 from earthshine.report.markup import to_html
 from earthshine.report.results import Comparison, comparisons
@@ -76,7 +76,7 @@ def build(runs: Sequence[Run], compared: Sequence[Comparison], page: Path, title
         ran,
         results.heldout_section(runs, compared),
         training.dynamics_section(runs),
-        training.experts_section(runs),
+        experts.experts_section(runs),
         training.update_section(runs),
         evidence.verification_section(runs),
         results.samples_section(runs),

@@ -31,9 +31,13 @@ from earthshine.run_folder import (
 # Columns of the step lines of metrics.jsonl that are numbers.
 ROUTING = ("balance", "balance_loss", "z_loss", "max_violation", "dead_experts", "drop_rate")
 SPEED = ("tokens_per_second", "mfu", "memory_gib")
-COLUMNS = ("loss", "grad_norm", "lr", "tokens", "total_tokens", "seconds", *SPEED, *ROUTING)
+MAX_LOGIT, HEADS_CLIPPED = "max_attention_logit", "heads_clipped"  # of QK-Clip
+COLUMNS = (
+    "loss", "grad_norm", "lr", "tokens", "total_tokens", "seconds", *SPEED, *ROUTING, MAX_LOGIT, HEADS_CLIPPED,
+)  # fmt: skip
 UPDATE_RMS = "update_rms."
-WORST_LOAD, MEDIAN_LOAD = "load.worst", "load.median"
+WORST_LOAD, MEDIAN_LOAD = "load.worst", "load.median"  # the most loaded expert: of the worst layer, the middle one
+LAYER_LOAD = "load.layer."  # of each
 
 
 @dataclass
@@ -273,9 +277,12 @@ def _add_step(steps: Steps, data: dict[str, Any], where: str) -> None:
         steps.add(UPDATE_RMS + algorithm, _loose_number(update_rms, algorithm, f"{where}: update_rms"))
     if data.get("expert_load"):
         load = _relative_load(data["expert_load"], where)
-        worst = sorted(max(shares) for shares in load.values())
-        steps.add(WORST_LOAD, worst[-1])
-        steps.add(MEDIAN_LOAD, worst[len(worst) // 2])
+        worst_of_layer = {layer: max(shares) for layer, shares in load.items()}
+        for layer, worst in worst_of_layer.items():
+            steps.add(f"{LAYER_LOAD}{layer}", worst)
+        ordered = sorted(worst_of_layer.values())
+        steps.add(WORST_LOAD, ordered[-1])
+        steps.add(MEDIAN_LOAD, ordered[len(ordered) // 2])
         steps.first_load = steps.first_load or (step, load)
         steps.last_load = (step, load)
 

@@ -126,7 +126,8 @@ figcaption{margin-top:10px;font-size:.88rem;line-height:1.5;color:var(--muted);m
 .legend.heat{gap:0;flex-wrap:nowrap}.legend.heat li{flex-direction:column;gap:2px;flex:0 1 38px;white-space:nowrap;
 font-size:.78rem;color:var(--muted);line-height:1.2}
 .legend.heat i{display:block;width:100%;height:12px}
-.panels{display:grid;gap:18px 22px;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--least)),1fr))}
+.panels{display:grid;gap:18px 22px;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--least)),1fr))}
+.panels>.full{grid-column:1/-1}
 svg{display:block;width:100%;height:auto;overflow:visible}
 .narrow-only{display:none}
 .sides{padding:4px 22px 8px;background:var(--card);border:1px solid var(--line);border-radius:14px;margin:0 0 20px}
@@ -149,6 +150,7 @@ svg .in{font-size:11px;font-variant-numeric:tabular-nums}
 svg path{fill:none}
 .grid{stroke:var(--grid)}.base,.zero{stroke:var(--zero)}
 .stroke{stroke:var(--c);stroke-width:2.25;stroke-linejoin:round;stroke-linecap:round}
+.thin .stroke{stroke-width:1.5}svg .last{font-weight:600;fill:var(--ink);font-variant-numeric:tabular-nums}
 .faint .stroke{stroke-width:1;opacity:.42}
 svg .spread{fill:var(--c);opacity:.16}
 svg .faint .spread{opacity:.1}
@@ -170,12 +172,14 @@ h1{padding-right:110px}}
 @media(max-width:700px){.in{padding:0 16px}header .in{padding-top:40px;padding-bottom:30px}section{padding-top:34px}
 .moon{width:76px;height:76px;right:14px;top:20px}h1{padding-right:72px}
 figure{padding:16px 14px 12px}.sides{padding:2px 14px 4px}.wide-only{display:none}.narrow-only{display:block}
+.copy:not([hidden]){position:static;display:block;margin:0 0 6px auto}.copyable pre.code{padding-right:16px!important}
 th,td{padding:8px 10px}th:first-child,td:first-child{padding-left:14px}.caption{padding:12px 14px 8px}tbody th{
 min-width:7.5em}}
 @media(min-width:1000px){tbody th{min-width:15em}}
-@media print{nav,.moon,.copy{display:none}pre.code{white-space:pre-wrap}
+@media print{nav,.moon,.copy:not([hidden]){display:none}pre.code{white-space:pre-wrap}
 header{color:#000;background:none}header .lead,header .kind,header .lead strong{color:#333}
-figure,.table,.sides,.card{break-inside:avoid}}
+html{font-size:12.5px}body{background:none}section{padding-top:24px}h2,h3,h4{break-after:avoid}
+figure,tr,.card,.sides .row{break-inside:avoid}header .in{padding-top:0;padding-bottom:0}}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 """
 

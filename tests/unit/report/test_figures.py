@@ -12,10 +12,12 @@ from earthshine.report.figures import (
     NUM_COLORS,
     Chart,
     Interval,
+    Multiple,
     Series,
     draw_chart,
     draw_heat,
     draw_intervals,
+    draw_multiples,
     group_columns,
     heat_bin,
 )
@@ -105,6 +107,20 @@ def test_intervals(width):
     check_inside(root)
     assert any(text.text.endswith("\u2026") for text in root.iter(f"{SVG}text"))
     assert sum(p.get("class") == "wide-bar" for p in root.iter(f"{SVG}path")) == 1
+
+
+@pytest.mark.parametrize("count", [1, 3, 24])
+@pytest.mark.parametrize("width", [330, 994])
+def test_multiples_share_one_scale(count, width):
+    rows = [Multiple(f"layer {i}", [1, 2, 3], [0.1, 0.2 + 0.1 * i, 0.3], i % 2) for i in range(count)]
+    root = parse(draw_multiples("MaxVio", "Words", rows, width, "m"))
+    check_inside(root)
+    lines = [p.get("d") for p in root.iter(f"{SVG}path") if p.get("class") == "stroke"]
+    assert len(lines) == count
+    starts = [float(line.split("h0")[0].split(" ")[1]) for line in lines]
+    tops = {round(start - starts[0], 2) % 90 for start in starts}  # a row of charts is 90 lower than the one before
+    assert tops == {0.0}
+    assert [t.text for t in root.iter(f"{SVG}text")].count("0.30") == count
 
 
 def test_heat_bins_are_symmetric_around_the_fair_share():

@@ -235,7 +235,7 @@ def test_long_runs_are_thinned_and_the_caption_says_so(folder):
 def test_runs_of_any_length(folder, num_steps):
     text = read(write_report([folder("r", num_steps=num_steps, sparse=True).path])).text
     assert f"after {num_steps} steps on" in text
-    assert ("mean over 5 neighbouring steps" in text) == (num_steps > 60)
+    assert ("mean over 5 neighboring steps" in text) == (num_steps > 60)
 
 
 def test_what_is_missing_is_said(folder):
@@ -311,7 +311,7 @@ def test_unused_experts_are_said(folder):
     run = folder("r", num_steps=1)
     line = {"kind": "step", "step": 1, "loss": 1.0, "expert_load": {"0": [0.5, 0.5, 0.0, 0.0], "1": [0, 0, 0, 0]}}
     run.write("metrics.jsonl", json.dumps(line) + "\n")
-    assert "6 experts received no token (grey)" in read(write_report([run.path])).text
+    assert "6 experts received no token (gray)" in read(write_report([run.path])).text
 
 
 def test_how_experts_were_balanced_is_said(pair, folder):
@@ -341,6 +341,37 @@ def test_balance_is_drawn_where_it_was_recorded(folder):
     kept = [{k: v for k, v in x.items() if k not in ("balance", "drop_rate")} for x in lines]
     bare.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in kept))
     assert "Balance by step" not in read(write_report([bare.path])).text
+
+
+def test_max_violation_of_each_layer_is_drawn(folder):
+    """At most 24 layers, the one that ends highest among them; a single step draws none."""
+    text = read(write_report([folder("r", sparse=True).path])).text
+    assert "MaxVio by layer, steps 1 to 4" in text and "layers are drawn" not in text
+    deep = folder("deep", num_steps=1)
+    for steps in (1, 2):
+        load = {str(i): [0.5 + 0.1 * (i == 31), 0.5] for i in range(61)}
+        each = ({"kind": "step", "step": s + 1, "loss": 1.0, "expert_load": load} for s in range(steps))
+        deep.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in each))
+        html = write_report([deep.path]).read_text()
+        assert ("MaxVio by layer" in html) == (steps == 2)
+    assert "24 of 61 layers are drawn" in read(deep.path / "report.html").text
+    assert html.count(">layer 31<") == 2  # wide and narrow
+
+
+def test_qk_clip_is_drawn_where_it_was_recorded(folder):
+    run = folder("r")
+    assert "QK-Clip" not in write_report([run.path]).read_text()
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    numbers = {"max_attention_logit": 98.5, "heads_clipped": 3}
+    run.write("metrics.jsonl", "".join(json.dumps(x | numbers) + "\n" for x in lines))
+    config = json.loads((run.path / "config.json").read_text())
+    config["optimizer"]["qk_clip_threshold"] = 100.0
+    run.write("config.json", config)
+    text = read(write_report([run.path])).text
+    assert "exceeds the threshold of 100 (dashed, where in range)" in text and "clipped at 100" not in text
+    assert "98.5" in text
+    series = json.loads((run.path / "report.json").read_text())["runs"][0]["series"]
+    assert series["heads_clipped"]["value"] == [3] * 4
 
 
 def test_same_folders_same_bytes(pair, tmp_path):

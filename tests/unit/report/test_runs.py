@@ -6,9 +6,9 @@ import math
 import pytest
 
 from earthshine.errors import ConfigError, DataError
+from earthshine.report.curves import marks, stretches
 from earthshine.report.facts import compute_done, settings, what_was_run
 from earthshine.report.runs import MEDIAN_LOAD, WORST_LOAD, read_run, read_runs
-from earthshine.report.training import _marks, _stretches
 
 
 def test_a_whole_run_is_read(pair):
@@ -109,7 +109,7 @@ def test_only_what_makes_other_steps_is_marked(pair):
         (start(environment="host"), False),
     ):
         pair[0].write("starts.jsonl", json.dumps(record) + "\n")
-        assert bool(_marks([read_run(pair[0].path)])) == marked, record
+        assert bool(marks([read_run(pair[0].path)])) == marked, record
 
 
 def test_the_rate_of_steps_that_are_not_done_yet_is_not_the_run_s(pair):
@@ -125,9 +125,9 @@ def test_a_line_of_a_setting_ends_where_it_changed(pair):
     pair[0].write("starts.jsonl", json.dumps({"first_step": 3, "changes": changes}) + "\n")
     runs = [read_run(p.path) for p in pair]
     assert settings(runs[0], "clip_grad_norm") == [(1, 2, 0.5), (3, 4, 1.0)]
-    assert _stretches(runs[:1], "clip_grad_norm") == [((1, 2), 0.5), ((3, 4), 1.0)]
-    assert _stretches(runs, "clip_grad_norm") == [((1, 2), 0.5), ((1, 4), 1.0)]
-    assert _stretches(runs, "optimizer", "update_rms") == [((1, 4), 0.2)]
+    assert stretches(runs[:1], "clip_grad_norm") == [((1, 2), 0.5), ((3, 4), 1.0)]
+    assert stretches(runs, "clip_grad_norm") == [((1, 2), 0.5), ((1, 4), 1.0)]
+    assert stretches(runs, "optimizer", "update_rms") == [((1, 4), 0.2)]
 
 
 def test_absent_files_are_noted(pair):
