@@ -217,7 +217,9 @@ def _interval_figure(title: str, measured: Sequence[tuple[Comparison, Difference
         for c, d in measured
     ]
     described = "; ".join(f"{r.label}: {r.text}" for r in rows)
-    drawings = [draw_intervals(title, described, UNIT, rows, w, f"fig-diff{int(second)}-{w}") for w in (WIDE, NARROW)]
+    wide, narrow = (
+        draw_intervals(title, described, UNIT, rows, w, f"fig-diff{int(second)}-{w}") for w in (WIDE, NARROW)
+    )
     caption = (
         "Read as the figure above."
         if second
@@ -226,7 +228,7 @@ def _interval_figure(title: str, measured: Sequence[tuple[Comparison, Difference
             "side: where it does not touch zero, the difference is significant. Numbers are \u00b1 one standard error."
         )
     )
-    return Figure(title, caption, (Drawing(*drawings),))
+    return Figure(title, caption, (Drawing(wide, narrow),))
 
 
 def _difference_table(measured: Sequence[tuple[Comparison, Difference]]) -> Table:
