@@ -126,7 +126,8 @@ def load_json(cls: type[T], path: str | Path) -> T:
     try:
         data = read_json(path, distinct=True)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path} is not a readable JSON config: {e}.") from e
+        reason = getattr(e, "strerror", None) or e  # an OSError's own text has the path once more
+        raise ConfigError(f"{path} is not a readable JSON config: {reason}.") from e
     return decode(cls, data)
 
 

@@ -48,6 +48,10 @@ def parse(command: ModuleType, name: str, args: Sequence[str]) -> Any:
     values, rest = parser.parse_known_intermixed_args(args)
     if rest:
         parser.error(f"there is no {'option' if rest[0].startswith('-') else 'place for'} '{rest[0]}'")
+    required = [(field, about) for field, _, about in _fields(options) if field.default is dataclasses.MISSING]
+    missing = [_label(field, about) for field, about in required if getattr(values, field.name) in (None, [])]
+    if missing:
+        parser.error(f"{_name(prog)} needs {', '.join(missing)}")
     return options(
         **{field.name: _usable(field.name, getattr(values, field.name)) for field in dataclasses.fields(options)}
     )
@@ -133,9 +137,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose complaints are ConfigErrors."""
 
     def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ").replace(
-            "the following arguments are required:", f"{_name(self.prog)} needs"
-        )
+        message = message.removeprefix("argument ")
         raise ConfigError(f"{message}{'' if message[-1] in '.?' else '.'} See {self.prog} --help.")
 
 
@@ -154,30 +156,27 @@ def _parser(options: Any, prog: str) -> _Parser:
     named = parser.add_argument_group("options")
     usage = [prog]
     for field, kind, about in _fields(options):
-        required = field.default is dataclasses.MISSING
-        place = _place(about)
-        settings: dict[str, Any] = {"help": _help(options, field)}
-        if place:
-            several = _item(kind) is not kind
-            nargs = {(True, True): "+", (True, False): "*", (False, False): "?"}.get((several, required))
-            settings |= {"nargs": nargs} if nargs else {}
-            settings |= {} if required else {"default": field.default}
-            places.add_argument(field.name, metavar=place.metavar, type=_reader(kind), **settings)
-            shown = f"{place.metavar} ..." if several else place.metavar
+        required = (
+            field.default is dataclasses.MISSING
+        )  # argparse is not told, which would name some of what is missing
+        settings: dict[str, Any] = {"help": _help(options, field), "default": None if required else field.default}
+        several, label = _item(kind) is not kind, _label(field, about)
+        if _place(about):
+            nargs = "*" if several else "?"
+            places.add_argument(field.name, metavar=label, type=_reader(kind), nargs=nargs, **settings)
+            shown = f"{label} ..." if several else label
             usage.append(shown if required else f"[{shown}]")
             continue
-        flag = f"--{field.name.replace('_', '-')}"
         if kind is bool:
-            named.add_argument(flag, action="store_true", **settings)
+            named.add_argument(label, action="store_true", **settings)
             continue
         metavar = next((a for a in about if isinstance(a, str) and a != REPEATED), None) or _metavar(kind)
         if REPEATED in about:
             settings |= {"action": "append", "default": []}
-        elif _item(kind) is not kind:
+        elif several:
             settings |= {"nargs": "*"}
-        settings = {"required": True, **settings} if required else {"default": field.default, **settings}
-        named.add_argument(flag, metavar=metavar, type=_reader(kind), **settings)
-        usage += [f"{flag} {metavar}"] if required else []
+        named.add_argument(label, metavar=metavar, type=_reader(kind), **settings)
+        usage += [f"{label} {metavar}"] if required else []
     named.add_argument("-h", "--help", action="store_true", help="Show this help.")
     parser.usage = " ".join([*usage, "[OPTIONS]"])
     return parser
@@ -197,6 +196,12 @@ def _fields(options: Any) -> Iterator[tuple["dataclasses.Field[Any]", Any, tuple
 
 def _place(about: tuple[Any, ...]) -> Positional | None:
     return next((a for a in about if isinstance(a, Positional)), None)
+
+
+def _label(field: "dataclasses.Field[Any]", about: tuple[Any, ...]) -> str:
+    """An argument's name in help and messages: its metavar, or its flag."""
+    place = _place(about)
+    return place.metavar if place else f"--{field.name.replace('_', '-')}"
 
 
 def _item(kind: Any) -> Any:
@@ -264,7 +269,7 @@ def _hyphened(arg: str) -> str:
 
 def _refuse_unknown_options(options: Any, prog: str, args: Sequence[str]) -> None:
     """Before argparse, which would first say what is missing: most often it is what was misspelled."""
-    known = {f"--{field.name.replace('_', '-')}" for field, _, about in _fields(options) if not _place(about)}
+    known = {_label(field, about) for field, _, about in _fields(options) if not _place(about)}
     for arg in args:
         name = arg.partition("=")[0]
         if name == "--":

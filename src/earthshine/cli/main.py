@@ -31,6 +31,7 @@ COMMANDS = {
 
 _ABOUT = """Trains Mixture-of-Experts language models with the Muon optimizer, from scratch or upcycled from a dense
 checkpoint, and proves what others assume."""
+_FLAGS = ("--help", "--version", "--traceback")
 _OPTIONS = {
     "-h, --help": "this page; `earthshine COMMAND --help` has a command's own",
     "--version": "print the version",
@@ -114,8 +115,8 @@ def _dispatch(args: list[str]) -> int:
         print(f"earthshine {earthshine.__version__}")
         return 0
     if name not in COMMANDS:
-        what = "option" if name.startswith("-") else "command"
-        return _fail(f"there is no {what} '{name}'.{nearest(name, COMMANDS)} See earthshine --help.", 2, False)
+        what, known = ("option", _FLAGS) if name.startswith("-") else ("command", COMMANDS)
+        return _fail(f"there is no {what} '{name}'.{nearest(name, known)} See earthshine --help.", 2, False)
     from earthshine.cli.arguments import asks_for_help, help_text, parse
 
     command = importlib.import_module(f"earthshine.cli.{name}")
