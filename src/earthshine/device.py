@@ -336,6 +336,11 @@ def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeC
     return ComputeChoice(dtype, reason, gemm_peak(device, dtype))
 
 
+def at_least_float32_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, norms, losses and states are kept in: float32, or the dtype itself where it is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def resolve_ns_dtype(requested: str, device: torch.device) -> torch.dtype:
     """The dtype of Newton-Schulz: "auto" is bf16 on an accelerator that has it in hardware, and elsewhere only where
     it is measured to be faster.

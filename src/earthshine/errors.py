@@ -1,4 +1,4 @@
-"""Every error a user can meet, and `nearest`, which suggests what was meant. Standard library only.
+"""Every error a user can meet, and what their messages suggest: the nearest name, divisors. Standard library only.
 
 A message names the field, the value, the rule and the fix. The command line prints the message without a
 traceback (unless `--traceback`) and exits with the class's `exit_code`.
@@ -15,6 +15,11 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def divisors(n: int) -> str:
+    """To end a message about a number that does not divide n: those that do, "1, 2, 4"."""
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 class EarthshineError(Exception):

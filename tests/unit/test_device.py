@@ -174,6 +174,11 @@ def test_an_unknown_type_is_refused_with_the_nearest():
         devices.choose_compute_dtype("bfloat", CPU)
 
 
+def test_sums_are_kept_in_float32_or_wider():
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    assert [devices.at_least_float32_dtype(d) for d in dtypes] == [torch.float32] * 3 + [torch.float64]
+
+
 def test_newton_schulz_dtype_by_device(monkeypatch):
     for name in ("float32", "bfloat16"):
         choice = devices.ComputeChoice(dtype=devices.DTYPES[name], reason="test", peak_flops=1.0)

@@ -1,8 +1,8 @@
-"""errors.py: what was meant by a name that is not known."""
+"""errors.py: what its messages suggest."""
 
 import pytest
 
-from earthshine.errors import nearest
+from earthshine.errors import divisors, nearest
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,7 @@ from earthshine.errors import nearest
 )
 def test_a_near_name_is_suggested_and_else_all_are_listed(name: str, choices: list[str], hint: str) -> None:
     assert nearest(name, iter(choices)) == hint
+
+
+def test_divisors() -> None:
+    assert [divisors(n) for n in (1, 12, 7)] == ["1", "1, 2, 3, 4, 6, 12", "1, 7"]

@@ -4,10 +4,10 @@ Parameters are float32 (or float64 when asked for); activations carry the comput
 weight to it here. Shapes: D model width, F feed-forward width.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from earthshine.device import at_least_float32_dtype
 from earthshine.ops.rms_norm import rms_norm
 from earthshine.ops.swiglu import swiglu
 
@@ -19,7 +19,7 @@ def to_compute(weight: Tensor, like: Tensor) -> Tensor:
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Routers, softmax, norms and losses are computed in float32 or wider whatever the compute type."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(at_least_float32_dtype(x.dtype))
 
 
 class Linear(nn.Linear):
@@ -48,7 +48,7 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.to(torch.promote_types(x.dtype, torch.float32)), self.eps)
+        return rms_norm(x, self.weight.to(at_least_float32_dtype(x.dtype)), self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from earthshine.device import at_least_float32_dtype
+
 IGNORE = -100
 Reduce = Callable[[Tensor], Tensor]
 
@@ -63,10 +65,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         reduce_sum: Reduce,
         needs_grad: tuple[bool, bool],
     ) -> Tensor:
-        wide = torch.promote_types(h_TD.dtype, torch.float32)
+        acc_dtype = at_least_float32_dtype(h_TD.dtype)
         total = torch.zeros((), dtype=torch.float64, device=h_TD.device)
         grad_h_TD = torch.empty_like(h_TD) if needs_grad[0] else None
-        grad_w_VD = torch.zeros_like(w_VD, dtype=wide) if needs_grad[1] else None
+        grad_w_VD = torch.zeros_like(w_VD, dtype=acc_dtype) if needs_grad[1] else None
         # Rows a power of two apart would fall on the same few lines of the cache.
         buffer_CV = h_TD.new_empty(min(chunk_tokens, h_TD.shape[0]), w_VD.shape[0] + 16)[:, :-16]
         for start in range(0, h_TD.shape[0], chunk_tokens):
@@ -76,26 +78,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             local_C = target_C - vocab_start
             here_C = valid_C & (local_C >= 0) & (local_C < w_VD.shape[0])
             column_C1 = local_C.where(here_C, 0).unsqueeze(1)
-            logits_CV = torch.mm(h_CD, w_VD.T, out=buffer_CV[: h_CD.shape[0]]).to(wide)
+            logits_CV = torch.mm(h_CD, w_VD.T, out=buffer_CV[: h_CD.shape[0]]).to(acc_dtype)
             logits_CV -= reduce_max(logits_CV.amax(1, keepdim=True))
             target_logit_C = logits_CV.gather(1, column_C1).squeeze(1).where(here_C, 0.0)
-            target_logit_C, found_C = reduce_sum(torch.stack((target_logit_C, here_C.to(wide)))).unbind()
+            target_logit_C, found_C = reduce_sum(torch.stack((target_logit_C, here_C.to(acc_dtype)))).unbind()
             sums_C = reduce_sum(logits_CV.exp_().sum(1))
             loss_C = (sums_C.log() - target_logit_C).where(found_C > 0, torch.nan)
             total += loss_C.where(valid_C, 0.0).sum(dtype=torch.float64)
             if any(needs_grad):
                 grad_CV = logits_CV.mul_((valid_C / sums_C).unsqueeze(1))
-                grad_CV.scatter_add_(1, column_C1, -here_C.to(wide).unsqueeze(1))
+                grad_CV.scatter_add_(1, column_C1, -here_C.to(acc_dtype).unsqueeze(1))
                 grad_CV = grad_CV.to(h_TD.dtype)
                 if grad_h_TD is not None:
                     grad_h_TD[rows] = reduce_sum(grad_CV @ w_VD)
-                if grad_w_VD is not None and grad_CV.dtype == wide:
+                if grad_w_VD is not None and grad_CV.dtype == acc_dtype:
                     torch.addmm(grad_w_VD, grad_CV.T, h_CD, out=grad_w_VD)
                 elif grad_w_VD is not None:
                     grad_w_VD += grad_CV.T @ h_CD
         ctx.save_for_backward(grad_h_TD, grad_w_VD)
         ctx.head_dtype = w_VD.dtype
-        return total.to(wide)
+        return total.to(acc_dtype)
 
     @staticmethod
     @once_differentiable

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from earthshine.device import at_least_float32_dtype
 from earthshine.errors import ConfigError
 
 # The functions below for whatever is not a hidden matrix, by which a parameter group asks for them.
@@ -29,7 +30,7 @@ def schatten(G_BMN: Tensor, p: float) -> Tensor:
     """
     if not p > 1:
         raise ConfigError(f"schatten_p={p} must be above 1: use 2 (the gradient, normalised) to inf (Muon).")
-    G_BMN = G_BMN.to(torch.promote_types(G_BMN.dtype, torch.float32))
+    G_BMN = G_BMN.to(at_least_float32_dtype(G_BMN.dtype))
     if G_BMN.numel() == 0:
         return G_BMN.clone()
     finite_B11 = G_BMN.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
@@ -56,7 +57,7 @@ def row_rms(G_MN: Tensor) -> Tensor:
     vector (its column in the paper, where the table is stored transposed); col_j -> sqrt(d_out) col_j / ||col_j||_2.
     Takes [..., M, N]; at least float32. A row without a gradient stays zero.
     """
-    G_MN = G_MN.to(torch.promote_types(G_MN.dtype, torch.float32))
+    G_MN = G_MN.to(at_least_float32_dtype(G_MN.dtype))
     return _unit(G_MN, -1).mul_(math.sqrt(G_MN.shape[-1]))
 
 
@@ -75,12 +76,12 @@ def rms(g: Tensor, squares: Tensor | None = None, count: int | None = None) -> T
     squares, count: sum of squares and number of elements of the whole vector, where `g` is one process's part of it.
     At least float32; zeros stay zero.
     """
-    wide = torch.promote_types(g.dtype, torch.float32)
-    g = g.to(wide)
+    acc_dtype = at_least_float32_dtype(g.dtype)
+    g = g.to(acc_dtype)
     root = math.sqrt(g.numel() if count is None else count)
     if squares is None:
         return _unit(g, None).mul_(root)
-    norm = squares.to(wide).sqrt()
+    norm = squares.to(acc_dtype).sqrt()
     return g * torch.where(norm > 0, root / norm, 0)
 
 

@@ -8,13 +8,15 @@ import math
 import torch
 from torch import Tensor
 
+from earthshine.device import at_least_float32_dtype
+
 
 def _energy(W_BMN: Tensor) -> Tensor:
     """Squared singular values as fractions of their sum, [..., S] in at least fp32; zeros for a zero matrix."""
-    wide = torch.promote_types(W_BMN.dtype, torch.float32)
-    energy_BS: Tensor = torch.linalg.svdvals(W_BMN.to(wide)).square()
+    acc_dtype = at_least_float32_dtype(W_BMN.dtype)
+    energy_BS: Tensor = torch.linalg.svdvals(W_BMN.to(acc_dtype)).square()
     # A zero matrix has no spectrum: dividing by the smallest normal number leaves its zeros in place.
-    return energy_BS / energy_BS.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
+    return energy_BS / energy_BS.sum(-1, keepdim=True).clamp(min=torch.finfo(acc_dtype).tiny)
 
 
 def svd_entropy(W_BMN: Tensor) -> Tensor:
@@ -43,6 +45,6 @@ def stable_rank(W_BMN: Tensor) -> Tensor:
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square over all elements, a 0-d tensor in at least fp32; 0 for an empty tensor."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=wide)
+    acc_dtype = at_least_float32_dtype(x.dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=acc_dtype)
     return norm / math.sqrt(max(1, x.numel()))

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from earthshine.device import at_least_float32_dtype
+
 _SEGMENT_ROWS = 1024  # 3 MB of each activation at a width of 704: a few of them fit the last cache of a small CPU
 
 
@@ -83,7 +85,7 @@ class _Segments(torch.autograd.Function):
         grad_x_RD = torch.empty_like(x_RD)
         grad_x_RD[sum(ctx.counts) :] = 0
         # Sums over segments are in at least float32: in bf16 each of them would be rounded again.
-        acc_dtype = torch.promote_types(x_RD.dtype, torch.float32)
+        acc_dtype = at_least_float32_dtype(x_RD.dtype)
         weights = (gate_EFD, up_EFD, down_EDF)
         grad_gate_EFD, grad_up_EFD, grad_down_EDF = (torch.empty_like(w, dtype=acc_dtype) for w in weights)
         for expert, count in enumerate(ctx.counts):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from earthshine.device import at_least_float32_dtype
 from earthshine.optim import rules
 from earthshine.optim.group_step import GroupStep, StepNumbers
 from earthshine.optim.measure import Measure
@@ -44,7 +45,7 @@ class AdamWStep(GroupStep):
         _update([row for row in rows if row[0].dtype.itemsize >= 4], options)
         for i, (weight, *row) in zip(members, rows, strict=True):
             if weight.dtype.itemsize < 4:  # one at a time: the copy is twice its size
-                exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+                exact = weight.to(at_least_float32_dtype(weight.dtype))
                 _update([(exact, *row)], options)
                 write_(weight, exact, noises.get(i))
         betas, eps = options["betas"], options["eps"]
@@ -144,9 +145,5 @@ def _piece_norms(m: Tensor, v: Tensor, step: float, betas: tuple[float, float], 
     norms = []
     for part_m, part_v in zip(m.reshape(-1).split(size), v.reshape(-1).split(size), strict=True):
         update = part_m / (part_v.sqrt().div_(root).add_(eps))
-        norms.append(torch.linalg.vector_norm(update, dtype=_wide(update)))
+        norms.append(torch.linalg.vector_norm(update, dtype=at_least_float32_dtype(update.dtype)))
     return torch.stack(norms)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

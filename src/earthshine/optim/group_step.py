@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from earthshine.device import at_least_float32_dtype
 from earthshine.errors import ConfigError
 from earthshine.optim.logical_matrices import Spec
 from earthshine.optim.measure import Measure
@@ -83,7 +84,7 @@ class GroupStep(ABC):
         """
         if key == "step":
             return torch.zeros((), dtype=torch.float32)
-        dtype = torch.promote_types(self.params[i].dtype, torch.float32)
+        dtype = at_least_float32_dtype(self.params[i].dtype)
         if key == "momentum_sum" and self.group["momentum_dtype"] == "bfloat16":
             dtype = torch.bfloat16
         per_row = key in self.per_row

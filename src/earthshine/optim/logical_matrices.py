@@ -25,10 +25,9 @@ from functools import cache
 from typing import Any
 
 from earthshine.errors import ConfigError
+from earthshine.optim.ranges import Ranges, length, merge
 
 Spec = tuple[Any, ...]
-# Half-open ranges of indices: ascending, none empty, none touching the next.
-Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class LogicalMatrix:
     @property
     def M(self) -> int:
         """Number of rows."""
-        return sum(stop - start for start, stop in self.rows)
+        return length(self.rows)
 
     @property
     def N(self) -> int:
@@ -165,16 +164,3 @@ def _spans(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 def _shift(ranges: Ranges, by: int) -> Ranges:
     return tuple((start + by, stop + by) for start, stop in ranges) if by else ranges
-
-
-def merge(spans: Iterable[tuple[int, int]]) -> Ranges:
-    """Ascending ranges as ranges: empty ones left out, touching ones joined."""
-    ranges: list[tuple[int, int]] = []
-    for start, stop in spans:
-        if start == stop:
-            continue
-        if ranges and ranges[-1][1] == start:
-            ranges[-1] = (ranges[-1][0], stop)
-        else:
-            ranges.append((start, stop))
-    return tuple(ranges)

@@ -54,7 +54,7 @@ from earthshine.optim.options import (
 )
 from earthshine.optim.rules import ScaleRule, scale_name
 from earthshine.optim.scion import ScionStep
-from earthshine.optim.sharding.local_shards import is_dtensor, local
+from earthshine.optim.sharding.layout import is_dtensor, local
 
 _ALGORITHMS: dict[str, type[GroupStep]] = {step.algorithm: step for step in (MuonStep, ScionStep, AdamWStep)}
 

@@ -21,7 +21,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from earthshine.optim.logical_matrices import Ranges
+from earthshine.optim.ranges import Ranges
 from earthshine.optim.sharding.layout import Layout
 
 NARROW = (torch.float16, torch.bfloat16)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from earthshine.device import at_least_float32_dtype
 from earthshine.errors import ConfigError
 from earthshine.ops import lmo
 from earthshine.ops.orthogonalize import newton_schulz
@@ -123,8 +124,8 @@ def normuon(O_BMN: Tensor, v_BM: Tensor, beta2: float, eps: float = NORMUON_EPS)
     [..., M]; v in float32 or float64, and not written to. Rows of zeros stay zero.
     """
     O_BMN = O_BMN.contiguous()  # sums in another order would differ in the last bit
-    wide = torch.promote_types(O_BMN.dtype, v_BM.dtype)
-    squares_BM = torch.linalg.vector_norm(O_BMN, dim=-1, dtype=wide).square_().div_(max(1, O_BMN.shape[-1]))
+    acc_dtype = torch.promote_types(O_BMN.dtype, v_BM.dtype)
+    squares_BM = torch.linalg.vector_norm(O_BMN, dim=-1, dtype=acc_dtype).square_().div_(max(1, O_BMN.shape[-1]))
     v_BM = torch.lerp(squares_BM.to(v_BM.dtype), v_BM, beta2)
     O_hat_BMN = O_BMN / (v_BM.sqrt() + eps).unsqueeze(-1)
     return O_hat_BMN.mul_(_inverse_rms(O_hat_BMN)).to(O_BMN.dtype), v_BM
@@ -189,7 +190,7 @@ def step_(
         torch._foreach_add_(list(weights), list(updates), alpha=-rate)
         return
     for w, u, noise in zip(weights, updates, noises or [None] * len(weights), strict=True):
-        exact = w.to(torch.promote_types(w.dtype, torch.float32))
+        exact = w.to(at_least_float32_dtype(w.dtype))
         decay_([exact], [u], decay, cautious)
         exact.add_(u.to(exact.dtype), alpha=-rate)
         if w is not exact:
@@ -246,7 +247,7 @@ def scale_name(rule: str | ScaleRule) -> str:
 
 def _inverse_rms(O_BMN: Tensor) -> Tensor:
     """1 / RMS of each matrix, [..., 1, 1] in at least fp32; 1 where everything is zero."""
-    wide = torch.promote_types(O_BMN.dtype, torch.float32)
-    norm_B11 = torch.linalg.vector_norm(O_BMN, dim=(-2, -1), keepdim=True, dtype=wide)
+    acc_dtype = at_least_float32_dtype(O_BMN.dtype)
+    norm_B11 = torch.linalg.vector_norm(O_BMN, dim=(-2, -1), keepdim=True, dtype=acc_dtype)
     root = math.sqrt(O_BMN.shape[-2] * O_BMN.shape[-1])
-    return torch.where(norm_B11 > 0, root / norm_B11, 1.0).to(wide)
+    return torch.where(norm_B11 > 0, root / norm_B11, 1.0).to(acc_dtype)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from earthshine.device import at_least_float32_dtype
 from earthshine.errors import ConfigError
 from earthshine.ops import lmo
 from earthshine.optim import rules
@@ -74,7 +75,7 @@ class ScionStep(GroupStep):
         shards, lr, noises = self.shards, float(options["lr"]), self._noises(states, grads)
         sums = {i: shards.local_state(states[i]["momentum_sum"]) for i in states}
         for i, grad in grads.items():
-            stored, acc_dtype = sums[i], torch.promote_types(sums[i].dtype, torch.float32)
+            stored, acc_dtype = sums[i], at_least_float32_dtype(sums[i].dtype)
             sums[i] = stored.to(acc_dtype).mul_(options["momentum"]).add_(grad.reshape(stored.shape))
             if sums[i] is not stored:  # rounded once, after use
                 stored.copy_(sums[i])
@@ -95,7 +96,7 @@ class ScionStep(GroupStep):
     def _direction(self, kind: str, i: int, total: Tensor, squares: Tensor | None) -> Tensor:
         """The lmo of a local shard with RMS 1, as a new tensor."""
         if kind == "sign":
-            return lmo.sign(total).to(torch.promote_types(total.dtype, torch.float32))
+            return lmo.sign(total).to(at_least_float32_dtype(total.dtype))
         if kind == "row_rms":
             return lmo.row_rms(total.view(-1, self.params[i].shape[-1]))
         return lmo.rms(total, squares, self.params[i].numel())

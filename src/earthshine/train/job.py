@@ -12,7 +12,7 @@ from typing import Literal
 from earthshine.checkpoint import manifest as manifests
 from earthshine.config import diff, encode
 from earthshine.data.config import DataConfig
-from earthshine.errors import CheckpointError, ConfigError
+from earthshine.errors import CheckpointError, ConfigError, divisors
 from earthshine.files import expand_home
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.hf_config import from_hf, read_hf_config
@@ -126,7 +126,7 @@ class TrainJob:
         if self.sequences_per_step % self.sequences_per_micro_batch:
             raise ConfigError(
                 f"sequences_per_micro_batch={self.sequences_per_micro_batch} does not divide sequences_per_step="
-                f"{self.sequences_per_step}; use one of {_divisors(self.sequences_per_step)}."
+                f"{self.sequences_per_step}; use one of {divisors(self.sequences_per_step)}."
             )
         if not (self.clip_grad_norm >= 0 and math.isfinite(self.clip_grad_norm)):
             raise ConfigError(f"clip_grad_norm={self.clip_grad_norm} must be 0 (no clipping) or a positive number.")
@@ -227,7 +227,3 @@ def _checkpoint_model(path: str) -> ModelConfig:
         except CheckpointError:
             continue  # `run_store.latest` decides, and says so, which checkpoint is used
     raise ConfigError(f"init.path={path!r} holds no checkpoint: give a run folder, or one of its checkpoints.")
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -16,13 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise, product
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import Ranges, Spec, merge, view_shape
+from earthshine.errors import ConfigError, divisors
+from earthshine.optim.logical_matrices import Spec, view_shape
+from earthshine.optim.ranges import Ranges, cut, length, merge
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # One sharded mesh dimension: its degree, the tensor dimension, and the split of a strided shard (1: a plain one).
 _Cut = tuple[int, int, int]
@@ -55,9 +59,7 @@ def read_layout(p: Tensor, spec: Spec, name: str) -> Layout:
     """
     shape = tuple(p.shape)
     flatten = bool(spec) and spec[0] == "flatten"
-    # A DTensor cannot exist before its module is imported, and importing it takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not isinstance(p, module.DTensor):
+    if not is_dtensor(p):
         return _layout(shape, flatten, (), (_own_rank(),), 0)
     mesh = p.device_mesh
     coordinate = mesh.get_coordinate()
@@ -125,6 +127,19 @@ def _part(
     return Layout(view, ranks, position, rows, (((0, view[1]),),) * len(ranks))
 
 
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor, without importing what that takes: a DTensor cannot exist before its module does, which
+    takes a second to import.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's local tensor, or the tensor itself. Call without gradients."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
 def _own_rank() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if distributed else 0
@@ -154,18 +169,14 @@ def _check_cuts(shape: tuple[int, ...], cuts: tuple[_Cut, ...], name: str) -> No
         if split > 1 and n % split:
             raise ConfigError(
                 f"{name} of shape {list(shape)}: tensor and expert parallelism of degree {split} do not divide the {n} "
-                f"of dimension {dim}, which FSDP2 divides too; degrees that work: {_divisors(n)}."
+                f"of dimension {dim}, which FSDP2 divides too; degrees that work: {divisors(n)}."
             )
         if dim > 0 and n // split % degree:
             raise ConfigError(
                 f"{name} of shape {list(shape)}: a mesh dimension of size {degree} does not divide the {n // split} of "
-                f"dimension {dim}, and only dimension 0 may be uneven; degrees that work: {_divisors(n // split)}."
+                f"dimension {dim}, and only dimension 0 may be uneven; degrees that work: {divisors(n // split)}."
             )
         sizes[dim] = split * -(-(n // split) // degree)
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 @cache
@@ -209,22 +220,6 @@ def _held(n: int, cuts: tuple[tuple[_Cut, int], ...]) -> Ranges:
             pieces.extend(cut(ranges, start + min(index * each, part), start + min((index + 1) * each, part)))
         ranges = merge(pieces)
     return ranges
-
-
-def length(ranges: Ranges) -> int:
-    """How many indices the ranges hold."""
-    return sum(stop - start for start, stop in ranges)
-
-
-def cut(ranges: Ranges, start: int, stop: int) -> Ranges:
-    """The ranges of the indices number `start` to `stop` that `ranges` hold."""
-    found, before = [], 0
-    for a, b in ranges:
-        low, high = max(a, a + start - before), min(b, a + stop - before)
-        if low < high:
-            found.append((low, high))
-        before += b - a
-    return tuple(found)
 
 
 def _flatten_ranges(shape: tuple[int, ...], per_dim: tuple[Ranges, ...]) -> Ranges:

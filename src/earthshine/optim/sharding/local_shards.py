@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from earthshine.device import at_least_float32_dtype
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import Ranges, Spec, view_shape
+from earthshine.optim.logical_matrices import Spec, view_shape
+from earthshine.optim.ranges import length
 from earthshine.optim.sharding.exchange import check_agreement, create_group, register_group
-from earthshine.optim.sharding.layout import Layout, read_layout
+from earthshine.optim.sharding.layout import Layout, is_dtensor, local, read_layout
 from earthshine.optim.sharding.zero1 import Partition, ShardedState
 
 
@@ -52,7 +54,7 @@ class LocalShards:
                 ensure_group(p, self.layouts[i])
 
         # Rows and columns of each local shard.
-        self._sizes = [(_length(x.rows[x.position]), _length(x.cols[x.position])) for x in self.layouts]
+        self._sizes = [(length(x.rows[x.position]), length(x.cols[x.position])) for x in self.layouts]
 
     def _partition(self, process_group: Any, piece_bytes: int) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -112,7 +114,7 @@ class LocalShards:
     def _reduce_scalar(self, i: int, placed: dict[int, Tensor]) -> int:
         """A scalar is not divided: every rank takes the mean of its gradients. Returns the bytes sent."""
         p, group = self.params[i], self._process_group
-        wide = torch.promote_types(p.dtype, torch.float32)
+        wide = at_least_float32_dtype(p.dtype)
         both = torch.zeros(2, dtype=wide, device=p.device)  # the sum, and how many ranks have a gradient
         if i in placed:
             both[0], both[1] = placed[i], 1
@@ -167,7 +169,7 @@ class LocalShards:
             for key, n in partition.predicted_bytes(reduce).items():
                 total[key] = total.get(key, 0) + n
         for i in self._scalars if reduce else ():
-            both = torch.empty(2, dtype=torch.promote_types(self.params[i].dtype, torch.float32), device="meta")
+            both = torch.empty(2, dtype=at_least_float32_dtype(self.params[i].dtype), device="meta")
             n = _scalar_bytes(both, dist.get_world_size(self._process_group))
             total["reduce_gradients"] = total.get("reduce_gradients", 0) + n
         return total
@@ -245,17 +247,6 @@ class LocalShards:
         return found
 
 
-def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a DTensor; without importing torch's distributed tensors where nothing did so before."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """A DTensor's local tensor, or the tensor itself. Call without gradients."""
-    mine: Any = tensor
-    return mine.to_local() if is_dtensor(tensor) else tensor
-
-
 def ensure_group(p: Any, layout: Layout) -> None:
     """Make the process group known over which a spread parameter travels: a mesh dimension's own, if one divides it."""
     if len(layout.ranks) > 1 and is_dtensor(p):
@@ -265,10 +256,6 @@ def ensure_group(p: Any, layout: Layout) -> None:
             register_group(layout.ranks, parts[0])
         else:
             create_group(layout.ranks, parts, p.device)
-
-
-def _length(ranges: Ranges) -> int:
-    return sum(stop - start for start, stop in ranges)
 
 
 def _scalar_bytes(both: Tensor, ranks: int) -> int:

@@ -8,14 +8,13 @@ process computes the same plan from the same layouts; `ShardGroupPlan.fingerprin
 
 import hashlib
 import heapq
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import NamedTuple
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import LogicalMatrix, Ranges
+from earthshine.optim.logical_matrices import LogicalMatrix
+from earthshine.optim.ranges import Ranges, overlap, overlaps
 from earthshine.optim.sharding.layout import Layout
 
 
@@ -271,7 +270,7 @@ def blocks(matrix: LogicalMatrix, rows: Ranges, cols: Ranges) -> tuple[Block, ..
     across = list(_common_cols(cols, matrix))
     return tuple(
         Block(local_row, local_col, row, col, height, width, matrix.step)
-        for local_row, row, height in _common(rows, matrix.rows)
+        for local_row, row, height in overlaps(rows, matrix.rows)
         for local_col, col, width in across
     )
 
@@ -279,7 +278,7 @@ def blocks(matrix: LogicalMatrix, rows: Ranges, cols: Ranges) -> tuple[Block, ..
 def _common_cols(held: Ranges, matrix: LogicalMatrix) -> Iterator[tuple[int, int, int]]:
     """(offset among the held columns, offset among the matrix's, number) of each range that is in both."""
     if matrix.step == 1:
-        yield from _common(held, (matrix.cols,))
+        yield from overlaps(held, (matrix.cols,))
         return
     wanted, before = range(*matrix.cols, matrix.step), 0
     for start, stop in held:
@@ -289,48 +288,6 @@ def _common_cols(held: Ranges, matrix: LogicalMatrix) -> Iterator[tuple[int, int
         before += stop - start
 
 
-def _common(held: Ranges, wanted: Ranges) -> Iterator[tuple[int, int, int]]:
-    """(offset among the held indices, offset among the wanted ones, length) of each range that is in both."""
-    if not held or not wanted:
-        return
-    # Ranges of a stack are many, and most of them are elsewhere.
-    first, last = _near(held, wanted[0][0], wanted[-1][1])
-    offsets = list(accumulate((b - a for a, b in held[:last]), initial=0))
-    i, j, before = first, 0, 0
-    while i < last and j < len(wanted):
-        (a, b), (c, d) = held[i], wanted[j]
-        start, stop = max(a, c), min(b, d)
-        if start < stop:
-            yield offsets[i] + start - a, before + start - c, stop - start
-        if b <= d:
-            i += 1
-        if d <= b:
-            before += d - c
-            j += 1
-
-
-def _near(ranges: Ranges, start: int, stop: int) -> tuple[int, int]:
-    """The slice of the ranges that may have something in [start, stop)."""
-    first = max(0, bisect_right(ranges, (start, start)) - 1)
-    return first, bisect_right(ranges, (stop, stop), first)
-
-
 def _elements(matrix: LogicalMatrix, rows: Ranges, cols: Ranges) -> int:
-    wide = sum(n for *_, n in _common_cols(cols, matrix)) if matrix.step > 1 else _overlap(cols, (matrix.cols,))
-    return wide * _overlap(rows, matrix.rows) if wide else 0
-
-
-def _overlap(held: Ranges, wanted: Ranges) -> int:
-    """How many indices are in both."""
-    if not held or not wanted:
-        return 0
-    i, last = _near(held, wanted[0][0], wanted[-1][1])
-    total, j = 0, 0
-    while i < last and j < len(wanted):
-        (a, b), (c, d) = held[i], wanted[j]
-        total += max(0, min(b, d) - max(a, c))
-        if b <= d:
-            i += 1
-        if d <= b:
-            j += 1
-    return total
+    width = sum(n for *_, n in _common_cols(cols, matrix)) if matrix.step > 1 else overlap(cols, (matrix.cols,))
+    return width * overlap(rows, matrix.rows) if width else 0

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from earthshine.device import at_least_float32_dtype
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.optim.sharding.layout import Layout, partition_rows
 
@@ -47,7 +48,7 @@ class Partition:
         self.shards = [[_elements(layout, k) for layout in self.layouts] for k in range(len(self.ranks))]
         self.longest = max(sum(stop - start for start, stop in shard) for shard in self.shards)
         self._dtype, self.device = params[0].dtype, params[0].device
-        self._wide = torch.promote_types(self._dtype, torch.float32)  # of gradients that are summed
+        self._acc_dtype = at_least_float32_dtype(self._dtype)  # of gradients that are summed
         self._step = max(1, piece_bytes // (len(self.ranks) * params[0].element_size()))
         # Per piece and position: (offset in the piece, parameter, first element of it, last + 1).
         self._spans: list[list[list[tuple[int, int, int, int]]]] = [
@@ -85,7 +86,7 @@ class Partition:
         found = {"gather_parameters": others * self.longest * self._dtype.itemsize}
         if reduce:
             flags = 2 * others * len(self.layouts) // len(self.ranks)
-            found["reduce_gradients"] = others * self.longest * self._wide.itemsize + flags
+            found["reduce_gradients"] = others * self.longest * self._acc_dtype.itemsize + flags
         return found
 
     def _sizes(self) -> Iterator[tuple[int, int, list[list[tuple[int, int, int, int]]]]]:
@@ -103,17 +104,17 @@ class Partition:
         present = torch.tensor([grad is not None for grad in grads], dtype=torch.uint8, device=device)
         dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.group)
         sent = 2 * (n - 1) * len(grads) // n
-        shard = torch.empty(self.longest, dtype=self._wide, device=device)
+        shard = torch.empty(self.longest, dtype=self._acc_dtype, device=device)
         flat_grads = [None if grad is None else grad.reshape(-1) for grad in grads]
         for start, stop, spans in self._sizes():
-            whole = torch.zeros(n, stop - start, dtype=self._wide, device=device)
+            whole = torch.zeros(n, stop - start, dtype=self._acc_dtype, device=device)
             for k in range(n):
                 for offset, index, low, high in spans[k]:
                     grad = flat_grads[index]
                     if grad is not None:
                         whole[k, offset : offset + high - low] = grad[low:high]
             dist.reduce_scatter_single(shard[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
-            sent += (n - 1) * (stop - start) * self._wide.itemsize
+            sent += (n - 1) * (stop - start) * self._acc_dtype.itemsize
         shard.div_(n)
         sizes = [stop - start for start, stop in self.shards[self.position]]
         parts = shard[: sum(sizes)].split(sizes)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earthshine.optim import muon_step
-from earthshine.optim.logical_matrices import LogicalMatrix, Ranges, Spec, logical_matrices, view_shape
+from earthshine.optim.logical_matrices import LogicalMatrix, Spec, logical_matrices, view_shape
 from earthshine.optim.muon_step import step_matrices
+from earthshine.optim.ranges import Ranges
 from earthshine.optim.sharding import batches
 from earthshine.optim.sharding.batches import Batch, MatrixPlan, Rect
 from earthshine.optim.sharding.layout import Layout, _spread, partition_rows

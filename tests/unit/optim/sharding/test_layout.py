@@ -24,8 +24,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import Ranges, Spec, merge
-from earthshine.optim.sharding.layout import Layout, _spread, cut, length, partition_rows, read_layout
+from earthshine.optim.logical_matrices import Spec
+from earthshine.optim.ranges import Ranges, length, merge
+from earthshine.optim.sharding.layout import Layout, _spread, partition_rows, read_layout
 
 MATRIX: Spec = ("matrix",)
 
@@ -240,16 +241,6 @@ def test_another_order_of_sharding_is_refused() -> None:
 
 def test_equal_parameters_share_their_layout() -> None:
     assert read_layout(numbered(6, 4), MATRIX, "a").rows is read_layout(numbered(6, 4), MATRIX, "b").rows
-
-
-def test_cut() -> None:
-    ranges = ((0, 3), (5, 6), (8, 12))
-    assert [cut(ranges, 1, 5), cut(ranges, 3, 3), cut(ranges, 0, 8), cut(ranges, 4, 99)] == [
-        ((1, 3), (5, 6), (8, 9)),
-        (),
-        ranges,
-        ((8, 12),),
-    ]
 
 
 @given(

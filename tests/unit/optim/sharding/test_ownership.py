@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import LogicalMatrix, Ranges, Spec, logical_matrices, view_shape
+from earthshine.optim.logical_matrices import LogicalMatrix, Spec, logical_matrices, view_shape
+from earthshine.optim.ranges import Ranges
 from earthshine.optim.sharding.layout import Layout, _spread, partition_rows
 from earthshine.optim.sharding.ownership import Block, ShardGroupPlan, blocks, plan_ownership
 
