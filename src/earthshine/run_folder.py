@@ -120,8 +120,9 @@ def start_lines(starts: Path) -> Iterator[Line]:
         if line.record is None:
             before = {}
         else:
-            line = line._replace(record=before | line.record)
-            before = {part: line.record[part] for part in START_PARTS if part in line.record}
+            record = before | line.record
+            line = line._replace(record=record)
+            before = {part: record[part] for part in START_PARTS if part in record}
         yield line
 
 
