@@ -1,13 +1,13 @@
-"""Muon against AdamW on a small mixture of experts and real text: each at its best of several learning rates.
+"""Muon against AdamW on a small MoE and real text: each at its best of several learning rates.
 
     python benchmarks/loss_muon_adamw.py --text DOCUMENT.txt... [--dir FOLDER] [--jobs 2] [--report-only]
 
-Every (optimizer, learning rate, seed) is one run of `fit` in a folder of its own, on one thread, and differs from the
-others in nothing else: model, initialisation, batches and their order (both by seed), schedule, clipping, weight decay.
-Runs that are finished are skipped and an interrupted one goes on from its last checkpoint, so the same command
-continues; more learning rates or seeds only add runs. --jobs runs are made at a time. Every tenth --text file (by name)
-is held out: of each, an excerpt from its middle, the same in all runs. What is reported, with intervals, is in
-`benchmarks/support/loss_report.py`; it goes into --out as muon-vs-adamw.md and muon-vs-adamw.svg.
+Every (optimizer, learning rate, seed) is one run of `fit` in its own folder, on one thread; everything else is equal:
+model, initialization, batches and their order (both by seed), schedule, clipping, weight decay. The same command skips
+finished runs and resumes an interrupted one from its last checkpoint; more learning rates or seeds only add runs.
+--jobs runs are made at a time. Every tenth --text file (by name) is held out: of each, an excerpt from its middle, the
+same in all runs. `benchmarks/support/loss_report.py` reports them, with intervals, as muon-vs-adamw.md and
+muon-vs-adamw.svg in --out.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def model() -> ModelConfig:
 
 
 @dataclass(frozen=True)
-class Run:
+class GridRun:
     """One run's place in the grid."""
 
     algorithm: str
@@ -64,8 +64,8 @@ class Run:
         return f"{self.algorithm}-lr{self.lr:g}-seed{self.seed}"
 
 
-def job(run: Run, data: Path, steps: int) -> TrainJob:
-    """Only `run` tells two jobs apart."""
+def job(run: GridRun, data: Path, steps: int) -> TrainJob:
+    """Two jobs differ in `run` only."""
     assert run.algorithm in ("muon", "adamw")
     return TrainJob(
         name=run.name,
@@ -95,7 +95,7 @@ def job(run: Run, data: Path, steps: int) -> TrainJob:
 
 
 def prepare_data(files: list[Path], data: Path) -> dict[str, Any]:
-    """A tokenizer trained on the training documents, and shards of both parts; what is there already is kept.
+    """A tokenizer trained on the training documents, and shards of both parts; an earlier result is reused.
 
     Raises ConfigError for too few files, or for a folder that was made from others.
     """
@@ -122,15 +122,15 @@ def prepare_data(files: list[Path], data: Path) -> dict[str, Any]:
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(parts["train"], vocab_size=VOCABULARY, special_tokens=[END], show_progress=False)
     tokenizer.save(str(data / "tokenizer.json"))
-    found: dict[str, Any] = {"files": len(files), "bytes": sum(len(d.encode()) for d in documents)}
+    summary: dict[str, Any] = {"files": len(files), "bytes": sum(len(d.encode()) for d in documents)}
     for name, texts in parts.items():
         lines = data / f"{name}.jsonl"
         lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         shards = prepare([lines], data / "tokenizer.json", data / name, eod=END, workers=1)
-        found[name] = {key: shards[key] for key in ("documents", "tokens", "bytes")}
-    found |= {"names": [files[0].name, files[-1].name], "sha256": _fingerprint(files)}
-    write_json(described, found)
-    return found
+        summary[name] = {key: shards[key] for key in ("documents", "tokens", "bytes")}
+    summary |= {"names": [files[0].name, files[-1].name], "sha256": _fingerprint(files)}
+    write_json(described, summary)
+    return summary
 
 
 def _excerpt(text: str) -> str:
@@ -147,7 +147,7 @@ def _fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def train(run: Run, root: Path, steps: int) -> None:
+def train(run: GridRun, root: Path, steps: int) -> None:
     """One run, in this process; its result is the last thing written, and its checkpoints go."""
     import torch
 
@@ -183,7 +183,7 @@ def train(run: Run, root: Path, steps: int) -> None:
         shutil.rmtree(checkpoint)
 
 
-def start(run: Run, root: Path, steps: int) -> None:
+def start(run: GridRun, root: Path, steps: int) -> None:
     """`train` in a process of its own, on one thread, unless its result is there."""
     folder = root / run.name
     if (folder / RESULT).exists():
@@ -226,12 +226,12 @@ def main() -> None:
     root = chosen.dir
     if chosen.one:
         algorithm, lr, seed = chosen.one
-        train(Run(algorithm, float(lr), int(seed)), root, chosen.steps)
+        train(GridRun(algorithm, float(lr), int(seed)), root, chosen.steps)
         return
     text = prepare_data(sorted(chosen.text, key=lambda f: f.name), root / "data")
     grids = {"muon": chosen.lrs_muon, "adamw": chosen.lrs_adamw}
     # Seeds outermost: the first seed of the whole grid tells early whether the grid lies right.
-    runs = [Run(a, lr, seed) for seed in chosen.seeds for a, lrs in grids.items() for lr in lrs]
+    runs = [GridRun(a, lr, seed) for seed in chosen.seeds for a, lrs in grids.items() for lr in lrs]
     if not chosen.report_only:
         with ThreadPoolExecutor(chosen.jobs) as pool:
             for _ in pool.map(lambda run: start(run, root, chosen.steps), runs):

@@ -1,11 +1,12 @@
 """What a comparison of two optimizers' runs says: intervals over seeds, the figure and the page.
 
-All intervals are Student's t at 95 % over seeds (Gosset 1908): mean +- t(0.975, n - 1) * s / sqrt(n). A seed decides
-initialisation and order of the data, so runs of one seed are pairs, and the interval of their differences is the one to
+All intervals are Student's t at 95 % over seeds (Gosset 1908): mean +- t(0.975, n - 1) * s / sqrt(n). A seed determines
+initialization and sample order, so runs of one seed are pairs, and the interval of their differences is the one to
 judge by: what makes a seed good or bad for both cancels in it.
 """
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Study:
     def __init__(
         self, results: Sequence[dict[str, Any]], text: dict[str, Any], outside: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """outside: finished runs that are no part of the grid, which are only listed."""
+        """outside: finished runs outside the grid, which are only listed."""
         self.text, self.outside = text, outside
         self.runs = {(r["algorithm"], r["lr"], r["seed"]): r for r in results}
         self.algorithms = [a for a in NAMES if any(key[0] == a for key in self.runs)]
@@ -116,8 +117,8 @@ class Study:
 
     def heldout(self, algorithm: str, seed: int) -> list[tuple[float, float]]:
         """(step, held-out loss) of a seed's run at the optimizer's best learning rate."""
-        found = self.runs[algorithm, self.best_lr(algorithm), seed]["heldout"]
-        return [(step, loss) for step, loss in found]
+        points = self.runs[algorithm, self.best_lr(algorithm), seed]["heldout"]
+        return [(step, loss) for step, loss in points]
 
     def curve(self, algorithm: str) -> list[tuple[float, Interval]]:
         """The mean held-out curve at the best learning rate."""
@@ -162,7 +163,7 @@ class Study:
         return float(plan["newton_schulz_flops_per_step"] / plan["forward_backward_flops_per_step"])
 
     def seconds_per_step(self, algorithm: str) -> float:
-        """The fastest of all steps of all runs: what else a machine does only makes steps longer."""
+        """The fastest step of all runs: other work on the machine only makes steps longer."""
         return min(s for key, r in self.runs.items() if key[0] == algorithm for s in r["seconds"])
 
 
@@ -193,9 +194,11 @@ def draw(study: Study, path: Path) -> None:
         "grid.linewidth": 0.7,
         "axes.axisbelow": True,
         "figure.facecolor": "white",
-        "axes.titlesize": 10.5,
-        "axes.titleweight": "bold",
+        "axes.titlesize": 10,
         "axes.titlelocation": "left",
+        "svg.fonttype": "none",  # text stays text: it can be selected and searched
+        "font.sans-serif": ["DejaVu Sans"],
+        "path.simplify_threshold": 0.5,  # pixels
         "svg.hashsalt": "earthshine",  # the same runs give the same bytes
     }
     with plt.rc_context(style):
@@ -205,16 +208,38 @@ def draw(study: Study, path: Path) -> None:
             height_ratios=(1.25, 1),
             layout="constrained",
         )
+        figure.suptitle(_finding(study), x=0.012, ha="left", fontsize=13, fontweight="bold")
         _draw_curves(study, axes["curves"])
         _draw_difference(study, axes["difference"])
         _draw_rates(study, axes["rates"])
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=110, metadata=metadata)
         plt.close(figure)
+    if path.suffix == ".svg":
+        path.write_text(_shorter(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _shorter(svg: str) -> str:
+    """The same drawing with coordinates to a hundredth of a point, and without its indentation."""
+    rounded = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), svg)
+    return re.sub(r"\n\s+", "\n", rounded)
+
+
+def _finding(study: Study) -> str:
+    leader, other = study.leader()
+    share = interval(study.token_share()).mean
+    if math.isfinite(share):
+        return f"{NAMES[leader]} reaches {NAMES[other]}'s loss with {100 * share:.0f} % of the tokens"
+    return f"{NAMES[leader]} and {NAMES[other]} on a small MoE"
 
 
 def _thousands(study: Study, steps: Sequence[float]) -> list[float]:
     return [step * study.tokens_per_step / 1000 for step in steps]
+
+
+def _label(axes: Any, text: str, x: float, y: float, color: str) -> None:
+    """The name of a line, right of its last point."""
+    axes.annotate(text, (x, y), xytext=(7, 0), textcoords="offset points", va="center", color=color, fontweight="bold")
 
 
 def _draw_curves(study: Study, axes: Any) -> None:
@@ -226,10 +251,10 @@ def _draw_curves(study: Study, axes: Any) -> None:
         axes.plot(x, training, color=color, alpha=0.3, linewidth=0.8, zorder=1.5)  # below the held-out curves
         points = study.curve(algorithm)
         x, mean = _thousands(study, [s for s, _ in points]), [i.mean for _, i in points]
-        label = f"{name}, learning rate {study.best_lr(algorithm):g}"
-        axes.plot(x, mean, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
+        axes.plot(x, mean, color=color, linewidth=1.8, marker="o", markersize=3.5)
         low, high = [i.mean - i.half for _, i in points], [i.mean + i.half for _, i in points]
         axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+        _label(axes, f"{name}\n{_rate(study.best_lr(algorithm))}", x[-1], mean[-1], color)
         last = max(last, x[-1])
     leader, other = study.leader()
     level, share = study.curve(other)[-1][1].mean, interval(study.token_share()).mean
@@ -237,7 +262,7 @@ def _draw_curves(study: Study, axes: Any) -> None:
         axes.plot([share * last, last], [level, level], color="#444444", linewidth=1, linestyle="--")
         axes.plot([share * last], [level], marker="v", color="#444444", markersize=6)
         axes.annotate(
-            f"{NAMES[other]}'s last loss, by {NAMES[leader]}\nafter {share:.0%} of the tokens",
+            f"{NAMES[other]}'s final loss, after\n{100 * share:.0f} % of the tokens",
             (share * last, level),
             xytext=(-14, -12),  # below and left of both curves, which fall
             textcoords="offset points",
@@ -247,13 +272,17 @@ def _draw_curves(study: Study, axes: Any) -> None:
         )
     lowest = study.curve(leader)[-1][1].mean
     axes.set_ylim(lowest - 0.15, study.curve(leader)[0][1].mean + 0.1)
-    axes.set_xlim(0, last * 1.01)
+    axes.set_xticks([t for t in axes.get_xticks() if 0 <= t <= last])
+    axes.set_xlim(0, last * 1.14)  # room for the lines' names
     axes.set_xlabel("tokens (thousands)")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(
         f"Held-out loss at the best learning rate: mean and 95 % interval of {len(study.seeds)} seeds (thin: training)"
     )
-    axes.legend(frameon=False, loc="upper right")
+
+
+def _rate(lr: float) -> str:
+    return f"lr {1000 * lr:g} \u00d7 10\u207b\u00b3"
 
 
 def _draw_difference(study: Study, axes: Any) -> None:
@@ -263,46 +292,47 @@ def _draw_difference(study: Study, axes: Any) -> None:
     axes.errorbar(x, mean, yerr=[i.half for _, i in points], color="#333333", marker="o", markersize=3.5, capsize=2.5)
     axes.set_xlim(0, x[-1] * 1.03)
     axes.set_xlabel("tokens (thousands)")
-    axes.set_ylabel("Muon - AdamW (nats per token)")
+    axes.set_ylabel("Muon \u2212 AdamW (nats per token)")
     axes.set_title("Held-out difference, paired by seed")
 
 
 def _draw_rates(study: Study, axes: Any) -> None:
+    """The mean of the seeds as a line, each seed as a circle: few, and not normal where a seed fails."""
     ticks = sorted({lr for algorithm in NAMES for lr in study.lrs(algorithm)})
     for algorithm in NAMES:
         color = COLORS[algorithm]
         lrs = [lr for lr in study.lrs(algorithm) if math.isfinite(sum(study.finals(algorithm, lr)))]
-        found = [interval(study.finals(algorithm, lr)) for lr in lrs]
-        mean, half = [i.mean for i in found], [i.half for i in found]
-        axes.errorbar(lrs, mean, yerr=half, color=color, marker="o", markersize=4, capsize=2.5, label=NAMES[algorithm])
+        mean = [interval(study.finals(algorithm, lr)).mean for lr in lrs]
+        axes.plot(lrs, mean, color=color, linewidth=1.6)
         for lr in lrs:
             finals = study.finals(algorithm, lr)
-            axes.plot([lr] * len(finals), finals, "o", color=color, alpha=0.7, markersize=5, markerfacecolor="none")
+            axes.plot([lr] * len(finals), finals, "o", color=color, alpha=0.8, markersize=4.5, markerfacecolor="white")
+        _label(axes, NAMES[algorithm], lrs[-1], mean[-1], color)
         best = study.best_lr(algorithm)
         lowest = interval(study.finals(algorithm, best)).mean
         axes.plot(
-            [best], [lowest], "o", markersize=11, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.4
+            [best], [lowest], "o", markersize=13, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.4
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{1000 * lr:g}" for lr in ticks])
+    axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 2.4)
     axes.minorticks_off()
-    axes.set_xlabel("peak learning rate (thousandths)")
+    axes.set_xlabel("peak learning rate \u00d7 10\u207b\u00b3")
     axes.set_ylabel("final held-out loss (nats per token)")
-    axes.set_title("Final loss by learning rate (large ring: best)")
-    axes.legend(frameon=False, loc="upper right")
+    axes.set_title("Final loss by learning rate: every seed (ring: best)")
 
 
 def _page(study: Study) -> list[str]:
     steps = round(study.heldout("muon", study.seeds[0])[-1][0])
     seeds, per_step = len(study.seeds), study.tokens_per_step
     lines = [
-        "# Muon and AdamW on a small mixture of experts",
+        "# Muon and AdamW on a small MoE",
         "",
         f"{steps} steps of {per_step:,} tokens from scratch, each optimizer at its best of "
         f"{len(study.lrs('muon'))} (Muon) and {len(study.lrs('adamw'))} (AdamW) learning rates, {seeds} seeds. "
-        f"± is Student's t-interval at 95 % over seeds, here and in the figure.",
+        f"± is Student's t-interval at 95 % over seeds.",
         "",
-        f"![Loss curves, their difference, and the final loss by learning rate]({FIGURE})",
+        f"![{_finding(study)}: loss curves, their difference, and the final loss by learning rate]({FIGURE})",
         "",
         *_findings(study),
         "",
@@ -324,7 +354,7 @@ def _page(study: Study) -> list[str]:
 
 
 def _outside(study: Study) -> list[str]:
-    """Runs that were made and are not in the grid: none is left unsaid."""
+    """Every finished run that is not in the grid."""
     if not study.outside:
         return []
     listed = ", ".join(
@@ -332,7 +362,7 @@ def _outside(study: Study) -> list[str]:
         + ("diverged" if r["diverged"] else f"{r['heldout'][-1][1]:.4f}")
         for r in study.outside
     )
-    return ["", f"Also run, while the grid was being placed: {listed}."]
+    return ["", f"Also run while choosing the grid: {listed}."]
 
 
 def _findings(study: Study) -> list[str]:
@@ -350,18 +380,18 @@ def _findings(study: Study) -> list[str]:
         f"| final held-out loss, nats per token | {final['muon']} | {final['adamw']} |",
         f"| difference paired by seed, Muon - AdamW | {gap} | |",
         f"| lowest final loss of any single run | {study.lowest('muon'):.3f} | {study.lowest('adamw'):.3f} |",
-        f"| FLOPs of a step, in those of forward and backward | {1 + study.newton_schulz_share():.2f} | 1.00 |",
-        f"| seconds of the fastest step | {seconds['muon']:.2f} | {seconds['adamw']:.2f} |",
+        f"| FLOPs per step, relative to forward and backward | {1 + study.newton_schulz_share():.2f} | 1.00 |",
+        f"| fastest step, seconds | {seconds['muon']:.2f} | {seconds['adamw']:.2f} |",
     ]
     if all(math.isfinite(s) for s in shares):
         listed = ", ".join(f"{s:.3f}" for s in shares)
         rows += [
             "",
-            f"Tokens to equal loss: {NAMES[leader]} has {NAMES[other]}'s final held-out loss after "
+            f"Tokens to equal loss: {NAMES[leader]} reaches {NAMES[other]}'s final held-out loss with "
             f"**{interval(shares)}** of {NAMES[other]}'s tokens (by seed: {listed}; linear between evaluations). "
             f"{_in_flops(study, interval(shares).mean)}"
-            f"{NAMES[leader]}'s learning rate has not come down yet at that point, as {NAMES[other]}'s has at its end: "
-            f"a run of {NAMES[leader]} that is planned to end there was not measured.",
+            f"At that point {NAMES[leader]}'s learning rate has not decayed yet, as {NAMES[other]}'s has at its end: a "
+            f"{NAMES[leader]} run planned to end there was not measured.",
         ]
     return rows
 
@@ -388,24 +418,24 @@ def _setting(study: Study) -> list[str]:
         f"- **Text**: {text['name'] or 'the files given'}; {text['files']} documents, {text['bytes']:,} bytes, sha256 "
         f"of all in the order of their names `{text['sha256'][:16]}...`. Every tenth document is held out; of each of "
         f"these {text['heldout']['documents']} an excerpt from its middle is evaluated, "
-        f"{text['heldout']['tokens']:,} tokens in all, the same in every run. The other {train['documents']} give "
+        f"{text['heldout']['tokens']:,} tokens total, the same in every run. The other {train['documents']} give "
         f"{human_count(train['tokens'])} tokens of a byte-level BPE of {model['vocab_size']:,} entries trained on "
         f"them; a run sees {seen:.0%} of these{', none twice' if seen <= 1 else ''}.",
         f"- **Model**: the recipe `tiny_moe`'s with a fourth layer: hidden size {model['hidden_size']}, "
         f"{model['num_hidden_layers']} layers, {moe['num_experts']} experts of {moe['intermediate_size']} with top-"
-        f"{moe['top_k']} in each; {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active for "
-        f"a token; float32.",
-        f"- **Both**: {job['sequences_per_step']} sequences of {job['seq_len']} a step; {schedule['kind']} schedule to "
-        f"{schedule['final_fraction']:g} of the peak after {schedule['warmup_steps']} steps of warm-up; weight decay "
-        f"{optimizer['weight_decay']:g}; gradient norm clipped at {job['clip_grad_norm']:g}; sequence-wise balance "
-        f"loss {job['balance']['coefficient']:g}. A seed decides initialisation and order of the samples; the report "
-        f"checks that both optimizers began at the same loss and saw the same samples.",
+        f"{moe['top_k']} in each; {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active per "
+        f"token; float32.",
+        f"- **Both**: {job['sequences_per_step']} sequences of {job['seq_len']} tokens per step; {schedule['kind']} "
+        f"schedule to {schedule['final_fraction']:g} of the peak after {schedule['warmup_steps']} warm-up steps; weight "
+        f"decay {optimizer['weight_decay']:g}; gradient norm clipped at {job['clip_grad_norm']:g}; sequence-wise balance "
+        f"loss {job['balance']['coefficient']:g}. A seed determines initialization and sample order; the report checks "
+        f"that both optimizers started at the same loss and saw the same samples.",
         f"- **AdamW**: betas {optimizer['beta1']:g} and {optimizer['beta2']:g}, epsilon {optimizer['eps']:g}, for all "
         f"parameters. **Muon**: momentum {optimizer['momentum']:g} (Nesterov), update RMS {optimizer['update_rms']:g}, "
         f"{optimizer['ns_steps']} Newton-Schulz steps, for the matrices of the layers; the same AdamW, with the same "
         f"learning rate, for embeddings and norms.",
-        f"- **Machine**: {environment['cpu']}, one thread a run, two runs at a time on a machine that did other "
-        f"work, too, so its seconds are rough; torch {environment['versions']['torch']}, Python "
+        f"- **Machine**: {environment['cpu']}, one thread per run, two runs at a time on a machine with other "
+        f"work, so its seconds are rough; torch {environment['versions']['torch']}, Python "
         f"{environment['versions']['python']}, earthshine {environment['versions']['earthshine']}.",
         "",
         "```",
@@ -425,7 +455,7 @@ def _limits(study: Study) -> list[str]:
         "about other texts.",
         "- The learning rate is chosen, in factors of two, on the held-out text that is reported, for both alike. "
         "Weight decay, betas, momentum, schedule and warm-up are tuned for neither.",
-        f"- Tokens are compared, not time. With so few tokens a step, Newton-Schulz adds "
-        f"{study.newton_schulz_share():.0%} to the FLOPs of a step; it costs the same for any number of tokens, so its "
+        f"- Tokens are compared, not time. With so few tokens per step, Newton-Schulz adds "
+        f"{study.newton_schulz_share():.0%} to the FLOPs per step; it costs the same for any number of tokens, so its "
         f"share falls as steps grow ([performance.md](performance.md)).",
     ]
