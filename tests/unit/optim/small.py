@@ -1,4 +1,4 @@
-"""A small model with parameters of every kind, and a loop that trains it."""
+"""A small model with parameters of every kind, a loop that trains it, and Gaussian tensors."""
 
 from typing import Any
 
@@ -55,3 +55,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> l
 def assert_same(a: nn.Module, b: nn.Module) -> None:
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Gaussian, the same for the same shape and seed in every dtype, up to its rounding."""
+    g = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)

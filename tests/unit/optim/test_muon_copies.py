@@ -47,6 +47,14 @@ def test_a_copy_takes_groups_and_checkpoints_like_the_original() -> None:
     for o in (optimizer, twin):
         o.add_param_group({"params": [nn.Parameter(later.clone())]})
     optimizer.load_state_dict(twin.state_dict())
+    assert [len(o.param_groups) for o in (optimizer, twin)] == [2, 2]
+    for o in (optimizer, twin):
+        for group in o.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        o.step()
+    for ours, copied in zip(optimizer.param_groups, twin.param_groups, strict=True):
+        assert torch.equal(ours["params"][0], copied["params"][0])
 
 
 def test_an_optimizer_with_a_registered_function_is_pickled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,8 +151,10 @@ def test_what_a_scheduler_writes_into_groups_is_no_difference_of_the_optimizer()
     one_cycle(optimizer)
     fresh = muon(Small())
     fresh.load_state_dict(optimizer.state_dict())
+    assert [g["lr"] for g in fresh.param_groups] == [g["lr"] for g in optimizer.param_groups] != [LR, LR]
     fresh.step()
     one_cycle(fresh)
+    assert {"max_lr", "min_lr"} <= set(fresh.param_groups[0])
 
 
 def test_a_cycled_momentum_is_taken_over() -> None:

@@ -1,22 +1,18 @@
-"""Every logical matrix as if it were a parameter of its own: in any stack, batch, group, memory order and type, and
-beside parameters that have no gradient."""
+"""A step of Muon: every logical matrix as if it were a parameter of its own, in any stack, batch, group, memory order
+and dtype, and beside parameters that have no gradient."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from small import normal
 from torch import Tensor, nn
 
 from earthshine.errors import ConfigError
 from earthshine.optim.muon import Muon
 
 LR, WEIGHT_DECAY, MU = 0.02, 0.1, 0.9
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    g = torch.Generator().manual_seed(1000 * seed + sum(shape))
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
 
 # ------------------------------------------------------------------ logical matrices as if each were a parameter
@@ -217,7 +213,7 @@ def test_memory_order_does_not_matter(
     "algorithm",
     ["adamw", "scion"],
 )
-def test_memory_order_does_not_matter_to_the_rest(
+def test_memory_order_does_not_matter_to_adamw_and_scion(
     algorithm: str, lay: Callable[[Tensor], Tensor], gradient: bool
 ) -> None:
     results = []
