@@ -426,10 +426,10 @@ def _setting(study: Study) -> list[str]:
         f"{moe['top_k']} in each; {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active per "
         f"token; float32.",
         f"- **Both**: {job['sequences_per_step']} sequences of {job['seq_len']} tokens per step; {schedule['kind']} "
-        f"schedule to {schedule['final_fraction']:g} of the peak after {schedule['warmup_steps']} warm-up steps; weight "
-        f"decay {optimizer['weight_decay']:g}; gradient norm clipped at {job['clip_grad_norm']:g}; sequence-wise balance "
-        f"loss {job['balance']['coefficient']:g}. A seed determines initialization and sample order; the report checks "
-        f"that both optimizers started at the same loss and saw the same samples.",
+        f"schedule to {schedule['final_fraction']:g} of the peak after {schedule['warmup_steps']} warm-up steps; "
+        f"weight decay {optimizer['weight_decay']:g}; gradient norm clipped at {job['clip_grad_norm']:g}; "
+        f"sequence-wise balance loss {job['balance']['coefficient']:g}. A seed determines initialization and sample "
+        f"order; the report checks that both optimizers started at the same loss and saw the same samples.",
         f"- **AdamW**: betas {optimizer['beta1']:g} and {optimizer['beta2']:g}, epsilon {optimizer['eps']:g}, for all "
         f"parameters. **Muon**: momentum {optimizer['momentum']:g} (Nesterov), update RMS {optimizer['update_rms']:g}, "
         f"{optimizer['ns_steps']} Newton-Schulz steps, for the matrices of the layers; the same AdamW, with the same "
