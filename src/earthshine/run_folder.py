@@ -119,11 +119,11 @@ def start_lines(starts: Path) -> Iterator[Line]:
     for line in json_lines(starts):
         if line.record is None:
             before = {}
-        else:
-            record = before | line.record
-            line = line._replace(record=record)
-            before = {part: record[part] for part in START_PARTS if part in record}
-        yield line
+            yield line
+            continue
+        start = before | line.record
+        before = {part: start[part] for part in START_PARTS if part in start}
+        yield line._replace(record=start)
 
 
 def read_steps(metrics: Path) -> dict[int, dict[str, Any]]:
