@@ -1,4 +1,4 @@
-"""What to do with a path at which there is no model, no tokenizer or no weights. Standard library only."""
+"""Advice for a path that holds no model, no tokenizer or no weights. Standard library only."""
 
 import re
 from pathlib import Path
@@ -8,10 +8,10 @@ _OLDER_VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.t
 
 
 def instead_of_model(path: Path) -> str:
-    """What a path is that is no directory of a model, and how to get one; a whole message."""
+    """A whole message about a path that is not the directory of a model: what it is, and what to give instead."""
     gguf = path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
-    if gguf is not None and (found := gguf_advice(gguf)):
-        return found
+    if gguf is not None and (advice := gguf_advice(gguf)):
+        return advice
     if path.is_file():
         return f"{path} is a file: give the directory of a model, with its config.json and weights."
     if path.is_dir():
@@ -26,23 +26,22 @@ def instead_of_model(path: Path) -> str:
 
 
 def hub_advice(path: Path) -> str:
-    """How to fetch what may be named by a path that does not exist, with a space before it; "" where it names none."""
+    """How to fetch a model from the Hub if the missing path looks like a name there, after a space; else ""."""
     if path.exists() or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path)):
         return ""
     return f" If it is a name on the Hugging Face Hub: hf download {path} --local-dir models/{path.name}"
 
 
 def instead_of_tokenizer(path: Path) -> str:
-    """How to get a tokenizer.json where there is none, with a space before it; "" where nothing is known."""
+    """How to get a tokenizer.json where there is none, after a space; "" where nothing is known."""
     older = [name for name in _OLDER_VOCABULARIES if (path / name).is_file()]
-    named = any(
-        (path / name).is_file() for name in ("config.json", "tokenizer_config.json")
-    )  # else whose it is is open
-    if not (older and named):
+    # Without either of these files AutoTokenizer cannot tell which class reads the vocabulary.
+    has_config = any((path / name).is_file() for name in ("config.json", "tokenizer_config.json"))
+    if not (older and has_config):
         return hub_advice(path)
     code = f"A.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
     return (
-        f" It holds {older[0]}: make a tokenizer.json of that, with "
+        f" It holds {older[0]}: make a tokenizer.json from it, with "
         f'python -c "from transformers import AutoTokenizer as A; {code}"'
     )
 
@@ -51,10 +50,10 @@ def gguf_advice(path: Path) -> str:
     """What to do with a GGUF file; "" for anything else."""
     try:
         with path.open("rb") as file:
-            begins = file.read(4)
+            magic = file.read(4)
     except OSError:
         return ""
-    if path.suffix != ".gguf" and begins != b"GGUF":
+    if path.suffix != ".gguf" and magic != b"GGUF":
         return ""
     out = path.with_suffix("") if path.suffix else path.with_name(path.name + "-hf")
     code = f"from earthshine.checkpoint.gguf import convert_gguf; convert_gguf({str(path)!r}, {str(out)!r})"
@@ -62,7 +61,7 @@ def gguf_advice(path: Path) -> str:
 
 
 def instead_of_weights(directory: Path) -> str:
-    """The end of a message about missing weights: what is there in their place, and what to do."""
+    """The end of a message about missing weights: what is there instead, and what to do."""
     shards = sorted(p.name for p in directory.glob("*.safetensors"))
     pickles = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
     if any(re.fullmatch(r".*-of-\d+\.safetensors", name) for name in shards):
@@ -72,7 +71,7 @@ def instead_of_weights(directory: Path) -> str:
             f"Fetch it again: hf download NAME {_INDEX} --local-dir {directory}"
         )
     if any(name.startswith("adapter") for name in shards):
-        return f", but {shards[0]}: an adapter is no model. Merge it into its base first (PEFT's merge_and_unload)."
+        return f", but {shards[0]}: an adapter is not a model. Merge it into its base first (PEFT's merge_and_unload)."
     if any(name.startswith("consolidated") for name in shards):
         return f", but {shards[0]}, whose names are not Hugging Face's. Fetch model*.safetensors as well."
     if shards:

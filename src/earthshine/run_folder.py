@@ -7,13 +7,13 @@
         origin.json      where the weights began, when not at random
         starts.jsonl     one line per start, with what has changed (`train.starts`)
         metrics.jsonl    one line per logged step and per held-out evaluation (`train.metrics`)
-        metrics.damaged  lines of it that were no JSON, set aside at a resume
+        metrics.damaged  its damaged lines, set aside at a resume
         checkpoints/     step-NNNNNN/manifest.json, ... (`checkpoint.manifest`)
         eval/            held-out results, samples, verifications
         tensorboard/     with tracker="tensorboard"
         report.html      `earthshine report`
 
-A file of lines outlives what befalls one of them: a line that was cut off or damaged is told apart, and costs no other.
+A damaged line costs no other: one that is cut off, or is not a JSON object, is told apart and passed over.
 """
 
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def run_of(path: Path) -> Path:
 
 
 class Line(NamedTuple):
-    """A line of a file of JSON objects. `record` is None where it is damaged: no JSON, or no object.
+    """A line of a file of JSON objects. `record` is None where it is damaged: not JSON, or not an object.
 
     number: from 1. raw: the bytes, with the newline; without one the line was being written.
     """

@@ -18,7 +18,7 @@ from earthshine.model.hf_config import read_hf_config
         (["consolidated.00.pth"], r"but consolidated.00.pth: pickled weights are not read. Fetch the model in"),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], r"and 1 more: the index of these"),
         (["weights.safetensors"], r"but weights.safetensors: rename it to model.safetensors if it holds all weights"),
-        (["adapter_model.safetensors"], r"but adapter_model.safetensors: an adapter is no model. Merge it"),
+        (["adapter_model.safetensors"], r"but adapter_model.safetensors: an adapter is not a model. Merge it"),
         (["consolidated.safetensors"], r"but consolidated.safetensors, whose names are not Hugging Face's"),
         (["q4.gguf"], r"q4.gguf is a GGUF file: convert it"),
         ([], r"neither model.safetensors nor model.safetensors.index.json: no weights to read. Fetch them again"),

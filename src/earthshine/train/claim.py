@@ -1,4 +1,4 @@
-"""One process per run folder: claiming it, and clearing what a killed one left of unfinished files."""
+"""One process per run folder: claim and lock it, and remove the temporary files that a killed process left."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it; when nothing was written into a new one, it goes again.
+    """Make the folder and keep other processes out of it; a new one in which nothing was written is removed again.
 
     Raises ConfigError when another process trains there, OutputExistsError when it is not a run folder, or a
     name in it is taken by something else.
@@ -51,12 +51,12 @@ def _check_kinds(run_dir: Path) -> None:
 
 
 def _left_by_a_kill(path: Path) -> bool:
-    """Whether that is all a run leaves behind that was killed before its first file, config.json, was whole."""
+    """Whether a run leaves this file when it is killed before its first one, config.json, is complete."""
     return path.name == _LOCK or (path.name.startswith(f".{CONFIG}.") and path.suffix == ".tmp")
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Delete what a kill left of files that were being written. Only for the process that has claimed the folder."""
+    """Delete the temporary files of interrupted writes. Only for the process that has claimed the folder."""
     for folder in (run_dir, run_dir / EVAL):
         for path in folder.glob(".*.tmp"):
             path.unlink()

@@ -1,4 +1,4 @@
-"""`derive`: every number that follows from a job before anything runs. No torch."""
+"""`derive`: every number that follows from a job before anything runs. No torch import."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from earthshine.train.job import TrainJob, check_model, is_frozen, model_config
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """What follows from a job before anything runs. FLOPs count 2 per multiply-accumulate of matrix products.
+    """What follows from a job before anything runs. FLOPs count 2 per multiply-accumulate of matmuls.
 
     Bytes are of one process that holds everything, without activations, which depend on the micro-batch.
     Frozen parameters are neither in gradients and optimizer nor in the FLOPs of their gradients; in the layers of
@@ -108,13 +108,13 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         )
     model, optimizer = model or model_config(job), job.optimizer
     check_model(job, model)
-    counts, found = count_parameters(model), weights(model)
-    names = [w.name for w in found] + list(router_biases(model).values())
+    counts, parameters = count_parameters(model), weights(model)
+    names = [w.name for w in parameters] + list(router_biases(model).values())
     for pattern in optimizer.freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"optimizer.freeze pattern {pattern!r} matches none of the {len(found)} parameters.")
-    frozen = {w.name for w in found if is_frozen(optimizer, w.name)}
-    trained = [w for w in found if w.name not in frozen]
+            raise ConfigError(f"optimizer.freeze pattern {pattern!r} matches none of the {len(parameters)} parameters.")
+    frozen = {w.name for w in parameters if is_frozen(optimizer, w.name)}
+    trained = [w for w in parameters if w.name not in frozen]
     if not trained:
         raise ConfigError(f"optimizer.freeze={list(optimizer.freeze)} leaves no parameter to train.")
     trainable, by = sum(w.elements for w in trained), cost(optimizer, trained)
@@ -139,7 +139,7 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         muon_parameters=by["muon"].elements,
         adamw_parameters=by["adamw"].elements,
         scion_parameters=by["scion"].elements,
-        frozen_parameters=sum(w.elements for w in found if w.name in frozen),
+        frozen_parameters=sum(w.elements for w in parameters if w.name in frozen),
         frozen_router_biases=_frozen_biases(optimizer, model),
         forward_backward_flops_per_step=forward_backward,
         repeated_forward_flops_per_step=repeated,
@@ -165,7 +165,7 @@ def _frozen_biases(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[int,
 
 def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -> tuple[str, ...]:
     found = [
-        f"the {human_count(use.tokens)} tokens of {use.path} are gone through {use.epochs:.1f} times (epochs): beyond "
+        f"the {human_count(use.tokens)} tokens of {use.path} are read {use.epochs:.1f} times (epochs): beyond "
         f"about {MANY_EPOCHS:.0f}, repeated tokens teach much less than new ones. Prepare more text, or train for less."
         for use in sources
         if use.epochs > MANY_EPOCHS

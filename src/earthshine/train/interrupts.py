@@ -15,8 +15,8 @@ _HANGUP = signal.SIGHUP
 class Interrupts:
     """While entered, the first SIGTERM or SIGINT only sets `name`; a second one ends the process at once.
 
-    So does SIGHUP, but any number of them: a terminal that is closed sends it twice, and a system that shuts down sends
-    it beside SIGTERM. Where it is ignored (`nohup`) it stays so.
+    SIGHUP sets it too, however often it comes: a terminal that is closed sends it twice, and a system that shuts down
+    sends it beside SIGTERM. Where it is ignored (`nohup`) it stays ignored.
 
     Signals can only be handled from the main thread; in another one nothing is changed.
     """
@@ -41,7 +41,7 @@ class Interrupts:
             return
         # os.write: what is interrupted may be in the middle of writing to the buffered stderr.
         with suppress(OSError, ValueError):  # a closed pipe, or a terminal that is gone
-            text = f"{self.name}: saving and stopping as soon as this step is done\n"
+            text = f"{self.name}: will save and stop when this step is done\n"
             os.write(sys.__stderr__.fileno(), text.encode())
 
     def __exit__(

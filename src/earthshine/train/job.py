@@ -1,4 +1,4 @@
-"""`TrainJob`: everything that defines a training run, and what of it is refused. No torch.
+"""`TrainJob`: everything that defines a training run, and what of it is refused. No torch import.
 
 Names: B sequences, S positions; a step is one update of the parameters, made of one or more micro-batches.
 """
@@ -22,7 +22,7 @@ from earthshine.run_folder import checkpoint_folders
 
 @dataclass(frozen=True, kw_only=True)
 class Scratch:
-    """Start from a seeded random initialisation (`model.transformer.initialize`, with the job's seed)."""
+    """Start from a seeded random initialization (`model.transformer.initialize`, with the job's seed)."""
 
     kind: Literal["scratch"] = "scratch"
     model: ModelConfig
@@ -52,9 +52,9 @@ class FromCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutConfig:
-    """Evaluation on other token shards: at step 0, every `every_steps` (0: not between) and at the end.
+    """Evaluation on held-out (validation) token shards: at step 0, every `every_steps` (0: not between) and at the end.
 
-    path: a folder of token shards; "" for no evaluation. max_sequences: of `seq_len` tokens; 0 for all there are.
+    path: a folder of token shards; "" for no evaluation. max_sequences: of `seq_len` tokens; 0 for all.
     """
 
     path: str = ""
@@ -67,7 +67,7 @@ class HeldoutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Saved every `every_steps` (0: not between), at the end and when interrupted; the newest `keep` stay (0: all)."""
+    """Saved every `every_steps` (0: not between), at the end and when interrupted; keeps the newest `keep` (0: all)."""
 
     every_steps: int = 100
     keep: int = 2
@@ -79,23 +79,23 @@ class TrainJob:
 
     On resume only these may differ from the run's config, because none changes a bit of a step: `name`, `tracker`,
     `checkpoint.*`, `heldout.every_steps`, `recompute`, `log_every`; `num_steps`, if every learning rate used so far
-    stays what it was (a longer constant schedule, or WSD before its decay); and where data lie that are the same.
+    stays what it was (a longer constant schedule, or WSD before its decay); and where the same data are stored.
 
     Args:
         sequences_per_step: sequences in one update; the gradient is that of their mean loss per target token, and with
             experts of the losses of `balance` too (`train.step`).
         sequences_per_micro_batch: sequences in one forward and backward pass; it divides `sequences_per_step`.
         clip_grad_norm: largest global gradient norm (0: no clipping).
-        seed: of the initialisation and of the order of the samples.
-        compute_dtype: of activations and products; "auto" is decided once per run, at its first step.
-        balance, capacity: how experts are kept evenly loaded, and how many tokens one takes; for models with experts.
+        seed: of the initialization and of the order of the samples.
+        compute_dtype: of activations and matmuls; "auto" is resolved at the first start and kept on resume.
+        balance, capacity: how experts are kept evenly loaded, and how many tokens one takes; for MoE models.
         recompute: "block" keeps only the input of each decoder layer for the backward pass and computes the rest again:
             the same gradients to the bit, in less memory, for one more forward pass.
-        compile: each decoder layer by `torch.compile`, which changes last bits.
-        log_every: steps from one line of the log and of metrics.jsonl to the next; between them an accelerator is not
-            waited for. Also after the last step, and before a checkpoint or an evaluation, there is one. A line's
-            losses, norms and routing are those of its own step; its tokens, seconds, rates and samples are of all
-            `steps` since the line before (named where it is more than one).
+        compile: `torch.compile` each decoder layer, which changes last bits.
+        log_every: steps per line of the log and of metrics.jsonl; in between, nothing waits for the accelerator. The
+            last step, and the step before a checkpoint or an evaluation, has a line too. A line's losses, norms and
+            routing are those of its own step; its tokens, seconds, rates and samples are of all `steps` since the line
+            before (named where there is more than one).
     """
 
     name: str
@@ -131,7 +131,7 @@ class TrainJob:
         if not (self.clip_grad_norm >= 0 and math.isfinite(self.clip_grad_norm)):
             raise ConfigError(f"clip_grad_norm={self.clip_grad_norm} must be 0 (no clipping) or a positive number.")
         if not 0 <= self.seed < 1 << 64:
-            raise ConfigError(f"seed={self.seed} must not be negative, and be below 2**64.")
+            raise ConfigError(f"seed={self.seed} must be from 0 to 2**64 - 1.")
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
             raise ConfigError(f"name={self.name!r} must be usable as a folder name, without slashes.")
         counts = {
@@ -225,5 +225,5 @@ def _checkpoint_model(path: str) -> ModelConfig:
         try:
             return manifests.read(folder).model
         except CheckpointError:
-            continue  # `run_store.latest` decides, and says so, which checkpoint is used
+            continue  # `run_store.latest` decides, and logs, which checkpoint is used
     raise ConfigError(f"init.path={path!r} holds no checkpoint: give a run folder, or one of its checkpoints.")

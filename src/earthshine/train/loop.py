@@ -41,7 +41,7 @@ from earthshine.train.interrupts import Interrupts
 from earthshine.train.job import TrainJob
 from earthshine.train.metrics import MetricsFile, heldout_line, routing_record, samples_digest, step_line
 from earthshine.train.resume import check_config, check_heldout, same_data
-from earthshine.train.starts import record_start, warnings_told
+from earthshine.train.starts import earlier_warnings, record_start
 from earthshine.train.state import TrainState, build_state
 from earthshine.train.step import Objective, StepResult, train_step
 from earthshine.train.trackers import NoTracker, Tracker, make_tracker, require_tracker
@@ -53,7 +53,7 @@ _ETA_STEPS = 20
 class RunSummary:
     """Where a call of `fit` ended. Held-out results are those of `evaluate.perplexity.heldout_loss`; {} for none.
 
-    loss: of the last step; None where metrics.jsonl has lost it, as a warning says.
+    loss: of the last step; None where metrics.jsonl lacks it, which is logged.
     """
 
     run_dir: Path
@@ -114,8 +114,8 @@ def fit(
 def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
     """Seeded, with deterministic kernels; the caller's random state and settings come back afterwards.
 
-    Strictly, not `warn_only`: torch's attention kernels are deterministic in the backward pass only then. No operation
-    of a step is one that has no deterministic form (tests/unit/train/test_step.py).
+    Strictly, not `warn_only`: torch's attention kernels are deterministic in the backward pass only then. Every
+    operation of a step has a deterministic form (tests/unit/train/test_step.py).
     """
     import torch.utils.deterministic as deterministic
 
@@ -124,8 +124,8 @@ def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
     accelerators = [] if device.type == "cpu" else [device]
     if not make_products_repeatable(device):
         log(
-            "warning: the accelerator was in use before training began. Should cuBLAS have read its settings by then, "
-            "a resumed run may differ in the last bits: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+            "warning: the accelerator was in use before training began: if cuBLAS had read its settings by then, a "
+            "resumed run may differ in the last bits. Set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
         )
     with torch.random.fork_rng(devices=accelerators):
         torch.manual_seed(seed)
@@ -142,12 +142,12 @@ def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
 class _ResumePoint:
     """Where a start begins. checkpoint: None for the first step. same_data: see `resume.same_data`.
 
-    told: what earlier starts have warned of.
+    warned: the warnings of the start before.
     """
 
     checkpoint: Checkpoint | None
     same_data: frozenset[str]
-    told: tuple[str, ...]
+    warned: tuple[str, ...]
 
 
 def _resume_point(job: TrainJob, folder: Path, *, trust: bool, allow_config_change: bool) -> _ResumePoint:
@@ -156,7 +156,7 @@ def _resume_point(job: TrainJob, folder: Path, *, trust: bool, allow_config_chan
     done, saved = (checkpoint.step, checkpoint.job) if checkpoint else (0, None)
     same = same_data(folder, job, checkpoint.state["loader"]["fingerprints"] if checkpoint else ())
     check_config(folder, job, done, allow_change=allow_config_change, saved=saved, same_data=same)
-    return _ResumePoint(checkpoint, same, warnings_told(folder) if checkpoint else ())
+    return _ResumePoint(checkpoint, same, earlier_warnings(folder) if checkpoint else ())
 
 
 class _Done(NamedTuple):
@@ -204,7 +204,7 @@ def _build(
 
 
 def _prepare_folder(run: _Run, point: _ResumePoint) -> None:
-    """Record the start, and take away what does not belong to the steps that are kept."""
+    """Record the start, and remove what does not belong to the steps that are kept."""
     job, folder, checkpoint, done = run.job, run.folder, point.checkpoint, run.state.step
     place = environment(run.state.device) | run.state.resolved_dtypes
     place |= {"compute_reason": run.compute.reason, "peak_flops": run.compute.peak_flops}
@@ -222,10 +222,10 @@ def _prepare_folder(run: _Run, point: _ResumePoint) -> None:
     if checkpoint:
         run_store.tidy(folder, keep=job.checkpoint.keep, newest=checkpoint.folder)
         run.metrics.truncate_after(done)
-    else:  # nothing holds, not even the evaluation before step 1: what it was of may have changed since
+    else:  # nothing is kept, not even the evaluation before step 1: weights or data may have changed since
         run.metrics.path.unlink(missing_ok=True)
         (folder / EVAL / HELDOUT_BEFORE).unlink(missing_ok=True)
-    if done < job.num_steps:  # the end of a run that was lengthened since is no end
+    if done < job.num_steps:  # a run that was lengthened has not reached its end
         (folder / EVAL / HELDOUT_AFTER).unlink(missing_ok=True)
 
 
@@ -237,7 +237,7 @@ def _announce(run: _Run, point: _ResumePoint) -> None:
         log(f"{run.derived.table(run.compute.peak_flops)}\n\n{groups}\n")
     if done < job.num_steps:
         for warning in run.derived.warnings:
-            if warning not in point.told:
+            if warning not in point.warned:
                 log(f"warning: {warning}")
         log(
             f"computing in {state.resolved_dtypes['compute_dtype']} ({run.compute.reason}), "
@@ -254,7 +254,7 @@ def _compute(job: TrainJob, device: torch.device, checkpoint: Checkpoint | None)
     if checkpoint is None or job.compute_dtype != "auto":
         return choose_compute_dtype(job.compute_dtype, device)
     dtype = DTYPES[checkpoint.state["choices"]["compute_dtype"]]
-    return ComputeChoice(dtype, "as this run began", gemm_peak(device, dtype))
+    return ComputeChoice(dtype, "as at the first start", gemm_peak(device, dtype))
 
 
 def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
@@ -289,7 +289,7 @@ def _loop(run: _Run, interrupts: Interrupts, last_step: int) -> RunSummary:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    """A held-out result; {} where there is none, or none that can be read, which is said."""
+    """A held-out result; {} where there is none or, with a warning, none that can be read."""
     if not path.exists():
         return {}
     try:
@@ -305,7 +305,7 @@ def _complete(run: _Run) -> bool:
 
 
 def _step(run: _Run) -> None:
-    """One step and, every `log_every` steps, line and record."""
+    """One step and, every `log_every` steps, its line and record."""
     job, state, stopwatch = run.job, run.state, Stopwatch(run.state.device)
     try:
         with stopwatch:
@@ -316,7 +316,7 @@ def _step(run: _Run) -> None:
             if state.step < job.num_steps:
                 state.loader.read_ahead()  # an accelerator is still computing
     except TrainingDivergedError as e:
-        _record(run, routing=False)  # the steps before it; the routing counts are its own by now
+        _record(run, routing=False)  # the steps before; the model's counts are already those of this one
         raise _diverged(run, str(e)) from e
     except DataError:
         _record(run, routing=False)
@@ -394,7 +394,7 @@ def _balance(job: TrainJob, objective: Objective) -> dict[str, float]:
 
 
 def _save(run: _Run) -> None:
-    _record(run)  # a checkpoint has the numbers of all its steps, and none that is not finite
+    _record(run)  # every step before a checkpoint is recorded, and finite
     state = run.state
     try:
         state.check_finite()

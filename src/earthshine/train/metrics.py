@@ -1,4 +1,4 @@
-"""The numbers of each step: for programs as one JSON line, for people as one line of text."""
+"""The numbers of each step: a line of JSON for programs, and a human-readable line for the log."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from earthshine.run_folder import DAMAGED, json_lines, read_steps, records
 
 
 class MetricsFile:
-    """`metrics.jsonl` of a run folder: one object a line, of kind "step" or "heldout"."""
+    """`metrics.jsonl` of a run folder: one object per line, of kind "step" or "heldout"."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,9 +28,9 @@ class MetricsFile:
     def truncate_after(self, step: int) -> None:
         """Drop what was logged after `step`, because those steps are about to be done again.
 
-        Damaged lines are moved to a file beside it. That, and steps whose numbers are not there, is said in a warning.
+        Damaged lines are moved to a file beside it. A warning names them, and the steps whose numbers are missing.
         """
-        kept, damaged, logged, changed = [], [], 0, False
+        remaining, damaged, logged, changed = [], [], 0, False
         for line in json_lines(self.path):
             if line.record is None:
                 damaged.append(line)
@@ -39,7 +39,7 @@ class MetricsFile:
             else:
                 whole = line.raw if line.raw.endswith(b"\n") else line.raw + b"\n"
                 changed |= whole is not line.raw  # the next line would be glued to it
-                kept.append(whole)
+                remaining.append(whole)
                 logged += _steps(line.record)
         if damaged:
             beside = self.path.with_name(DAMAGED)
@@ -52,18 +52,18 @@ class MetricsFile:
         elif logged != step:
             log(f"warning: {self.path} holds {logged} of the {step} steps done; the others' numbers are lost.")
         if damaged or changed:
-            atomic_write(self.path, b"".join(kept))
+            atomic_write(self.path, b"".join(remaining))
 
     def heldout_at(self, step: int) -> dict[str, Any] | None:
-        """The held-out record of that step, if it is there."""
+        """The held-out record of that step, if there is one."""
         return next((r for r in self.read() if r.get("kind") == "heldout" and r.get("step") == step), None)
 
     def loss_at(self, step: int) -> float | None:
-        """The loss of that step; None when it is not there."""
+        """The loss of that step; None when it is not recorded."""
         return read_steps(self.path).get(step, {}).get("loss")
 
     def sync(self) -> None:
-        """Put what was appended on the disk, so that a checkpoint never outlives the numbers of its steps."""
+        """Flush what was appended to the disk, so that a checkpoint never outlives the numbers of its steps."""
         if self.path.exists():
             fd = os.open(self.path, os.O_RDONLY)
             try:
@@ -78,7 +78,7 @@ def _after(record: Mapping[str, Any], step: int) -> bool:
 
 
 def _steps(record: Mapping[str, Any]) -> int:
-    """How many steps a record stands for: its own and, with `log_every`, those before it that have none."""
+    """How many steps a record stands for: its own and, with `log_every`, those before it that have no line."""
     if record.get("kind") != "step":
         return 0
     number = record.get("steps")
@@ -91,7 +91,7 @@ def samples_digest(sample_ids: Sequence[tuple[int, ...]]) -> str:
 
 
 def routing_record(counts: Mapping[int, Sequence[int]], dropped: Mapping[int, int] | None) -> dict[str, Any]:
-    """What a step's record says of its routing.
+    """The routing fields of a step's record.
 
     Args:
         counts: how often each expert was chosen, by layer, before any capacity.
@@ -101,7 +101,7 @@ def routing_record(counts: Mapping[int, Sequence[int]], dropped: Mapping[int, in
         expert_load: each expert's share of its layer's choices.
         max_violation: max/mean - 1 of the load of the worst layer, MaxVio of arXiv:2408.15664: 0 is perfect
             balance, E/K - 1 is every token at the same experts.
-        dead_experts: how many experts, over all layers, nobody chose.
+        dead_experts: how many experts, over all layers, no token chose.
         drop_rate: the share of all layers' choices that was dropped; only where there is a capacity.
     """
     record: dict[str, Any] = {

@@ -1,6 +1,6 @@
-"""What refuses a resume: a run is resumed as the run that it was, or not at all. No torch.
+"""What refuses a resume: a run is resumed as the run that it was, or not at all. No torch import.
 
-This file holds the gates that compare configs and data. The others, in the order in which a start passes them:
+This file holds the gates that compare configs and data. All gates, in the order in which a start passes them:
 
     whether the folder is a run's, and free             train.claim.claim
     whether a checkpoint is whole and was made here     checkpoint.run_store.latest, checkpoint.manifest.require_trust
@@ -11,7 +11,7 @@ This file holds the gates that compare configs and data. The others, in the orde
     the training data, seed and sequence length         data.loader.Loader.load_state_dict
     the held-out data                                   check_heldout
 
-`--allow-config-change` opens those of the config, the hyper-parameters and the held-out data.
+`--allow-config-change` opens the gates of the config, the hyper-parameters and the held-out data.
 """
 
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ def check_config(
     saved: dict[str, Any] | None = None,
     same_data: frozenset[str] = frozenset(),
 ) -> None:
-    """Raise ConfigError, with the differences, when the folder belongs to a run of another config.
+    """Raise ConfigError, with the differences, when the folder belongs to a run with a different config.
 
-    saved: the job in the checkpoint that would be resumed from, which tells when config.json itself was edited.
-    same_data: as the function of that name gives it.
+    saved: the job in the checkpoint that would be resumed from, which reveals an edited config.json.
+    same_data: what the function of that name returns.
     """
     path = run_dir / CONFIG
     if not path.exists():
@@ -50,7 +50,7 @@ def check_config(
         if not isinstance(old, dict):
             raise ValueError(f"it holds {type(old).__name__}, not an object")
     except ValueError as e:
-        raise ConfigError(f"{path} is not JSON of a run: {e}. Restore it, or choose another --run.") from e
+        raise ConfigError(f"{path} is not the config of a run: {e}. Restore it, or choose another --run.") from e
     changes = changes_on_resume(old, job, steps_done, same_data)
     if saved is not None:
         changes += [line for line in changes_on_resume(saved, job, steps_done, same_data) if line not in changes]
@@ -66,19 +66,21 @@ def check_config(
 
 
 def same_data(run_dir: Path, job: TrainJob, fingerprints: Sequence[str]) -> frozenset[str]:
-    """Which of "data" and "heldout" are, by their fingerprints, what the run had, wherever they lie now.
+    """Which of "data" and "heldout" have the fingerprints that the run's had, wherever they are stored now.
 
-    fingerprints: of the sources, in the checkpoint that would be resumed from; without one the plan's are taken.
+    fingerprints: of the sources, in the checkpoint that would be resumed from; without one, those of plan.json.
     """
-    then: dict[str, list[Any]] = {"data": list(fingerprints), "heldout": []}
-    with suppress(OSError, ValueError, KeyError, TypeError):  # of before there were fingerprints
+    recorded: dict[str, list[Any]] = {"data": list(fingerprints), "heldout": []}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # a folder written before fingerprints were kept
         plan = read_json(run_dir / PLAN)
-        then["heldout"] = [plan["heldout_sha256"]]
-        then["data"] = then["data"] or [s["sha256"] for s in plan["sources"]]
+        recorded["heldout"] = [plan["heldout_sha256"]]
+        recorded["data"] = recorded["data"] or [s["sha256"] for s in plan["sources"]]
     if before := _evaluated_before(run_dir):
-        then["heldout"] = [before]
-    now = {"data": [s.path for s in job.data.sources], "heldout": [job.heldout.path]}
-    return frozenset(name for name, paths in now.items() if paths and [fingerprint(p) for p in paths] == then[name])
+        recorded["heldout"] = [before]
+    requested = {"data": [s.path for s in job.data.sources], "heldout": [job.heldout.path]}
+    return frozenset(
+        name for name, paths in requested.items() if paths and [fingerprint(p) for p in paths] == recorded[name]
+    )
 
 
 def check_heldout(run_dir: Path, path: str, sha256: str, *, allow_change: bool) -> None:
@@ -94,7 +96,7 @@ def check_heldout(run_dir: Path, path: str, sha256: str, *, allow_change: bool) 
 
 
 def _evaluated_before(run_dir: Path) -> str:
-    """The fingerprint of the data of the evaluation at step 0; "" where there is none, or none that can be read."""
+    """The fingerprint of the data that step 0 was evaluated on; "" where no such result can be read."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(read_json(run_dir / EVAL / HELDOUT_BEFORE)["sha256"])
     return ""
@@ -110,14 +112,14 @@ def changes_on_resume(
     """The differences between a run's saved config and `job` that would make it another run, as 'path: old -> new'.
 
     Args:
-        old: the encoded job of the run folder. A field that it lacks, because it was added since, had its default.
+        old: the encoded job of the run folder. A field that was added since then had its default.
         steps_done: steps of the checkpoint that would be resumed from.
-        same_data: "data" and "heldout" where the data are the same, if in another place.
+        same_data: "data" and "heldout" where the data are the same, if stored elsewhere.
     """
     if not isinstance(old, dict):
         raise ConfigError(f"the saved config is a {type(old).__name__}, not that of a run: restore config.json.")
     old = completed(old)
-    lines = diff(_in_their_old_place(old, encode(job), same_data), encode(job))
+    lines = diff(_with_moved_paths(old, encode(job), same_data), encode(job))
     refused = [line for line in lines if not _allowed(line.partition(": ")[0])]
     only_length = [line.partition(": ")[0] for line in refused] == ["num_steps"]
     before = old.get("num_steps")
@@ -127,29 +129,29 @@ def changes_on_resume(
 
 
 def completed(old: dict[str, Any]) -> dict[str, Any]:
-    """A saved job, encoded, with the defaults of the fields that were added since."""
-    with suppress(ConfigError):  # a field that is no more, or a job that is none: the differences say it
+    """A saved job, encoded, with the defaults of the fields that were added since it was saved."""
+    with suppress(ConfigError):  # a removed field, or not a job at all: the differences will show it
         return dict(encode(decode(TrainJob, old)))
     return old
 
 
-def _in_their_old_place(old: dict[str, Any], new: dict[str, Any], same_data: frozenset[str]) -> dict[str, Any]:
-    """`old` with the paths of `new` where they lead to the same: another spelling, or data that were moved."""
+def _with_moved_paths(old: dict[str, Any], new: dict[str, Any], same_data: frozenset[str]) -> dict[str, Any]:
+    """`old` with the paths of `new` where both lead to the same data: spelled differently, or moved."""
 
-    def settle(then: Any, now: Any, moved: bool) -> Any:
+    def with_path(then: Any, now: Any, moved: bool) -> Any:
         if not isinstance(then, dict) or not isinstance(now, dict) or not (then.get("path") and now.get("path")):
             return then
         same = moved or Path(then["path"]).resolve() == Path(now["path"]).resolve()
         return {**then, "path": now["path"]} if same else then
 
     if not all(isinstance(old.get(key), dict) for key in ("init", "heldout", "data")):
-        return old  # no job
-    old = {**old, "init": settle(old["init"], new["init"], False)}
-    old["heldout"] = settle(old["heldout"], new["heldout"], "heldout" in same_data)
+        return old  # not a job
+    old = {**old, "init": with_path(old["init"], new["init"], False)}
+    old["heldout"] = with_path(old["heldout"], new["heldout"], "heldout" in same_data)
     then = old["data"].get("sources")
     if isinstance(then, list) and len(then) == len(new["data"]["sources"]):
         pairs = zip(then, new["data"]["sources"], strict=True)
-        old["data"] = {**old["data"], "sources": [settle(a, b, "data" in same_data) for a, b in pairs]}
+        old["data"] = {**old["data"], "sources": [with_path(a, b, "data" in same_data) for a, b in pairs]}
     return old
 
 

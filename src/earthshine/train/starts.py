@@ -1,7 +1,7 @@
-"""The starts of a run: one line each in starts.jsonl, with what had changed since the steps that were kept.
+"""The starts of a run: one line per start in starts.jsonl, with what has changed since the steps that were kept.
 
-config.json and plan.json are those of the last start, env.json that of the first. A run that resumed with another
-config, on another machine or by another version is told as what it was only by this file.
+config.json and plan.json are those of the last start, env.json that of the first. Only starts.jsonl shows that a run
+resumed with a different config, on another machine or with another version.
 """
 
 import json
@@ -22,7 +22,7 @@ from earthshine.train.derive import Derived
 from earthshine.train.job import TrainJob
 from earthshine.train.resume import changes_on_resume, completed
 
-# What of an environment may change the last bits of a step.
+# The parts of an environment that may change the last bits of a step.
 PLACE = ("versions", "cpu", "threads", "device", "device_name", "float32_matmul_precision")
 
 
@@ -38,20 +38,19 @@ def record_start(
     same_data: frozenset[str] = frozenset(),
 ) -> None:
     """Write config.json and plan.json where they differ, a line of starts.jsonl, and at the first step origin.json and
-    env.json. What changed since an earlier start is said.
+    env.json. Another environment or plan is logged.
 
-    done: steps that are kept of earlier starts. saved: the job in the checkpoint that they end with. same_data: which
-    data are the same, if elsewhere.
+    done: steps kept from earlier starts. saved: the job in the checkpoint after them. same_data: see `resume`.
     """
     plan = json.loads(to_json(asdict(derived) | {"state_bytes": derived.state_bytes, "model": encode(model)}))
     start = new_start(run_dir, job, plan, environment, done, saved, same_data)
-    if done:  # before what it tells of is overwritten
+    if done:  # before the files that it is compared with are overwritten
         write_start(run_dir, start, finished=done >= job.num_steps)
     for name, content in ((CONFIG, start["config"]), (PLAN, plan)):
         if stored(run_dir / name) != content:
             write_json(run_dir / name, content)
     origin = getattr(job.init, "path", "")
-    if origin and not (run_dir / ORIGIN).exists():  # a relative path is meant from here, which an export may not be
+    if origin and not (run_dir / ORIGIN).exists():  # relative to where this start runs; an export may run elsewhere
         write_json(run_dir / ORIGIN, {"path": str(Path(origin).absolute())})
     if not done:
         write_start(run_dir, start, finished=False)
@@ -67,8 +66,8 @@ def record_start(
             )
 
 
-def warnings_told(run_dir: Path) -> tuple[str, ...]:
-    """What earlier starts have warned of: the plan's warnings."""
+def earlier_warnings(run_dir: Path) -> tuple[str, ...]:
+    """The warnings of the start before, from plan.json."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return tuple(read_json(run_dir / PLAN)["warnings"])
     return ()
@@ -86,27 +85,27 @@ def new_start(
     """The line of a start after `done` steps, JSON-ready.
 
     Args:
-        plan, environment: what plan.json and env.json would hold. Of the latter only the first start keeps all; later
-            ones keep `PLACE` and the host.
-        saved: the job in the checkpoint, for a folder from before there were such lines.
-        same_data: which data are the same as they were, if in another place (`changes_on_resume`).
+        plan, environment: what plan.json and env.json would hold. Only the first start keeps the whole environment,
+            later ones keep `PLACE` and the host.
+        saved: the job in the checkpoint, for a folder written before starts.jsonl existed.
+        same_data: which data are the same as before, if stored elsewhere (`changes_on_resume`).
 
     `changes` are relative to the start that did the last of those steps: lists of {field, from, to} under "config",
-    "plan" and "environment". `another_run` names the fields of the config that a resume refuses unless told otherwise:
-    with one of them the folder is no longer the run of one config. A derived number that only one of two versions knows
-    is no change.
+    "plan" and "environment". `another_run` names the changed fields of the config that a resume refuses by default:
+    with one of them the folder is no longer the run of one config. A derived number that only one of two versions has
+    is not a change.
     """
     before = _before(run_dir, done, saved) if done else {}
     now = {"config": encode(job), "plan": dict(plan), "environment": dict(environment) | {"host": platform.node()}}
-    there, here = _place(before.get("environment", {})), _place(now["environment"])
+    place_before, place_now = _place(before.get("environment", {})), _place(now["environment"])
     if done:
-        now["environment"] = here
-    if "host" not in there:  # not recorded by then
-        here = {key: value for key, value in here.items() if key != "host"}
+        now["environment"] = place_now
+    if "host" not in place_before:  # written before it was recorded
+        place_now = {key: value for key, value in place_now.items() if key != "host"}
     changes = {
         "config": _changes(completed(before["config"]) if before.get("config") else None, now["config"]),
         "plan": [c for c in _changes(before.get("plan"), now["plan"]) if "(absent)" not in (c["from"], c["to"])],
-        "environment": _changes(there, here),
+        "environment": _changes(place_before, place_now),
     }
     refused = changes_on_resume(before["config"], job, done, same_data) if before.get("config") else []
     return {
@@ -122,9 +121,8 @@ def new_start(
 def write_start(run_dir: Path, start: Mapping[str, Any], *, finished: bool) -> None:
     """Append the line, without the parts that are as in the line before; begin a new file at the first step.
 
-    A finished run that is started as it was adds nothing.
-
-    The file is on the disk before config.json, which it tells of, is written.
+    A finished run that is started again as it was adds nothing. The file is on the disk before config.json and
+    plan.json, whose changes it records, are written.
     """
     path = run_dir / STARTS
     earlier = [*start_lines(path)] if start["first_step"] > 1 else []
@@ -136,17 +134,17 @@ def write_start(run_dir: Path, start: Mapping[str, Any], *, finished: bool) -> N
         lines = [line.raw.removesuffix(b"\n") for line in earlier]
         atomic_write(path, b"\n".join([*lines, to_json(line).encode()]) + b"\n")
     if fields := [change["field"] for change in start["changes"]["plan"]]:
-        log(f"{PLAN} changed after step {start['first_step'] - 1}, as {STARTS} tells: {', '.join(fields)}")
+        log(f"{PLAN} changed after step {start['first_step'] - 1}: {', '.join(fields)} (recorded in {STARTS})")
 
 
 def _before(run_dir: Path, done: int, saved: dict[str, Any] | None) -> dict[str, Any]:
-    """Config, plan and environment of the start that did step `done`; of an older folder, what its files say."""
+    """Config, plan and environment of the start that did step `done`; for an older folder, what its files hold."""
     kept = [s for s in _starts(run_dir) if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
     if kept:
         return _parts(kept[-1])
     files = {"config": CONFIG, "plan": PLAN, "environment": ENV}
-    found = {part: stored(run_dir / name) or {} for part, name in files.items()}
-    return found | ({"config": saved} if saved else {})
+    parts = {part: stored(run_dir / name) or {} for part, name in files.items()}
+    return parts | ({"config": saved} if saved else {})
 
 
 def _parts(start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -158,19 +156,19 @@ def _starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def stored(path: Path) -> dict[str, Any] | None:
-    """The object in one of a run folder's files; None where it is missing, or damaged, which is said."""
+    """The object in one of a run folder's files; None where it is missing or, with a warning, damaged."""
     if not path.exists():
         return None
     try:
-        found = read_json(path)
+        content = read_json(path)
     except ValueError as e:
-        log(f"warning: {path} is damaged ({e}) and is written anew.")
+        log(f"warning: {path} is damaged ({e}) and is rewritten.")
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def first_environment(run_dir: Path) -> dict[str, Any] | None:
-    """That of the start that did step 1, which env.json holds, where it was recorded."""
+    """The environment of the start that did step 1, as env.json holds it; None where it was not recorded."""
     for start in _starts(run_dir):
         if start.get("first_step") == 1 and isinstance(start.get("environment"), dict):
             return {key: value for key, value in start["environment"].items() if key != "host"}
@@ -178,10 +176,10 @@ def first_environment(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _place(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of it that counts, with the host where it was recorded."""
+    """The parts of an environment that may change last bits, and the host where it was recorded."""
     return {key: environment[key] for key in (*PLACE, "host") if key in environment}
 
 
 def _changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[dict[str, Any]]:
-    """Nothing where nothing is known of before."""
+    """[] where the state before is not known."""
     return [{"field": f, "from": old, "to": new} for f, old, new in differences(before, now)] if before else []

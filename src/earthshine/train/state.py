@@ -46,14 +46,14 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name. Those of model and optimizer are the live ones: filling them restores the state."""
-        found = {MODEL_PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {MODEL_PREFIX + name: tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"{_OPTIMIZER_PREFIX}{name}.{key}"] = value
-        found[_RNG_CPU] = torch.get_rng_state()
+                tensors[f"{_OPTIMIZER_PREFIX}{name}.{key}"] = value
+        tensors[_RNG_CPU] = torch.get_rng_state()
         if self.device.type != "cpu":
-            found[_RNG_DEVICE] = torch.get_device_module(self.device).get_rng_state(self.device)
-        return found
+            tensors[_RNG_DEVICE] = torch.get_device_module(self.device).get_rng_state(self.device)
+        return tensors
 
     def metadata(self) -> dict[str, Any]:
         """What is not a tensor, JSON-ready."""
@@ -141,9 +141,10 @@ def build_state(
     for note in loader.notes():
         log(note)
     ends = model.config.eos_token_ids
-    model.config = _with_ends(model.config, loader.tokenization, drawn=isinstance(job.init, Scratch))
+    model.config = _with_ends(model.config, loader.tokenization, from_scratch=isinstance(job.init, Scratch))
     if ends and ends != model.config.eos_token_ids:
-        log(f"the data's documents end with id {loader.tokenization.eod}: it ends a text, besides or instead of {ends}")
+        eod = loader.tokenization.eod
+        log(f"the data's documents end with id {eod}: it becomes an end token, beside or instead of {ends}")
     optimizer = build_optimizer(model, replace(job.optimizer, ns_dtype=ns_dtype))
     resolved_dtypes = {"compute_dtype": _dtype_name(compute_dtype), "ns_dtype": ns_dtype}
     state = TrainState(model, optimizer, loader, device, resolved_dtypes)
@@ -155,11 +156,11 @@ def build_state(
 
 
 def _check_compiler(device: torch.device) -> None:
-    """torch.compile makes C++ for a CPU; without a compiler it would fail in the first step, and at length."""
+    """torch.compile generates C++ for a CPU; without a compiler the first step would fail, with a long traceback."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
-            f"compile=true needs a C++ compiler, and {compiler!r} is not there: install it, name another in the "
+            f"compile=true needs a C++ compiler, and {compiler!r} was not found: install it, name another in the "
             f"environment variable CXX, or set compile=false."
         )
 
@@ -188,7 +189,7 @@ def _training_options(job: TrainJob) -> TrainingOptions:
 
 
 def _same_model(job: TrainJob, checkpoint: Checkpoint) -> ModelConfig:
-    """The checkpoint's architecture: going on does not need a warm start's source. Raises ConfigError for another."""
+    """The checkpoint's architecture: resuming does not need a warm start's source. Raises ConfigError for another."""
     if isinstance(job.init, Scratch):
         saved = checkpoint.model
         wanted = replace(job.init.model, bos_token_id=saved.bos_token_id, eos_token_ids=saved.eos_token_ids)
@@ -198,14 +199,14 @@ def _same_model(job: TrainJob, checkpoint: Checkpoint) -> ModelConfig:
     return checkpoint.model
 
 
-def _with_ends(config: ModelConfig, rule: Tokenization, *, drawn: bool) -> ModelConfig:
+def _with_ends(config: ModelConfig, rule: Tokenization, *, from_scratch: bool) -> ModelConfig:
     """The config with the token that ends the data's documents among those that end a text.
 
-    drawn: the weights know no other tokenizer than the data's, so that another's ids (of a preset) end nothing.
+    from_scratch: the weights know no other tokenizer than the data's, so that another's ids (of a preset) end nothing.
     """
     if rule.eod in config.eos_token_ids or rule.eod >= config.vocab_size:
         return config
-    if not drawn:
+    if not from_scratch:
         return replace(config, eos_token_ids=(*config.eos_token_ids, rule.eod))
     return replace(config, eos_token_ids=(rule.eod,), bos_token_id=rule.bos_ids[0] if rule.bos_ids else -1)
 

@@ -1,4 +1,4 @@
-"""Adapters that show a run elsewhere. `metrics.jsonl` is always written; a tracker is an addition."""
+"""Adapters that show a run elsewhere, in addition to `metrics.jsonl`, which is always written."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from earthshine.run_folder import METRICS, TENSORBOARD
 
 
 class Tracker(Protocol):
-    """Told of each record that goes to `metrics.jsonl`."""
+    """Receives each record that goes to `metrics.jsonl`."""
 
     def record(self, record: Mapping[str, Any]) -> None: ...
 
@@ -22,7 +22,7 @@ class NoTracker:
     """`tracker="none"`."""
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Nothing to tell."""
+        """Nothing to record."""
 
     def close(self) -> None:
         """Nothing to close."""
@@ -31,7 +31,7 @@ class NoTracker:
 class TensorBoardTracker:
     """Scalars `kind/name` in `RUN/tensorboard`; after a resume the steps done again replace those of before.
 
-    What it cannot write ends the display, with a warning, and never the run.
+    A write that fails turns it off, with a warning; it never stops the run.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
@@ -62,13 +62,13 @@ class TensorBoardTracker:
 
 
 def _scalars(value: Mapping[str, Any], where: str) -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+    scalars: list[tuple[str, float]] = []
     for key, item in value.items():
         if isinstance(item, Mapping):
-            found += _scalars(item, f"{where}/{key}")
+            scalars += _scalars(item, f"{where}/{key}")
         elif isinstance(item, int | float) and not isinstance(item, bool) and key != "step":
-            found.append((f"{where}/{key}", float(item)))
-    return found
+            scalars.append((f"{where}/{key}", float(item)))
+    return scalars
 
 
 def require_tracker(kind: str) -> None:

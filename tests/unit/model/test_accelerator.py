@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from earthshine.model import attention as model_attention
 from earthshine.model.attention import RopeTables, rope_table
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops import attention
 from earthshine.ops.grouped_experts import choose_backend
@@ -29,7 +29,7 @@ every_family = pytest.mark.parametrize("architecture", FAMILIES, indirect=True)
 
 def on_meta(config: ModelConfig, **options: Any) -> Transformer:
     with META:
-        return Transformer(config, torch.bfloat16, **options).train()
+        return Transformer(config, torch.bfloat16, training=TrainingOptions(**options)).train()
 
 
 @every_family
@@ -114,7 +114,7 @@ def test_the_loop_reads_its_counts_once_for_both_passes(waits: Any) -> None:
 
 
 def model_of(config: ModelConfig, **options: Any) -> tuple[Transformer, Tensor]:
-    model = Transformer(config, **options)
+    model = Transformer(config, training=TrainingOptions(**options))
     initialize(model, seed=0)
     with torch.no_grad():
         for p in model.parameters():

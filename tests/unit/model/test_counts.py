@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig
+from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig, TrainingOptions
 from earthshine.model.counts import (
     attention_flops_per_token,
     backward_flops_per_token,
@@ -161,7 +161,7 @@ def counting() -> Iterator[FlopCounterMode]:
 
 def counted(config: ModelConfig, **options: Any) -> tuple[float, float]:
     """FLOPs of a forward and of a backward pass, per token."""
-    model = Transformer(config, experts_backend="loop", **options)
+    model = Transformer(config, experts_backend="loop", training=TrainingOptions(**options))
     initialize(model, seed=0)
     tokens_BS = torch.randint(0, config.vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
     with counting() as counter:
@@ -228,7 +228,7 @@ def frozen_names(config: ModelConfig, patterns: tuple[str, ...]) -> set[str]:
 
 def counted_training(config: ModelConfig, frozen: set[str], **options: Any) -> float:
     """FLOPs per token of a training pass, loss included, with those parameters frozen."""
-    model = Transformer(config, experts_backend="loop", **options)
+    model = Transformer(config, experts_backend="loop", training=TrainingOptions(**options))
     initialize(model, seed=0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

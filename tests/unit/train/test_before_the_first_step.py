@@ -1,4 +1,4 @@
-"""What would fail only after hours is found at the start: saves that cannot work, data gone through too often."""
+"""What would fail only after hours is found at the start: saves that cannot work, data read too often."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_epochs_are_planned_and_told(
     (use,) = plan.sources
     assert (use.path, use.tokens, use.epochs) == (str(shards), tokens, epochs)
     assert f"{epochs:.2f}" in next(line for line in plan.table().splitlines() if "epochs of" in line)
-    assert [f"are gone through {epochs:.1f} times (epochs)" in w for w in plan.warnings] == [True]
+    assert [f"are read {epochs:.1f} times (epochs)" in w for w in plan.warnings] == [True]
     fit(job, tmp_path, stop_after=2)
     assert "(epochs): beyond about 4" in capsys.readouterr().err
     fit(job, tmp_path, stop_after=4)

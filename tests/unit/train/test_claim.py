@@ -98,7 +98,7 @@ def test_a_damaged_json_file_of_a_run_is_one_clear_line(
     assert fit(job, run, device="cpu").heldout_before == {}
     assert "heldout-before.json" in capsys.readouterr().err
     (run / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config.json is not JSON of a run: .* Restore it"):
+    with pytest.raises(ConfigError, match=r"config.json is not the config of a run: .* Restore it"):
         fit(job, run, device="cpu")
 
 

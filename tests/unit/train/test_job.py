@@ -32,8 +32,8 @@ JobMaker = Callable[..., TrainJob]
         ("num_steps=0", "num_steps=0 must be at least 1"),
         ("sequences_per_micro_batch=3", r"=3 does not divide sequences_per_step=4; use one of 1, 2, 4"),
         ("clip_grad_norm=-1", "clip_grad_norm=-1.0 must be 0"),
-        ("seed=-1", "seed=-1 must not be negative"),
-        (f"seed={1 << 64}", r"seed=18446744073709551616 must .* be below 2\*\*64"),
+        ("seed=-1", "seed=-1 must be from 0 to"),
+        (f"seed={1 << 64}", r"seed=18446744073709551616 must be from 0 to 2\*\*64 - 1"),
         ("name=a/b", "name='a/b' must be usable as a folder name"),
         ("checkpoint.keep=-1", "checkpoint.keep=-1 must not be negative"),
         ("balance.loss=switch", "loss='switch' needs balance.scope: 'sequence', 'micro_batch' or 'step'"),
@@ -169,6 +169,6 @@ def test_a_warm_start_from_nowhere_is_refused(init: Any, make_job: JobMaker) -> 
 
 
 def test_a_job_loads_without_torch() -> None:
-    code = "import sys, earthshine.train.job, earthshine.recipes.registry as r; r.recipe('tiny_moe'); "
+    code = "import sys, earthshine.train.job, earthshine.recipes.registry as r; r.RECIPES['tiny_moe'](); "
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""train/loop.py: whole runs on a tiny model, their ends, and going on."""
+"""train/loop.py: whole runs on a tiny model, how they end, and how they resume."""
 
 import hashlib
 import json
@@ -278,7 +278,9 @@ def test_without_a_compiler_nothing_is_compiled(
     make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="compile=true needs a C\\+\\+ compiler, and 'no-such-compiler' is not there"):
+    with pytest.raises(
+        ConfigError, match="compile=true needs a C\\+\\+ compiler, and 'no-such-compiler' was not found"
+    ):
         fit(make_job(compile=True), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 

@@ -84,7 +84,7 @@ def test_a_folder_of_another_config_is_refused_with_all_differences(
 
 def test_a_config_that_is_not_json_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="is not the config of a run"):
         check_config(tmp_path, make_job(), 0, allow_change=True)
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from earthshine.data.loader import Batch
 from earthshine.errors import DataError, TrainingDivergedError
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops.routing import bias_update
 from earthshine.train.job import Scratch, TrainJob
@@ -35,7 +35,7 @@ def uneven_batch(vocab: int) -> Batch:
 
 
 def built(config: ModelConfig, **options: Any) -> Transformer:
-    model = Transformer(config, **options)
+    model = Transformer(config, training=TrainingOptions(**options))
     initialize(model, seed=0)
     return model
 
