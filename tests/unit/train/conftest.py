@@ -1,5 +1,6 @@
-"""Tiny jobs on shards made by hand, for the tests of train/."""
+"""Tiny jobs on shards made by hand, and `import whole_runs`, for the tests of train/."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.train.job import CheckpointConfig, HeldoutConfig, Scratch, TrainJob
 
+sys.path.insert(0, str(Path(__file__).parent))
 VOCAB, EOD = 64, 0
 
 

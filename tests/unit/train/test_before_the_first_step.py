@@ -3,23 +3,31 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from whole_runs import JobMaker
 
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.manifest import key_path
 from earthshine.config import encode
-from earthshine.errors import ConfigError, DiskFullError
+from earthshine.data.config import DataConfig
+from earthshine.errors import (
+    ConfigError,
+    DataError,
+    DiskFullError,
+    OutputExistsError,
+)
 from earthshine.files import write_json
+from earthshine.model.config import ModelConfig
 from earthshine.report.page import write_report
 from earthshine.train import loop
 from earthshine.train.derive import derive
-from earthshine.train.job import CheckpointConfig, HeldoutConfig, TrainJob
+from earthshine.train.job import CheckpointConfig, FromCheckpoint, FromHuggingFace, HeldoutConfig, Scratch
 from earthshine.train.loop import fit
-
-JobMaker = Callable[..., TrainJob]
 
 
 @pytest.fixture
@@ -131,3 +139,57 @@ def test_epochs_are_planned_and_told(
     assert json.loads((tmp_path / "plan.json").read_text())["sources"][0]["epochs"] == epochs
     text = write_report([tmp_path]).with_suffix(".md").read_text()
     assert f"| Epochs | {epochs * 4 / 100:.2f} |" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"data": None}, ConfigError),
+        ({"seq_len": 2000}, ConfigError),
+        ({"device": "gpu"}, ConfigError),
+        ({"init": FromHuggingFace(path="nowhere")}, ConfigError),
+        ({"init": FromCheckpoint(path="nowhere")}, ConfigError),
+        ({"vocab": 32}, DataError),
+        ({"heldout": HeldoutConfig(path="nowhere")}, DataError),
+    ],
+    ids=lambda p: str(p),
+)
+def test_what_cannot_start_leaves_no_folder(
+    change: dict[str, Any],
+    error: type[Exception],
+    make_job: JobMaker,
+    tmp_path: Path,
+    micro_model: Callable[[bool], ModelConfig],
+) -> None:
+    changes, device = dict(change), change.get("device", "cpu")
+    changes.pop("device", None)
+    if "data" in changes:
+        changes["data"] = DataConfig()
+    if "vocab" in changes:
+        changes["init"] = Scratch(model=replace(micro_model(False), vocab_size=changes.pop("vocab")))
+    with pytest.raises(error):
+        fit(make_job(**changes), tmp_path / "run", device=device)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        ConfigError, match="compile=true needs a C\\+\\+ compiler, and 'no-such-compiler' was not found"
+    ):
+        fit(make_job(compile=True), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_a_run_is_refused(make_job: JobMaker, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError):
+        fit(make_job(), tmp_path)
+
+
+def test_many_processes_are_refused(make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
+        fit(make_job(), tmp_path)

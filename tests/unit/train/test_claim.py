@@ -24,8 +24,8 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="another process is training in"), claim(tmp_path / "run"):
             pass
         (tmp_path / "run" / "config.json").write_text("{}")
-    with claim(tmp_path / "run"):
-        """Free again."""
+    with claim(tmp_path / "run"):  # free again, and as it was
+        assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "config.json"]
 
 
 def test_a_new_folder_goes_again_when_nothing_came_of_it(tmp_path: Path) -> None:
@@ -65,7 +65,9 @@ def test_a_folder_of_a_run_that_was_killed_before_its_config_was_whole_is_used(t
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.json.k1ll3d.tmp").write_text("{")
     with claim(tmp_path):
-        """Ours."""
+        with pytest.raises(ConfigError, match="another process is training in"), claim(tmp_path):
+            pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".config.json.k1ll3d.tmp", ".lock"]
 
 
 def test_what_a_kill_left_goes_at_the_next_start(tmp_path: Path, make_job: JobMaker) -> None:

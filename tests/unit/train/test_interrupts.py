@@ -4,11 +4,18 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from whole_runs import JobMaker, before_step, fingerprint, records
 
+from earthshine.errors import (
+    InterruptedRunError,
+)
+from earthshine.train import loop
 from earthshine.train.interrupts import Interrupts
+from earthshine.train.loop import fit
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +71,63 @@ def test_a_request_is_taken_where_it_cannot_be_confirmed(number: int, monkeypatc
             os.kill(os.getpid(), number)
             assert interrupts.requested
     os.close(writer)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_resumes(
+    number: signal.Signals, make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(moe=True)
+    fit(job, tmp_path / "whole")
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, lambda _: os.kill(os.getpid(), number))
+        with pytest.raises(
+            InterruptedRunError, match=rf"{number.name} after step 3 of 6: saved in .*step-000003.*same command"
+        ):
+            fit(job, tmp_path / "run")
+    assert InterruptedRunError.exit_code == 75
+    assert signal.getsignal(number) is handler
+    assert fit(job, tmp_path / "run").finished
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+
+
+def test_a_signal_before_the_first_step_saves_step_zero(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = loop._evaluate_if_due
+
+    def interrupted(run: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_evaluate_if_due", interrupted)
+        with pytest.raises(InterruptedRunError, match="after step 0 of 6"):
+            fit(make_job(), tmp_path / "run")
+    assert fit(make_job(), tmp_path / "run").finished
+
+
+def test_a_signal_while_the_run_is_opened_is_an_interruption(
+    make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(make_job(), tmp_path, stop_after=2)
+    build = loop.build_state
+
+    def slow(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return build(*args, **options)
+
+    monkeypatch.setattr(loop, "build_state", slow)
+    with pytest.raises(InterruptedRunError, match=r"SIGINT after step 2 of 6: saved in .*step-000002"):
+        fit(make_job(), tmp_path)
+
+
+def test_the_first_signal_asks_and_gives_the_second_its_default_back() -> None:
+    with Interrupts() as interrupts:
+        assert not interrupts.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.requested and interrupts.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL

@@ -1,6 +1,5 @@
 """train/loop.py with `log_every`: what a line stands for, and that a run is the same run however often it is logged."""
 
-import hashlib
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from whole_runs import before_step, fingerprint, poison
 
 from earthshine.checkpoint import run_store
 from earthshine.data.loader import Loader
@@ -29,29 +29,6 @@ QUIET: dict[str, Any] = {"checkpoint": CheckpointConfig(every_steps=0), "heldout
 def steps(run_dir: Path) -> list[dict[str, Any]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["kind"] == "step"]
-
-
-def fingerprint(run_dir: Path) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(run_store.load_model_state(run_dir)[1].items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def before_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[Any], None]) -> None:
-    original = loop._step
-
-    def wrapped(run: Any) -> None:
-        if run.state.step + 1 == step:
-            action(run)
-        original(run)
-
-    patch.setattr(loop, "_step", wrapped)
-
-
-def poison(run: Any) -> None:
-    with torch.no_grad():
-        run.state.model.final_norm.weight.fill_(float("nan"))
 
 
 def test_a_line_is_of_its_step_and_of_all_since_the_line_before(
