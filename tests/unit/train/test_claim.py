@@ -64,9 +64,8 @@ def test_who_is_kept_out_of_a_new_folder_leaves_it(tmp_path: Path, monkeypatch: 
 def test_a_folder_of_a_run_that_was_killed_before_its_config_was_whole_is_used(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.json.k1ll3d.tmp").write_text("{")
-    with claim(tmp_path):
-        with pytest.raises(ConfigError, match="another process is training in"), claim(tmp_path):
-            pass
+    with claim(tmp_path), pytest.raises(ConfigError, match="another process is training in"), claim(tmp_path):
+        pass
     assert sorted(p.name for p in tmp_path.iterdir()) == [".config.json.k1ll3d.tmp", ".lock"]
 
 
