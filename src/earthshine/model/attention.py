@@ -6,7 +6,6 @@ values, N width of a head's part without rotation (C = N + 2R).
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,15 +17,11 @@ from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 from earthshine.model.layers import Linear, RMSNorm, at_least_float32, to_compute
 from earthshine.model.protocols import KeyValueGather, LocalKeyValueGather
-from earthshine.ops.attention import Mask, causal_attention, documents_of
+from earthshine.ops.attention import Mask, causal_attention
 from earthshine.ops.rotary import rotate
 
 # Whatever `rms_norm_eps` says: DeepSeek's code, and so transformers', gives the norms of the latents this default.
 _LATENT_NORM_EPS = 1e-6
-
-# What may look at each forward's queries, keys, softmax scale and documents, before the scores are made of them:
-# (q_BHSC, k_BGPC, scale, documents_BS) -> None.
-LogitObserver = Callable[[Tensor, Tensor, float, Tensor | None], None]
 
 
 class Cache:
@@ -84,7 +79,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.key_value_gather: KeyValueGather = LocalKeyValueGather()
-        self.logit_observer: LogitObserver | None = None
+        self.max_logits_H: Tensor | None = None  # raised by training forwards: `optim.qk_clip`
 
     def query_key_heads(self) -> dict[str, Any]:
         """How the rows of the projections divide into heads, for what treats heads one by one.
@@ -96,7 +91,7 @@ class Attention(nn.Module):
             to one head. For "mla" the sizes are (without, with rotation) of queries and (keys, values) of `kv_b_proj`.
         query, key: names in `rows` that a logit is linear in, through one head's query and key; of "mla"'s key, the
             first of its sizes.
-        normalised: queries and keys are normalised per head after the projection, so its scale does not reach them.
+        normalised: queries and keys are normalized per head after the projection, so its scale does not reach them.
         """
         heads, key_heads = (proj.out_features // self.head_dim for proj in (self.q_proj, self.k_proj))
         counts = {"q_proj": heads, "k_proj": key_heads, "v_proj": key_heads}
@@ -123,9 +118,8 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC).chunk(2, -1)
         k_BGSC, v_BGSC = self.key_value_gather.gather(k_BGSC, v_BGSC)
-        if self.logit_observer is not None:
-            self.logit_observer(q_BHSC, k_BGSC, 1 / math.sqrt(self.head_dim), documents_of(documents_BS))
-        out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS)
+        largest_H = _recorded(self, q_BHSC.shape[1])
+        out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS, max_logits_H=largest_H)
         result: Tensor = self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
         return result
 
@@ -180,7 +174,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(mla.kv_lora_rank, heads * sum(self.key_value_widths))
         self.o_proj = Linear(heads * mla.v_head_dim, config.hidden_size)
         self.key_value_gather: KeyValueGather = LocalKeyValueGather()
-        self.logit_observer: LogitObserver | None = None
+        self.max_logits_H: Tensor | None = None  # raised by training forwards: `optim.qk_clip`
 
     def query_key_heads(self) -> dict[str, Any]:
         """As `Attention.query_key_heads`, of kind "mla"."""
@@ -216,9 +210,9 @@ class LatentAttention(nn.Module):
         # The latent and the shared key are what travels between ranks, as they are what a cache keeps.
         shared_key_B1S, latent_B1SL = self.key_value_gather.gather(shared_key_B1S, latent_B1SL)
         k_BHPC, v_BHPV = self._expand(latent_B1SL.squeeze(1), shared_key_B1S)
-        if self.logit_observer is not None:
-            self.logit_observer(q_BHSC, k_BHPC, self.scale, documents_of(documents_BS))
-        return self._output(causal_attention(q_BHSC, k_BHPC, v_BHPV, documents_BS, scale=self.scale))
+        largest_H = _recorded(self, q_BHSC.shape[1])
+        out_BHSV = causal_attention(q_BHSC, k_BHPC, v_BHPV, documents_BS, scale=self.scale, max_logits_H=largest_H)
+        return self._output(out_BHSV)
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         """Of all heads, side by side; unrotated."""
@@ -273,6 +267,14 @@ class LatentAttention(nn.Module):
     def _output(self, out_BHSV: Tensor) -> Tensor:
         result: Tensor = self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
         return result
+
+
+def _recorded(attention: Attention | LatentAttention, num_heads: int) -> Tensor | None:
+    """What the forward of these heads raises: of one in training mode with gradients, so neither of an evaluation nor
+    of a routing pass, which sees the same tokens once more."""
+    if attention.max_logits_H is None or not (attention.training and torch.is_grad_enabled()):
+        return None
+    return attention.max_logits_H[:num_heads]
 
 
 def attention_widths(config: ModelConfig) -> tuple[int, int]:

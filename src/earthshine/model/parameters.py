@@ -63,6 +63,16 @@ def router_biases(c: ModelConfig) -> dict[int, str]:
     return {layer: f"blocks.{layer}.moe.router.bias_E" for layer in c.moe.layers if c.moe.gate == "sigmoid_bias"}
 
 
+def query_key_projections(c: ModelConfig) -> dict[int, tuple[str, ...]]:
+    """The names of each layer's parameters that make queries and keys per head, as `query_key_heads` says."""
+    names: tuple[str, ...] = ("q_proj.weight", "k_proj.weight")
+    if c.mla.kv_lora_rank:
+        names = ("q_b_proj.weight" if c.mla.q_lora_rank else "q_proj.weight", "kv_b_proj.weight")
+    elif c.qkv_bias:
+        names += ("q_proj.bias", "k_proj.bias")
+    return {layer: tuple(f"blocks.{layer}.attn.{name}" for name in names) for layer in range(c.num_hidden_layers)}
+
+
 def _vector(name: str, size: int) -> Weight:
     return Weight(name, 1, size, role="vector")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from earthshine.device import has_flash_attention, to_device
+from earthshine.device import at_least_float32_dtype, has_flash_attention, to_device
 
 Backend = Literal["auto", "sdpa", "blocks", "varlen"]
 
@@ -160,6 +160,7 @@ def causal_attention(
     *,
     scale: float | None = None,
     backend: Backend = "auto",
+    max_logits_H: Tensor | None = None,
 ) -> Tensor:
     """Softmax(scale * q k^T) v over positions up to each query's own; shape (B, H, S, V).
 
@@ -175,6 +176,8 @@ def causal_attention(
             queries in blocks of rows, each against the keys up to its end, and keeps the probabilities for the backward
             pass; "auto" is `choose_backend`. In bf16 "blocks" rounds scores and probabilities to bf16, as transformers'
             eager attention does; SDPA is 2 to 7 times closer.
+        max_logits_H: raised in place, where given, to the largest logit of each query head. "blocks" takes it from the
+            scores it has; the other kernels do not show theirs, and `max_logits` computes them once more.
     """
     (B, _, S, C), (P, V) = q_BHSC.shape, v_BGPV.shape[2:]
     scale = 1 / math.sqrt(C) if scale is None else scale
@@ -186,12 +189,23 @@ def causal_attention(
         )
     if mask.backend == "blocks":
         assert S == P, "row blocks have no cache"
-        out_BHSV: Tensor = _RowBlocks.apply(q_BHSC, k_BGPC, v_BGPV, mask.documents_BS, scale)  # type: ignore[no-untyped-call]
-        return out_BHSV
+        wants_max = max_logits_H is not None
+        out_BHSV, largest_H = _RowBlocks.apply(q_BHSC, k_BGPC, v_BGPV, mask.documents_BS, scale, wants_max)  # type: ignore[no-untyped-call]
+        if max_logits_H is not None:
+            _raise_to(max_logits_H, largest_H)
+        blocks_BHSV: Tensor = out_BHSV
+        return blocks_BHSV
+    if max_logits_H is not None:
+        _raise_to(max_logits_H, max_logits(q_BHSC, k_BGPC, scale, mask.documents_BS))
     if mask.backend == "varlen":
         packed_BHSV: Tensor = _varlen(q_BHSC, k_BGPC, v_BGPV, mask, scale)
         return packed_BHSV
     return _sdpa(q_BHSC, k_BGPC, v_BGPV, mask.visible, scale)
+
+
+def _raise_to(max_logits_H: Tensor, largest_H: Tensor) -> None:
+    """In place, so that what a compiled model sees is one tensor, whichever step it is."""
+    max_logits_H.copy_(torch.maximum(max_logits_H, largest_H.to(max_logits_H)))
 
 
 @torch.no_grad()
@@ -204,27 +218,26 @@ def max_logits(
     """The largest scale * q k^T of each query head over all sequences and attended pairs of positions; (H,).
 
     Arguments and which pairs are attended to: as in `causal_attention`. Of at least float32; -inf without positions.
-    Takes the queries in blocks of rows and their products in the inputs' type: as exact as the scores that attention
-    itself makes. Costs the first of attention's two products, forward only.
+    Takes the queries in blocks of rows and multiplies in the inputs' dtype: as exact as the scores that attention
+    itself computes. Costs the first of attention's two matmuls, forward only.
     """
     assert documents_BS is None or q_BHSC.shape[2] == k_BGPC.shape[2], "documents of cached positions are not known"
     (B, H, S, C), (G, P) = q_BHSC.shape, k_BGPC.shape[1:3]
     scale = 1 / math.sqrt(C) if scale is None else scale
-    wide = torch.promote_types(q_BHSC.dtype, torch.float32)
-    largest_H = torch.full((H,), -math.inf, dtype=wide, device=q_BHSC.device)
-    position_P = torch.arange(P, device=q_BHSC.device)
+    acc_dtype = at_least_float32_dtype(q_BHSC.dtype)
+    largest_H = torch.full((H,), -math.inf, dtype=acc_dtype, device=q_BHSC.device)
     block_rows = _block_rows(C)
+    future_RR = torch.ones(block_rows, block_rows, dtype=torch.bool, device=q_BHSC.device).triu_(1)
     for start in range(0, S if B else 0, block_rows):
         end = min(start + block_rows, S)
         seen = P - S + end  # by the last of these queries
         q_NRC = q_BHSC[:, :, start:end].reshape(B * G, -1, C)
         scores = torch.bmm(q_NRC, k_BGPC[:, :, :seen].reshape(B * G, seen, C).mT).view(B, H, end - start, seen)
-        future_RP = position_P[:seen] > position_P[P - S + start : seen].unsqueeze(1)
-        scores = scores.masked_fill_(future_RP, -math.inf)
+        scores[..., P - S + start :].masked_fill_(future_RR[: end - start, : end - start], -math.inf)
         if documents_BS is not None:
             other_BRP = documents_BS[:, start:end].unsqueeze(2) != documents_BS[:, :seen].unsqueeze(1)
             scores.masked_fill_(other_BRP.unsqueeze(1), -math.inf)
-        largest_H = torch.maximum(largest_H, scores.amax((0, 2, 3)).to(wide) * scale)
+        largest_H = torch.maximum(largest_H, scores.amax((0, 2, 3)).to(acc_dtype) * scale)
     return largest_H
 
 
@@ -295,72 +308,87 @@ def _varlen(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, mask: Mask, scale: f
 class _RowBlocks(torch.autograd.Function):
     """Attention of blocks of query rows, each with the keys up to its end: most of the upper triangle is not computed.
 
-    The queries of the L heads that share keys are rows of one product. Softmax and its gradient are in at least
-    float32; the probabilities are kept, in the dtype of the inputs: about N * L * S^2 / 2 of them.
+    The queries of the L heads that share keys are rows of one matmul. Softmax and its gradient are in at least
+    float32; the probabilities are saved, in the dtype of the inputs: about N * L * S^2 / 2 of them.
+
+    Returns the output and, if `wants_max`, the largest logit of each head, (H,).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor, documents_BS: Tensor | None, scale: float
-    ) -> Tensor:
+        ctx: Any,
+        q_BHSC: Tensor,
+        k_BGSC: Tensor,
+        v_BGSV: Tensor,
+        documents_BS: Tensor | None,
+        scale: float,
+        wants_max: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         B, H, S, C = q_BHSC.shape
         G, V = k_BGSC.shape[1], v_BGSV.shape[3]
-        wide = torch.promote_types(q_BHSC.dtype, torch.float32)
+        acc_dtype = at_least_float32_dtype(q_BHSC.dtype)
         q_NLSC = torch.mul(q_BHSC, scale, out=q_BHSC.new_empty(B, H, S, C)).view(B * G, H // G, S, C)
         k_NSC, v_NSV = k_BGSC.reshape(B * G, S, C), v_BGSV.reshape(B * G, S, V)
         # In the order of the projection that follows, which would copy it otherwise.
         out_BSHV = q_NLSC.new_empty(B, S, H, V)
         block_rows = _block_rows(C)
         future_RR = torch.ones(block_rows, block_rows, dtype=torch.bool, device=q_BHSC.device).triu_(1)
-        kept = []
+        saved, largest = [], []
         for start in range(0, S, block_rows):
             end = min(start + block_rows, S)
-            scores = torch.bmm(q_NLSC[:, :, start:end].flatten(1, 2), k_NSC[:, :end].transpose(1, 2)).to(wide)
+            scores = torch.bmm(q_NLSC[:, :, start:end].flatten(1, 2), k_NSC[:, :end].transpose(1, 2)).to(acc_dtype)
             by_batch = scores.view(B, H, end - start, end)
             by_batch[..., start:].masked_fill_(future_RR[: end - start, : end - start], -math.inf)
             if documents_BS is not None:
                 other_BRP = documents_BS[:, start:end].unsqueeze(2) != documents_BS[:, :end].unsqueeze(1)
                 by_batch.masked_fill_(other_BRP.unsqueeze(1), -math.inf)
+            if wants_max:
+                largest.append(by_batch.amax((0, 2, 3)))
             weights = torch.softmax(scores, -1).to(q_BHSC.dtype)
             if any(ctx.needs_input_grad):
-                kept.append(weights)
+                saved.append(weights)
             out_BHRV = torch.bmm(weights, v_NSV[:, :end]).view(B, H, end - start, V)
             out_BSHV[:, start:end] = out_BHRV.transpose(1, 2)
-        ctx.save_for_backward(q_NLSC, k_NSC, v_NSV, *kept)
+        ctx.save_for_backward(q_NLSC, k_NSC, v_NSV, *saved)
         ctx.scale, ctx.block_rows = scale, block_rows
-        return out_BSHV.transpose(1, 2)
+        if not wants_max:
+            return out_BSHV.transpose(1, 2), None
+        largest_H = torch.stack(largest).amax(0)
+        ctx.mark_non_differentiable(largest_H)
+        return out_BSHV.transpose(1, 2), largest_H
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BHSV: Tensor) -> tuple[Tensor | None, ...]:
-        q_NLSC, k_NSC, v_NSV, *kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_BHSV: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q_NLSC, k_NSC, v_NSV, *saved = ctx.saved_tensors
         (N, L, S, _), (B, H) = q_NLSC.shape, grad_BHSV.shape[:2]
-        wide = torch.promote_types(q_NLSC.dtype, torch.float32)
+        acc_dtype = at_least_float32_dtype(q_NLSC.dtype)
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]  # not all, where projections are frozen
         grad_q_NLSC, grad_k_NSC, grad_v_NSV = torch.empty_like(q_NLSC), None, None
         # The last block meets all keys: its products begin the sums over blocks.
-        for start, weights in reversed(list(zip(range(0, S, ctx.block_rows), kept, strict=True))):
+        for start, weights in reversed(list(zip(range(0, S, ctx.block_rows), saved, strict=True))):
             end = min(start + ctx.block_rows, S)
             grad_rows = grad_BHSV[:, :, start:end].reshape(N, L * (end - start), -1)
             q_rows = q_NLSC[:, :, start:end].flatten(1, 2)
             if needs_v:
-                part_v = torch.bmm(weights.transpose(1, 2), grad_rows).to(wide)
+                part_v = torch.bmm(weights.transpose(1, 2), grad_rows).to(acc_dtype)
                 grad_v_NSV = part_v if grad_v_NSV is None else _add_rows(grad_v_NSV, part_v)
             if not (needs_q or needs_k):
                 continue
             grad_weights = torch.bmm(grad_rows, v_NSV[:, :end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights.to(wide), weights.to(wide), -1, wide)
+            grad_scores = torch._softmax_backward_data(grad_weights.to(acc_dtype), weights.to(acc_dtype), -1, acc_dtype)
             grad_scores = grad_scores.to(q_NLSC.dtype)
             if needs_q:
                 rows_q = torch.bmm(grad_scores, k_NSC[:, :end])
                 grad_q_NLSC[:, :, start:end] = rows_q.mul_(ctx.scale).unflatten(1, (L, -1))
             if needs_k:
-                part_k = torch.bmm(grad_scores.transpose(1, 2), q_rows).to(wide)
+                part_k = torch.bmm(grad_scores.transpose(1, 2), q_rows).to(acc_dtype)
                 grad_k_NSC = part_k if grad_k_NSC is None else _add_rows(grad_k_NSC, part_k)
         return (
             grad_q_NLSC.view(B, H, S, -1) if needs_q else None,
             None if grad_k_NSC is None else grad_k_NSC.to(q_NLSC.dtype).view(B, H // L, S, -1),
             None if grad_v_NSV is None else grad_v_NSV.to(q_NLSC.dtype).view(B, H // L, S, -1),
+            None,
             None,
             None,
         )

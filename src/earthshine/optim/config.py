@@ -134,6 +134,8 @@ class OptimizerConfig(GroupOptions):
     non_matrix: who gets embeddings, head, norms and vectors: "adamw", or "scion" (its norm-ball steps, `optim.scion`).
     router: who gets the routers' matrices: "muon" as Moonlight does, or "adamw".
     heads: "whole" orthogonalizes a projection as it is stored, "split" each attention head's rows by themselves.
+    qk_clip_threshold: after each step, attention heads whose largest logit of that step was above this are scaled back
+        to it (QK-Clip, `optim.qk_clip`), whatever the algorithm. Kimi K2 takes 100; 0 is off.
     freeze: name patterns (fnmatch) of parameters that are not trained. The choice bias of a router whose weight is
         frozen stays as well; by its own name, "*.router.bias_E", it stays although the weight is trained.
     """
@@ -142,6 +144,7 @@ class OptimizerConfig(GroupOptions):
     non_matrix: Literal["adamw", "scion"] = _option("adamw", was="rest")
     router: Literal["muon", "adamw"] = "muon"
     heads: Literal["whole", "split"] = "whole"
+    qk_clip_threshold: float = 0.0
     freeze: tuple[str, ...] = ()
 
 

@@ -1,21 +1,19 @@
-"""QK-Clip: shrink the queries and keys of attention heads whose logits grew too large (Kimi K2, arXiv:2507.20534).
+"""QK-Clip: shrink queries and keys of attention heads whose logits grew too large (Kimi K2, arXiv:2507.20534).
 
-After the optimizer's step, for each head h with S_h, the largest logit of the step's training batches,
+After the optimizer's step, for each head h with S_h, the largest logit of the step's training batches:
 
     S_h = max over sequences and attended pairs i, j of  scale * q_i^h . k_j^h
     gamma_h = min(1, tau / S_h)                                                      tau = 100
-
-the rows of the projections that make q^h and k^h (and their biases) are scaled so that every logit of the head becomes
-gamma_h times what it was; of a head below tau, none is touched:
 
     one key per query head    W_q^h *= gamma_h^alpha,   W_k^h *= gamma_h^(1 - alpha)                 alpha = 1/2
     grouped queries           W_k^g *= gamma_g^(1 - alpha),   W_q^h *= gamma_h / gamma_g^(1 - alpha),
                               gamma_g = min over the heads h that share key g
     latent attention          W_q^h without rotation *= gamma_h^alpha, its keys in kv_b *= gamma_h^(1 - alpha),
-                              W_q^h with rotation *= gamma_h, the key that all heads share is left alone
+                              W_q^h with rotation *= gamma_h, the key that all heads share stays
 
-The grouped form is ours: the paper has one key per head, and is its special case. Rotary positions and softmax's scale
-commute with all of it, and so does the norm before kv_b, being before. The state of the optimizer is left as it is.
+Rows of the projections and their biases are scaled, so that every logit of the head becomes gamma_h times what it was;
+a head below tau is not touched, nor is the optimizer's state. The grouped form is ours; the paper's one key per head is
+its special case. `train` clips by `optimizer.qk_clip_threshold`; in another loop:
 
     clip = QKClip(model)
     optimizer.register_step_post_hook(clip)
@@ -27,15 +25,14 @@ import fnmatch
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from earthshine.device import Readings, at_least_float32_dtype
 from earthshine.errors import ConfigError, TrainingDivergedError
-from earthshine.ops.attention import max_logits as _max_logits
 from earthshine.optim.sharding.layout import read_layout
 
 _REQUIRED = ("kind", "heads", "key_heads", "rows", "query", "key")
@@ -44,17 +41,18 @@ _REQUIRED = ("kind", "heads", "key_heads", "rows", "query", "key")
 class QKClip:
     """Clips the attention layers of `model`; an instance is a hook for `optimizer.register_step_post_hook`.
 
-    threshold: tau. alpha: the share of the shrinking that queries take.
+    threshold: tau. alpha: the fraction of the shrinking that queries take.
     heads: for modules that have no method `query_key_heads()`: what it would return (as documented at
         `earthshine.model.attention.Attention.query_key_heads`), by module name or pattern (fnmatch).
-    first_head: where the heads that this process's forward sees begin, when it sees some of them (tensor parallel).
-    process_group: over which maxima are taken together, in each `clip` (a collective). None: all processes, where
-        torch.distributed is initialised. With pipeline parallelism pass the stage's, as others have other layers.
+    first_head: the first head that this process's forward computes, if it computes some of them (tensor parallel).
+    process_group: over which maxima are reduced, in each clip (a collective). None: all processes, where
+        torch.distributed is initialized. With pipeline parallelism pass the stage's, as others have other layers.
 
+    Layers with a frozen query or key projection are left out: `frozen` names them. Nothing waits for an accelerator.
     Weights may be plain tensors or DTensors of any layout; names are looked up at each clip, so that the model may be
-    sharded before or after. Raises ConfigError where no layer declares heads, for a declaration that does not fit its
-    parameters, for weights that two layers share, and for queries and keys normalised per head (Qwen3), on whose
-    logits the scale of the projection has no effect.
+    sharded before or after. Raises ConfigError where no layer declares heads or none is trained, for a declaration that
+    does not fit its parameters, for weights that two layers share, and for queries and keys normalized per head
+    (Qwen3), on whose logits the scale of the projection has no effect.
     """
 
     def __init__(
@@ -75,107 +73,136 @@ class QKClip:
             )
         self.threshold, self.alpha = threshold, alpha
         self.first_head, self.process_group = first_head, process_group
-        self.layers = _find_layers(model, heads or {})
+        self.layers, self.frozen = _find_layers(model, heads or {})
         self.last_max_logits: dict[str, Tensor] = {}
-        self._recorded: dict[str, Tensor] = {}
+        self._numbers = Readings()
+        self._recorded_H: Tensor | None = None  # heads of all layers, one after another
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Within it, every forward in training mode adds to its layer's maxima, until the next clip by the hook.
+        """Within it, every training forward raises its layer's maxima, until the next clip by them.
 
-        Micro-batches, recomputation and accumulation are all one maximum. Costs one product of queries and keys per
-        forward. Raises ConfigError for modules without `logit_observer` (pass `clip` the maxima then).
+        Micro-batches, recomputation and accumulation are all one maximum; evaluation and forwards without gradient
+        are not recorded. Costs what `max_logits_H` of `ops.attention.causal_attention` does. Raises ConfigError for
+        modules without `max_logits_H` (pass `clip` the maxima then).
         """
         for name, (module, _) in self.layers.items():
-            if getattr(module, "logit_observer", self) is not None:
+            if getattr(module, "max_logits_H", self) is not None:
                 raise ConfigError(
-                    f"{name} ({type(module).__name__}) cannot be recorded: it has no attribute logit_observer, or is "
+                    f"{name} ({type(module).__name__}) cannot be recorded: it has no attribute max_logits_H, or is "
                     f"being recorded already. Compute its maxima with earthshine.ops.attention.max_logits and pass "
                     f"them to QKClip.clip."
                 )
+        if self._recorded_H is None or self._recorded_H.device != self._device:
+            self._recorded_H = self._no_maxima()
+        self._recorded_H.fill_(-math.inf)
         try:
-            for name, (module, _) in self.layers.items():
-                setattr(module, "logit_observer", partial(self._observe, name, module))  # noqa: B010
+            for (module, _), largest_H in zip(self.layers.values(), self._by_layer(self._recorded_H), strict=True):
+                setattr(module, "max_logits_H", largest_H[self.first_head :])  # noqa: B010
             yield
         finally:
             for module, _ in self.layers.values():
-                setattr(module, "logit_observer", None)  # noqa: B010
-
-    def _observe(
-        self, name: str, module: nn.Module, q_BHSC: Tensor, k_BGPC: Tensor, scale: float, documents_BS: Tensor | None
-    ) -> None:
-        if not module.training:
-            return
-        new_H = _max_logits(q_BHSC, k_BGPC, scale, documents_BS)
-        if name not in self._recorded:
-            self._recorded[name] = torch.full_like(new_H, -math.inf)
-        # In place: what a compiled model sees is then one tensor, whichever step it is.
-        torch.maximum(self._recorded[name], new_H, out=self._recorded[name])
+                setattr(module, "max_logits_H", None)  # noqa: B010
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The hook: clip by what was recorded since the last time, and start again."""
-        self.clip(self._recorded)
-        for largest_H in self._recorded.values():
-            largest_H.fill_(-math.inf)
+        self.clip_recorded()
 
-    @torch.no_grad()
+    def clip_recorded(self) -> None:
+        """`clip` by what was recorded since the last time, and start again."""
+        if self._recorded_H is None:
+            self._recorded_H = self._no_maxima()
+        self._clip(self._recorded_H)
+        self._recorded_H.fill_(-math.inf)
+
     def clip(self, max_logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scale the weights by the largest logits of each layer's heads; (heads,) each, or those from `first_head` on.
 
-        Layers that are not given are left alone, as are heads of -inf. Returns gamma (float64, on the CPU) of the
-        layers with a head above the threshold. The maxima over all processes are in `last_max_logits` afterwards.
-        Raises ConfigError for another layer or number of heads, TrainingDivergedError, before anything is changed,
-        for a maximum that is not finite.
+        Layers that are not given are left alone, as are heads of -inf. Returns each given layer's gamma, (heads,) in
+        float64, on the device: 1 where nothing is clipped. The maxima over all processes are then in `last_max_logits`.
+        Raises ConfigError for another layer or number of heads and, on a CPU, TrainingDivergedError for a maximum that
+        is not finite, before anything is changed. On an accelerator such a head is left alone; `measure` tells.
         """
-        self.last_max_logits = self._gather(max_logits)
-        for name, largest_H in self.last_max_logits.items():
-            if bool((largest_H == math.inf).any()):
-                raise TrainingDivergedError(
-                    f"the largest attention logit of {name} is not finite: the forward pass has diverged. Go back to "
-                    f"a checkpoint and lower the learning rate or QKClip's threshold={self.threshold}."
-                )
-        clipped = {}
-        for name, largest_H in self.last_max_logits.items():
-            gamma_H = torch.where(largest_H > self.threshold, self.threshold / largest_H, 1.0)
-            if bool((gamma_H < 1).any()):
-                clipped[name] = gamma_H
-                module, description = self.layers[name]
-                for local, factor_R in _row_factors(description, gamma_H, self.alpha).items():
-                    _scale_rows(f"{name}.{local}".lstrip("."), module.get_parameter(local), factor_R)
-        return clipped
-
-    def _gather(self, max_logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Per layer the maxima of all heads over all processes, float64 on the CPU; one transfer, one collective."""
         unknown = sorted(set(max_logits) - set(self.layers))
         if unknown:
             raise ConfigError(f"max_logits of {unknown[0]!r}: not one of the layers {', '.join(self.layers)}.")
-        sizes = [description["heads"] for _, description in self.layers.values()]
-        module, description = next(iter(self.layers.values()))
-        weight = module.get_parameter(description["query"][0])
-        everything = torch.full(
-            (sum(sizes),), -math.inf, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
-        )
-        for (name, (_, description)), part in zip(self.layers.items(), everything.split(sizes), strict=True):
+        max_H = self._no_maxima()
+        for name, of_layer_H in zip(self.layers, self._by_layer(max_H), strict=True):
             if name in max_logits:
-                given, size = max_logits[name].detach(), description["heads"]
+                given, size = max_logits[name].detach(), len(of_layer_H)
                 first = 0 if given.numel() == size else self.first_head
                 if given.ndim != 1 or first + given.numel() > size:
                     raise ConfigError(
                         f"max_logits of {name} has shape {list(given.shape)}, not [{size}], one per query head; some "
                         f"of the heads need QKClip(first_head=...), which is {self.first_head}."
                     )
-                # A collective's maximum of NaN and a number may be either: infinity is not overlooked.
-                part[first : first + given.numel()] = given.to(part).nan_to_num(math.inf, math.inf, -math.inf)
+                of_layer_H[first : first + given.numel()] = given.to(of_layer_H)
+        gamma = self._clip(max_H)
+        return {name: gamma[name] for name in max_logits}
+
+    def measure(self) -> Readings:
+        """Of the last clip: the largest logit of all heads, and how many heads were clipped."""
+        return self._numbers
+
+    @property
+    def _device(self) -> torch.device:
+        return self._first_weight.device
+
+    @property
+    def _first_weight(self) -> Tensor:
+        module, description = next(iter(self.layers.values()))
+        return module.get_parameter(description["query"][0])
+
+    def _no_maxima(self) -> Tensor:
+        """-inf for every head of every layer."""
+        num_heads = sum(description["heads"] for _, description in self.layers.values())
+        dtype = at_least_float32_dtype(self._first_weight.dtype)
+        return torch.full((num_heads,), -math.inf, dtype=dtype, device=self._device)
+
+    def _by_layer(self, all_H: Tensor) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = all_H.split([description["heads"] for _, description in self.layers.values()])
+        return parts
+
+    @torch.no_grad()
+    def _clip(self, max_H: Tensor) -> dict[str, Tensor]:
+        """Reduce the maxima of all heads over processes and scale what exceeds the threshold; gamma by layer."""
+        # A collective's maximum of NaN and a number may be either: infinity is not overlooked.
+        max_H = max_H.nan_to_num(math.inf, math.inf, -math.inf)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
-            dist.all_reduce(everything, dist.ReduceOp.MAX, group=self.process_group)
-        return dict(zip(self.layers, everything.cpu().double().split(sizes), strict=True))
+            dist.all_reduce(max_H, dist.ReduceOp.MAX, group=self.process_group)
+        max_H = max_H.double()
+        exceeds_H = (max_H > self.threshold) & max_H.isfinite()
+        gamma_H = torch.where(exceeds_H, self.threshold / max_H, 1.0)
+        self._numbers = Readings(max_H.amax(), exceeds_H.sum())
+        self.last_max_logits = dict(zip(self.layers, self._by_layer(max_H), strict=True))
+        if max_H.is_cpu:
+            self._require_finite()
+        gamma = dict(zip(self.layers, self._by_layer(gamma_H), strict=True))
+        for name, (module, description) in self.layers.items():
+            # Where it is known without waiting that all factors are 1, nothing is multiplied.
+            if not gamma_H.is_cpu or bool((gamma[name] < 1).any()):
+                for local, factor_R in _row_factors(description, gamma[name], self.alpha).items():
+                    _scale_rows(f"{name}.{local}".lstrip("."), module.get_parameter(local), factor_R)
+        return gamma
+
+    def _require_finite(self) -> None:
+        for name, largest_H in self.last_max_logits.items():
+            if bool((largest_H == math.inf).any()):
+                raise TrainingDivergedError(
+                    f"the largest attention logit of {name} is not finite: the forward pass has diverged. Go back to "
+                    f"a checkpoint and lower the learning rate or QKClip's threshold={self.threshold}."
+                )
 
 
 def _find_layers(
     model: nn.Module, given: Mapping[str, Mapping[str, Any]]
-) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
-    """Module name -> (module, what `query_key_heads` says), checked; in the model's order."""
+) -> tuple[dict[str, tuple[nn.Module, Mapping[str, Any]]], tuple[str, ...]]:
+    """Module name -> (module, what `query_key_heads` says), checked; in the model's order. And the frozen ones' names.
+
+    One projection alone cannot take the other's part of the shrinking, which alpha gives it.
+    """
     layers: dict[str, tuple[nn.Module, Mapping[str, Any]]] = {}
+    frozen: list[str] = []
     owner: dict[int, str] = {}
     unused = set(given)
     for name, module in model.named_modules():
@@ -186,7 +213,11 @@ def _find_layers(
             continue
         description = given[patterns[0]] if patterns else declare()  # type: ignore[misc]
         _check(name, module, description)
-        for local in (*description["query"], *description["key"]):
+        scaled = (*description["query"], *description["key"])
+        if not all(module.get_parameter(local).requires_grad for local in scaled):
+            frozen.append(name)
+            continue
+        for local in scaled:
             first = owner.setdefault(id(module.get_parameter(local)), name)
             if first != name:
                 raise ConfigError(
@@ -198,12 +229,17 @@ def _find_layers(
         raise ConfigError(
             f"QKClip heads pattern {sorted(unused)[0]!r} matches no module: use names of named_modules()."
         )
+    if frozen and not layers:
+        raise ConfigError(
+            "queries or keys of every attention layer are frozen: QK-Clip has nothing to scale. Leave it out, or train "
+            "them."
+        )
     if not layers:
         raise ConfigError(
             "no module of the model has query_key_heads(): QKClip needs to know which rows make a head's queries and "
             "keys; say it in heads={'*.self_attn': {...}}."
         )
-    return layers
+    return layers, tuple(frozen)
 
 
 def _check(name: str, module: nn.Module, description: Mapping[str, Any]) -> None:
@@ -215,7 +251,7 @@ def _check(name: str, module: nn.Module, description: Mapping[str, Any]) -> None
         )
     if description.get("normalised", False):
         raise ConfigError(
-            f"{name} normalises queries and keys per head after their projection (qk_norm): the scale of the "
+            f"{name} normalizes queries and keys per head after their projection (qk_norm): the scale of the "
             f"projection does not reach its logits, so QK-Clip cannot lower them. Leave QKClip out: the norms bound "
             f"the logits already."
         )
@@ -263,5 +299,5 @@ def _scale_rows(name: str, weight: Tensor, factor_R: Tensor) -> None:
     layout = read_layout(weight, ("flatten", 1), name)
     factor_R = torch.cat([factor_R[:0], *(factor_R[start:stop] for start, stop in layout.rows[layout.position])])
     local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
-    factor_R = factor_R.to(local.device, torch.promote_types(local.dtype, torch.float32))
+    factor_R = factor_R.to(local.device, at_least_float32_dtype(local.dtype))
     local.mul_(factor_R.view(-1, *[1] * (local.ndim - 1)))

@@ -12,7 +12,7 @@ from earthshine.model.counts import count_parameters, recomputed_flops_per_token
 from earthshine.model.parameters import router_biases, weights
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.cost import cost
-from earthshine.train.job import TrainJob, check_model, is_frozen, model_config
+from earthshine.train.job import TrainJob, check_model, is_frozen, model_config, qk_clip_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,10 @@ class Derived:
     Bytes are of one process that holds everything, without activations, which depend on the micro-batch.
     Frozen parameters are neither in gradients and optimizer nor in the FLOPs of their gradients; in the layers of
     `frozen_router_biases` the choice bias stays, too. `repeated_forward_flops_per_step` are those of recomputation and
-    of the routing pass of balance.scope="step". `sources` is what the run takes of its data, () where they cannot be
-    read here, and `heldout_sha256` the fingerprint of the held-out ones, "" likewise. `warnings` name what is allowed
-    and probably not meant.
+    of the routing pass of balance.scope="step". `qk_clip_layers` have heads that QK-Clip clips, () where it is off; its
+    FLOPs, at most one of attention's matmuls, are not counted. `sources` is what the run takes of its data, () where
+    they cannot be read here, and `heldout_sha256` the fingerprint of the held-out ones, "" likewise. `warnings` name
+    what is allowed and probably not meant.
     """
 
     world: int
@@ -41,6 +42,8 @@ class Derived:
     scion_parameters: int
     frozen_parameters: int
     frozen_router_biases: tuple[int, ...]
+    qk_clip_threshold: float
+    qk_clip_layers: tuple[int, ...]
     forward_backward_flops_per_step: float
     repeated_forward_flops_per_step: float
     newton_schulz_flops_per_step: float
@@ -72,6 +75,7 @@ class Derived:
             *([("trained by Scion", f"{self.scion_parameters:,}")] if self.scion_parameters else []),
             *([("frozen", f"{self.frozen_parameters:,}")] if self.frozen_parameters else []),
             *([("router bias frozen in layers", ", ".join(map(str, biases)))] if biases else []),
+            *([("QK-Clip", self._clipping())] if self.qk_clip_threshold else []),
             ("steps", f"{self.num_steps:,}"),
             ("tokens per step", f"{self.tokens_per_step:,} in {self.micro_batches} micro-batches"),
             ("total tokens", human_count(self.total_tokens)),
@@ -90,6 +94,9 @@ class Derived:
             rate = f"{flops_per_second / 1e9:,.0f} GFLOP/s"
             rows.append((f"time at the measured {rate} (lower bound)", human_seconds(seconds)))
         return table(("derived", "value"), rows)
+
+    def _clipping(self) -> str:
+        return f"attention logits above {self.qk_clip_threshold:g}, in {len(self.qk_clip_layers)} layers"
 
 
 def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> Derived:
@@ -141,6 +148,8 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         scion_parameters=by["scion"].elements,
         frozen_parameters=sum(w.elements for w in parameters if w.name in frozen),
         frozen_router_biases=_frozen_biases(optimizer, model),
+        qk_clip_threshold=optimizer.qk_clip_threshold,
+        qk_clip_layers=qk_clip_layers(optimizer, model),
         forward_backward_flops_per_step=forward_backward,
         repeated_forward_flops_per_step=repeated,
         newton_schulz_flops_per_step=newton_schulz,
@@ -183,4 +192,12 @@ def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -
             "balance.scope='micro_batch': the gradient depends on sequences_per_micro_batch="
             f"{job.sequences_per_micro_batch}. 'sequence' and 'step' give the same one for any."
         )
+    if job.optimizer.qk_clip_threshold:
+        clipped = qk_clip_layers(job.optimizer, model)
+        frozen = [layer for layer in range(model.num_hidden_layers) if layer not in clipped]
+        if frozen:
+            found.append(
+                f"optimizer.freeze keeps queries or keys of layers {', '.join(map(str, frozen))}: QK-Clip leaves these "
+                f"layers alone, and their logits are not in max_attention_logit."
+            )
     return tuple(found)

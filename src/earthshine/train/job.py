@@ -16,6 +16,7 @@ from earthshine.errors import CheckpointError, ConfigError, divisors
 from earthshine.files import expand_home
 from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
 from earthshine.model.hf_config import from_hf, read_hf_config
+from earthshine.model.parameters import query_key_projections
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.run_folder import checkpoint_folders
 
@@ -176,13 +177,15 @@ def model_config(job: TrainJob) -> ModelConfig:
 
 def check_model(job: TrainJob, model: ModelConfig) -> None:
     """Raise ConfigError for a model that the job cannot train: positions too few, routers that would not learn,
-    settings for experts or a bias that it does not have, or an architecture that no Hugging Face class could hold."""
+    settings for experts or a bias that it does not have, QK-Clip where it could not lower a logit, or an architecture
+    that no Hugging Face class could hold."""
     if job.seq_len > model.max_position_embeddings:
         raise ConfigError(
             f"seq_len={job.seq_len} is more than model.max_position_embeddings={model.max_position_embeddings}."
         )
     _ = model.family  # raises for an architecture that could be trained and then not be exported
     _check_routing(job, model)
+    _check_qk_clip(job.optimizer, model)
 
 
 def _check_routing(job: TrainJob, model: ModelConfig) -> None:
@@ -212,6 +215,31 @@ def _check_routing(job: TrainJob, model: ModelConfig) -> None:
             f"of the one expert is 1 whatever its logit, so routing would never be learned. Use top_k >= 2, "
             f'{other}, or freeze the routers (optimizer.freeze=["*.router.weight"]).'
         )
+
+
+def _check_qk_clip(optimizer: OptimizerConfig, model: ModelConfig) -> None:
+    if not optimizer.qk_clip_threshold:
+        return
+    if model.qk_norm:
+        raise ConfigError(
+            f"optimizer.qk_clip_threshold={optimizer.qk_clip_threshold:g} is not for model.qk_norm=true: queries and "
+            f"keys are normalized after their projections, so that scaling these lowers no logit, and the norms bound "
+            f"the logits already. Set it to 0."
+        )
+    if not qk_clip_layers(optimizer, model):
+        raise ConfigError(
+            f"optimizer.qk_clip_threshold={optimizer.qk_clip_threshold:g} has nothing to scale: optimizer.freeze keeps "
+            f"queries or keys of every layer. Set it to 0, or train both projections of a layer."
+        )
+
+
+def qk_clip_layers(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[int, ...]:
+    """The layers that QK-Clip clips: those whose query and key projections are all trained."""
+    return tuple(
+        layer
+        for layer, names in query_key_projections(model).items()
+        if optimizer.qk_clip_threshold and not any(is_frozen(optimizer, name) for name in names)
+    )
 
 
 def is_frozen(optimizer: OptimizerConfig, name: str) -> bool:

@@ -329,7 +329,7 @@ def _step(run: _Run) -> None:
 def _record(run: _Run, *, routing: bool = True) -> None:
     """Line and record of the steps since the last: the one place where their numbers are waited for, all at once.
 
-    Losses, norms and routing are those of the last of these steps; tokens, times and samples are of all of them.
+    Losses, norms, logits and routing are those of the last of these steps; tokens, times and samples are of all.
     routing: whether the model still has the counts of that step.
     """
     if not run.unrecorded:
@@ -370,6 +370,9 @@ def _record(run: _Run, *, routing: bool = True) -> None:
         loads = dict(zip(counts, whole[: len(counts)], strict=True))
         lost = {layer: n for layer, (n,) in zip(dropped, whole[len(counts) :], strict=True)}
         record |= routing_record(loads, lost if job.capacity.factor else None) | _balance(job, last.objective)
+    if last.clipped_logits is not None:
+        (record["max_attention_logit"],), (heads_clipped,) = last.clipped_logits.values
+        record["heads_clipped"] = int(heads_clipped)
     run.metrics.append(record)
     run.tracker.record(record)
     if record["mfu"] > 1 and not run.doubted_peak:

@@ -124,8 +124,8 @@ def max_violation(counts: Sequence[int]) -> float:
 def step_line(record: Mapping[str, Any], num_steps: int, eta_seconds: float) -> str:
     """`step  120/2000   6.0%  loss  3.4120  |g|   0.81  lr 2.00e-04   41.20k tok/s  mfu  38.0%    1.20GiB  eta 14m02s`
 
-    With experts also `maxvio  0.12` and, last, `dead 3` where experts got nothing; with a capacity `drop  1.2%`. Fields
-    have fixed widths, so that the lines of a run align.
+    With experts also `maxvio  0.12` and, last, `dead 3` where experts got nothing; with a capacity `drop  1.2%`; with
+    QK-Clip `logit  43.2` and, last, `clipped 2` where heads were. Fields have fixed widths, so that lines align.
     """
     step = record["step"]
     parts = [
@@ -141,9 +141,13 @@ def step_line(record: Mapping[str, Any], num_steps: int, eta_seconds: float) -> 
         parts.append(f"maxvio {record['max_violation']:5.2f}")
     if "drop_rate" in record:
         parts.append(f"drop {record['drop_rate']:5.1%}")
+    if "max_attention_logit" in record:
+        parts.append(f"logit {record['max_attention_logit']:5.1f}")
     parts.append(f"eta {human_seconds(eta_seconds):>6}")
     if record.get("dead_experts"):
         parts.append(f"dead {record['dead_experts']}")
+    if record.get("heads_clipped"):
+        parts.append(f"clipped {record['heads_clipped']}")
     return "  ".join(parts)
 
 

@@ -25,6 +25,7 @@ from earthshine.model.config import ModelConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.build import build_optimizer
 from earthshine.optim.muon import Muon
+from earthshine.optim.qk_clip import QKClip
 from earthshine.train.job import FromCheckpoint, FromHuggingFace, Scratch, TrainJob
 
 _OPTIMIZER_PREFIX = "optimizer."
@@ -41,6 +42,7 @@ class TrainState:
     loader: Loader
     device: torch.device
     resolved_dtypes: dict[str, str]
+    qk_clip: QKClip | None = None
     step: int = 0
     total_tokens: int = 0
 
@@ -146,8 +148,10 @@ def build_state(
         eod = loader.tokenization.eod
         log(f"the data's documents end with id {eod}: it becomes an end token, beside or instead of {ends}")
     optimizer = build_optimizer(model, replace(job.optimizer, ns_dtype=ns_dtype))
+    threshold = job.optimizer.qk_clip_threshold
+    qk_clip = QKClip(model, threshold) if threshold else None
     resolved_dtypes = {"compute_dtype": _dtype_name(compute_dtype), "ns_dtype": ns_dtype}
-    state = TrainState(model, optimizer, loader, device, resolved_dtypes)
+    state = TrainState(model, optimizer, loader, device, resolved_dtypes, qk_clip)
     if checkpoint is not None:
         state.restore(checkpoint, allow_config_change=allow_config_change)
     if job.compile:

@@ -1,4 +1,4 @@
-"""One step: forward and backward over micro-batches, clipping, and the update.
+"""One step: forward and backward over micro-batches, clipping, the update, and what follows it.
 
 What a step minimises, over all its sequences, whatever the cut into micro-batches:
 
@@ -15,7 +15,8 @@ Shapes: B sequences, S positions, E experts.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ class Objective:
 class StepResult:
     """What step number `step` was. Asking for a number waits for the device; `read(*readings)` has them all at once.
 
-    grad_norm: before clipping. forward_backward_seconds: a first routing pass included.
+    grad_norm: before clipping. forward_backward_seconds: a first routing pass included. clipped_logits: the largest
+    attention logit and the number of heads clipped, where QK-Clip is on.
     """
 
     step: int
@@ -85,10 +87,11 @@ class StepResult:
     num_targets: int
     norm: Readings
     stopwatch: Stopwatch
+    clipped_logits: Readings | None = None
 
     @property
-    def readings(self) -> tuple[Readings, Readings]:
-        return self.objective.sums, self.norm
+    def readings(self) -> tuple[Readings, ...]:
+        return self.objective.sums, self.norm, *([self.clipped_logits] if self.clipped_logits else [])
 
     @property
     def grad_norm(self) -> float:
@@ -106,6 +109,8 @@ class StepResult:
             raise TrainingDivergedError(
                 f"the gradient norm of step {self.step} is {self.grad_norm} (its loss is {self.objective.loss:.4f})."
             )
+        if self.clipped_logits is not None and not math.isfinite(self.clipped_logits.values[0][0]):
+            raise TrainingDivergedError(f"an attention logit of step {self.step} is not finite.")
 
 
 def train_step(state: TrainState, batch: Batch, *, lr: float, micro_batch: int, clip: float) -> StepResult:
@@ -123,7 +128,8 @@ def train_step(state: TrainState, batch: Batch, *, lr: float, micro_batch: int, 
     """
     state.optimizer.zero_grad(set_to_none=True)
     state.model.reset_expert_counts()
-    with Stopwatch(state.device) as stopwatch:
+    qk_clip = state.qk_clip
+    with Stopwatch(state.device) as stopwatch, qk_clip.recording() if qk_clip else nullcontext():
         objective = accumulate(state.model, batch, micro_batch)
     norm = clip_gradients(state.model.parameters(), clip)
     result = StepResult(state.step + 1, objective, batch.num_targets, Readings(norm), stopwatch)
@@ -132,6 +138,9 @@ def train_step(state: TrainState, batch: Batch, *, lr: float, micro_batch: int, 
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
+    if qk_clip is not None:
+        qk_clip.clip_recorded()
+        result = replace(result, clipped_logits=qk_clip.measure())
     state.model.update_router_bias()
     state.step = result.step
     state.total_tokens += batch.num_targets

@@ -6,6 +6,7 @@ Everything in float64; 1e-12: logits of some tens, of sums of tens of terms.
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import earthshine.model.attention as attention_module
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.model.attention import make_attention, rope_table
 from earthshine.model.config import MLAConfig, ModelConfig
 from earthshine.model.transformer import Transformer, initialize
+from earthshine.ops.attention import causal_attention
 from earthshine.optim.groups import param_groups
 from earthshine.optim.muon import Muon
 from earthshine.optim.qk_clip import QKClip, _scale_rows
@@ -60,17 +63,27 @@ def build(name: str) -> nn.Module:
     return attention
 
 
+@contextmanager
+def scores_of_each_forward() -> Iterator[list[Tensor]]:
+    """scale * q k^T of every head and pair of positions, (B, H, P, P), in the order of the layers' forwards."""
+    scores: list[Tensor] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any, scale: float | None = None, **kwargs: Any) -> Tensor:
+        each_k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores.append((q.shape[-1] ** -0.5 if scale is None else scale) * q.detach() @ each_k.detach().mT)
+        return causal_attention(q, k, v, *args, scale=scale, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_module, "causal_attention", spy)
+        yield scores
+
+
 def logits(attention: nn.Module, name: str, seed: int = 0) -> Tensor:
-    """scale * q k^T of every head and attended pair, (B, H, P, P), -inf elsewhere: the plain definition."""
-    seen = []
-    attention.logit_observer = lambda q, k, scale, documents: seen.append(  # type: ignore[assignment]
-        scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-    )
+    """The plain definition; -inf where a key lies after its query."""
     x = torch.randn(2, P, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
+    with torch.no_grad(), scores_of_each_forward() as scores:
         attention(x, rope_table(config(name), torch.arange(P)), None, None)
-    attention.logit_observer = None
-    return seen[0].masked_fill(torch.ones(P, P, dtype=torch.bool).triu(1), -math.inf)
+    return scores[0].masked_fill(torch.ones(P, P, dtype=torch.bool).triu(1), -math.inf)
 
 
 def largest(scores_BHSS: Tensor) -> Tensor:
@@ -164,27 +177,15 @@ def tokens(seed: int) -> Tensor:
 
 def plain_maxima(model: Transformer, batches: list[Tensor], documents: Tensor | None = None) -> dict[str, Tensor]:
     """By the plain definition, outside of QKClip; also of packed documents."""
-    found: dict[str, list[Tensor]] = {}
     hidden = torch.ones(P, P, dtype=torch.bool).triu(1)
     if documents is not None:
         hidden = hidden | (documents[:, None, :, None] != documents[:, None, None, :])
-
-    def observer(name: str) -> Callable[..., None]:
-        def see(q: Tensor, k: Tensor, scale: float, _: Tensor | None) -> None:
-            scores = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-            found.setdefault(name, []).append(largest(scores.masked_fill(hidden, -math.inf)))
-
-        return see
-
-    modules = {n: m for n, m in model.named_modules() if hasattr(m, "logit_observer")}
-    for name, module in modules.items():
-        module.logit_observer = observer(name)
-    with torch.no_grad():
+    with torch.no_grad(), scores_of_each_forward() as scores:
         for batch in batches:
             model(batch, documents_BS=documents)
-    for module in modules.values():
-        module.logit_observer = None
-    return {name: torch.stack(each).amax(0) for name, each in found.items()}
+    maxima = torch.stack([largest(s.masked_fill(hidden, -math.inf)) for s in scores])
+    layers = [name for name, module in model.named_modules() if hasattr(module, "max_logits_H")]
+    return dict(zip(layers, maxima.unflatten(0, (len(batches), len(layers))).amax(0), strict=True))
 
 
 @pytest.mark.parametrize("name", ["grouped", "latent"])
@@ -197,12 +198,17 @@ def test_micro_batches_are_recorded_as_one_maximum_and_evaluation_is_not(name: s
     with clip.recording():
         for seed, expected in zip((1, 2), alone, strict=True):
             assert torch.equal(model(tokens(seed), documents_BS=documents), expected)
+        with torch.no_grad():
+            model(tokens(3))
         model.eval()
         model(tokens(3))
-    assert clip.clip(clip._recorded) == {}
+    before = copy.deepcopy(model.state_dict())
+    clip.clip_recorded()
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
     expected = plain_maxima(model, [tokens(1), tokens(2)], documents)
     assert list(clip.last_max_logits) == list(expected)
     torch.testing.assert_close(clip.last_max_logits, expected, rtol=1e-12, atol=0)
+    assert clip.measure().values == [[float(torch.cat(list(clip.last_max_logits.values())).max())], [0]]
 
 
 def test_the_hook_clips_after_the_step_by_what_the_forwards_before_it_saw() -> None:
@@ -219,14 +225,15 @@ def test_the_hook_clips_after_the_step_by_what_the_forwards_before_it_saw() -> N
         for seed in (1, 2):
             twin(tokens(seed)).square().mean().backward()
         optimizers[1].step()
-        assert twin_clip.clip(expected)
+        gamma = torch.cat(list(twin_clip.clip(expected).values()))
+        assert clip.measure().values[1] == twin_clip.measure().values[1] == [(gamma < 1).sum()] != [0]
         torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-12, atol=0)
         before = copy.deepcopy(twin.state_dict())
         optimizers[0].step()  # no forward since: nothing is clipped
         optimizers[1].step()
     torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-12, atol=0)
     assert any(not torch.equal(before[n], p) for n, p in twin.named_parameters())
-    assert all(m.logit_observer is None for m in model.modules() if hasattr(m, "logit_observer"))
+    assert all(m.max_logits_H is None for m in model.modules() if hasattr(m, "max_logits_H"))
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -238,7 +245,7 @@ def test_normalised_queries_and_keys_are_refused() -> None:
         num_key_value_heads=2, head_dim=4, qk_norm=True,
     )  # fmt: skip
     attention = make_attention(normalised, 0)
-    with pytest.raises(ConfigError, match="normalises queries and keys.*cannot lower them. Leave QKClip out"):
+    with pytest.raises(ConfigError, match="normalizes queries and keys.*cannot lower them. Leave QKClip out"):
         QKClip(attention)
 
 
@@ -258,6 +265,24 @@ def test_a_maximum_that_is_not_finite_stops_before_anything_changes(value: float
     with pytest.raises(TrainingDivergedError, match="not finite"):
         QKClip(attention).clip({"": torch.tensor([500.0, 1, value, 1])})
     assert all(torch.equal(before[name], p) for name, p in attention.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["grouped", "latent"])
+def test_layers_with_frozen_queries_or_keys_are_left_out(name: str) -> None:
+    model = model_of(name).train()
+    queries, keys = ("q_proj.weight", "k_proj.weight") if name == "grouped" else ("q_proj.weight", "kv_b_proj.weight")
+    model.blocks[0].attn.get_parameter(keys).requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    clip = QKClip(model, threshold=1e-9)
+    with clip.recording():
+        model(tokens(1)).sum().backward()
+        clip.clip_recorded()
+    changed = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+    assert changed == {f"blocks.1.attn.{queries}", f"blocks.1.attn.{keys}"}
+    assert clip.frozen == ("blocks.0.attn",)
+    model.blocks[1].attn.get_parameter(queries).requires_grad_(False)
+    with pytest.raises(ConfigError, match="every attention layer are frozen: QK-Clip has nothing to scale"):
+        QKClip(model)
 
 
 class Foreign(nn.Module):
@@ -301,7 +326,7 @@ def test_other_modules_are_described_by_the_caller() -> None:
         ({"0": HEADS | {"key_heads": 3}}, "4 query heads cannot share 3 key heads evenly"),
         ({"0": HEADS | {"query": ("to_p.weight",)}}, "query 'to_p.weight' must be a parameter"),
         ({"0": HEADS | {"heads": 8}}, "8 rows of to_q.weight are not 8 query heads"),
-        ({"0": HEADS | {"normalised": True}}, "normalises queries and keys"),
+        ({"0": HEADS | {"normalised": True}}, "normalizes queries and keys"),
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(heads: dict[str, Any], message: str) -> None:

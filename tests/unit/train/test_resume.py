@@ -41,6 +41,7 @@ def test_changing_what_does_not_touch_the_mathematics_is_allowed(make_job: JobMa
         "seed=1",
         "sequences_per_micro_batch=1",
         "optimizer.lr=0.1",
+        "optimizer.qk_clip_threshold=100.0",
         "heldout.max_sequences=1",
         "data.document_attention=false",
         "init.model.rope_theta=1.0",

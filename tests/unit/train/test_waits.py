@@ -30,7 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "recompute": {"moe": True, "recompute": "block"},
     "normuon": {"moe": True, "optimizer": OptimizerConfig(lr=5e-3, ns_dtype="float32", normuon_beta2=0.95)},
     "adamw": {"moe": True, "optimizer": OptimizerConfig(lr=5e-3, algorithm="adamw")},
-    "moonlight": {},
+    "qk clip": {"optimizer": OptimizerConfig(lr=5e-3, ns_dtype="float32", qk_clip_threshold=1.0)},
+    "moonlight": {"optimizer": OptimizerConfig(lr=5e-3, ns_dtype="float32", qk_clip_threshold=1.0)},
 }
 
 
@@ -57,7 +58,7 @@ def test_a_step_waits_for_nothing_and_its_record_is_one_transfer(
         assert not waits.uploads
     (record,) = run.metrics.read()
     assert (record["step"], record["steps"], record["grad_norm"]) == (3, 3, 1.0)
-    assert ("expert_load" in record) == (kind not in ("dense",))
+    assert ("expert_load" in record) == (kind not in ("dense", "qk clip"))
 
 
 def result(step: int, loss: float = 1.0, norm: float = 1.0) -> StepResult:
