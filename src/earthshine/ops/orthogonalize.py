@@ -1,22 +1,21 @@
-"""Newton-Schulz orthogonalisation: G = U S V^T -> approximately U V^T, by matrix products only.
+"""Newton-Schulz orthogonalization: G = U S V^T -> approximately U V^T, by matmuls only.
 
 X_0 = G / ||G||_F;  X_k = a X + b (X X^T) X + c (X X^T)^2 X       (K. Jordan's Muon; arXiv:2502.16982 section 2.1)
 
-Two forms of the same polynomial. "standard" iterates on X: per step X X^T, its square, and one product with X.
+Two forms of the same polynomial. "standard" iterates on X: per step X X^T, its square, and one matmul with X.
 "gram" iterates on R = X X^T alone (Dao-AILab's gram-newton-schulz): with S_k = a + b R_k + c R_k^2,
     R_{k+1} = S_k R_k S_k,    Q_{k+1} = S_k Q_k,    O = Q X_0,
-so the long side appears in two products instead of ten. All factors are polynomials in one matrix and commute, hence
-every product of the gram form is symmetric and half of it can be left out, by blocks. Rounding leaves R with small
-negative eigenvalues that grow by a^2 per step; a restart (X <- Q X, R = X X^T) before they matter keeps the result as
-accurate as the standard form's (`newton_schulz_tables.gram_restarts`): rarely needed in fp32, always below.
+so the long side appears in two matmuls instead of ten, and all others are symmetric: half of each can be left out, by
+blocks. Rounding leaves R with small negative eigenvalues that grow by a^2 per step; a restart (X <- Q X, R = X X^T)
+before they matter keeps the accuracy of the standard form (`newton_schulz_tables.gram_restarts`).
 
-How we differ from torch.optim.Muon: normalisation is in at least fp32, before any cast, with a floor of 1e-30 instead
-of 1e-7 (which shrinks small gradients); the type is the caller's; the input is written to only when it may be.
+How we differ from torch.optim.Muon: the norm is taken in at least fp32, before any cast, with a floor of 1e-30 instead
+of 1e-7, which shrinks small gradients; the dtype is the caller's; the input is written to only when it may be.
 
-In fp32 on a CPU each matrix's result has the same bits alone and in any batch, on one thread and on several: Muon's
-promise that a layout over processes changes nothing rests on it. MKL keeps it except for tiny sides (see _MIN_SIDE).
+In fp32 on a CPU a matrix's result has the same bits alone and in any batch, on any number of threads: that layouts
+change nothing rests on it. MKL keeps it except for tiny sides (see _MIN_SIDE).
 
-Legend: B matrices, M rows, N columns; turned so that S = min(M, N), L = max(M, N).
+Legend: B matrices, M rows, N columns; transposed so that S = min(M, N), L = max(M, N).
 """
 
 import functools

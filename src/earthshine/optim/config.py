@@ -174,6 +174,7 @@ def reads_old_names(function: Callable[P, T]) -> Callable[P, T]:
     return renamed
 
 
+# Recipes are Python, so the class itself reads them, too; JSON goes by `earthshine.config`.
 OptimizerConfig.__init__ = reads_old_names(OptimizerConfig.__init__)  # type: ignore[method-assign]
 
 

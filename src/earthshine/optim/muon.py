@@ -65,12 +65,11 @@ class Muon(torch.optim.Optimizer):
     params: parameters, (name, parameter) pairs, or dicts of them with algorithm="muon", "adamw" or "scion" and, where
         a parameter is not one matrix, "matrices": a specification of `optim.logical_matrices` per parameter
         ("scion": "lmo", see `optim.scion`). `param_groups(model)` makes these dicts. Without "algorithm" a group
-        is "muon". Any option down to comm_dtype can be set per group; `OptimizerConfig` says what each does.
+        is "muon". Every option down to comm_dtype can be set per group; `optim.config.GroupOptions` says what each
+        does. Where its 0 switches something off, None does, too.
     scale: also a function(rows, cols) -> float that `optim.rules.register_scale` has given a name.
-    schatten_p, normuon_beta2, ns_steps: None is the config's 0.
+    betas: GroupOptions' beta1 and beta2.
     ns_coefficients: the name of a table in `ops.orthogonalize.COEFFICIENTS`, or rows (a, b, c) of your own.
-    rounding: of new weights narrower than fp32: to "nearest", where small updates are lost (a warning says so), or
-        "stochastic", where they arrive on average: see `optim.rounding`. rounding_seed: its seed, alike on all ranks.
     process_group: ranks that hold the plain parameters alike and divide their state (ZeRO-1). `state_dict()` and
         `load_state_dict()` are then collective.
     reduce_gradients: with process_group: gradients are each rank's own (no DDP); their mean is taken here, by the
