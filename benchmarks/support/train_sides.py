@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from earthshine.checkpoint.hf import load_model, read_config
+from earthshine.checkpoint.hf import read_config
+from earthshine.checkpoint.load import load_model
 from earthshine.console import log
 from earthshine.device import DTYPES, environment, gemm_peak, peak_memory_bytes, total_memory_bytes
 from earthshine.model.config import BalanceConfig, ModelConfig, MoEConfig, TrainingOptions

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import earthshine.upcycle as _upcycle_package
 
 if TYPE_CHECKING:
-    from earthshine.checkpoint.hf import load_model
+    from earthshine.checkpoint.load import load_model
     from earthshine.model.config import ModelConfig
     from earthshine.optim.groups import describe, param_groups
     from earthshine.optim.muon import Muon
@@ -28,7 +28,7 @@ _WHERE = {
     "UpcycleConfig": "earthshine.upcycle.config",
     "describe": "earthshine.optim.groups",
     "fit": "earthshine.train.loop",
-    "load_model": "earthshine.checkpoint.hf",
+    "load_model": "earthshine.checkpoint.load",
     "param_groups": "earthshine.optim.groups",
 }
 

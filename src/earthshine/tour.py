@@ -266,7 +266,7 @@ def _train(job: TrainJob, run: Path) -> None:
 def _sample(path: Path, label: str, model: Path, tokenizer: Path) -> None:
     if path.exists():
         return
-    from earthshine.checkpoint.hf import load_model
+    from earthshine.checkpoint.load import load_model
     from earthshine.evaluate.generate import generate
     from earthshine.evaluate.prompts import Prompts
 

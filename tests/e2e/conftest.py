@@ -73,7 +73,7 @@ def dense_dir(tokenizer_dir, tmp_path_factory) -> Path:
     model = Transformer(config)
     initialize(model, seed=0)
     out = tmp_path_factory.mktemp("models") / "dense"
-    save_model(model, config, out, companions=tokenizer_dir)
+    save_model(model, config, out, tokenizer_dir=tokenizer_dir)
     return out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.load import load_model
 
 
 @pytest.fixture(scope="module")

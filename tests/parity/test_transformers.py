@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from earthshine.checkpoint.hf import load_model, save_model
+from earthshine.checkpoint.hf import save_model
+from earthshine.checkpoint.load import load_model
 from earthshine.checkpoint.name_tables import entries
 from earthshine.model.config import FAMILIES, Family, MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from earthshine.model.hf_config import to_hf

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tiny_gguf
 from earthshine import tour
-from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.load import load_model
 from earthshine.errors import ConfigError, WeightsError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize
@@ -29,7 +29,7 @@ def test_the_marks_of_its_chat_are_tokens(tmp_path: Path, monkeypatch: pytest.Mo
         given.append(prompt_ids)
         return [letters.index("A") + 2]
 
-    monkeypatch.setattr("earthshine.checkpoint.hf.load_model", lambda path: None)
+    monkeypatch.setattr("earthshine.checkpoint.load.load_model", lambda path: None)
     monkeypatch.setattr("earthshine.evaluate.generate.generate", generate)
     tour._sample(tmp_path / "samples.json", "dense", tmp_path, tmp_path)
     assert [i for i in given[0] if i < 2] == [0, 1, 0]

@@ -11,27 +11,20 @@ import torch
 from torch import Tensor
 
 from earthshine.checkpoint import run_store
-from earthshine.checkpoint.companions import (
-    GENERATION,
-    TOKENIZER,
-    check_token_ids,
-    companion_files,
-    has_tokenizer,
-    is_tokenizer_file,
-)
-from earthshine.checkpoint.hf import (
-    account,
-    check_tied_copies,
-    log_unused,
-    read_blocks,
-    read_config,
-    state_blocks,
-    write_model,
-)
+from earthshine.checkpoint.accounting import check_tied_copies, log_unused, match_tensors
+from earthshine.checkpoint.hf import read_blocks, read_config, state_blocks, write_model
 from earthshine.checkpoint.name_tables import Entry, entries
 from earthshine.checkpoint.run_rule import RunRule, run_rule
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
 from earthshine.checkpoint.tokenizer_class import keep_class, warn_of_ids_beyond
+from earthshine.checkpoint.tokenizer_files import (
+    GENERATION,
+    TOKENIZER,
+    check_token_ids,
+    has_tokenizer,
+    is_tokenizer_file,
+    tokenizer_and_license_files,
+)
 from earthshine.config import encode, parse_object
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError, OutputExistsError, nearest
@@ -73,7 +66,7 @@ def export(
 
     Args:
         tokenizer_dir: folder with the tokenizer, and the generation config if it has one; else those of `source`, or
-            of the model that the run started from, from which licences come in any case.
+            of the model that the run started from, from which licenses come in any case.
         dtype: of the stored weights, "float32" or "bfloat16"; a router's bias stays float32.
         trust: read a checkpoint that was not made on this machine.
     Raises ConfigError, OutputExistsError, WeightsError, CheckpointError, DiskFullError.
@@ -83,7 +76,7 @@ def export(
         raise ConfigError(f"dtype={dtype!r} cannot be exported.{nearest(dtype, DTYPES)}")
     if out_dir.exists():
         raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
-    named = None if tokenizer_dir is None else companion_files(tokenizer_dir)
+    named = None if tokenizer_dir is None else tokenizer_and_license_files(tokenizer_dir)
     if named is not None and not has_tokenizer(named):
         raise ConfigError(
             f"{tokenizer_dir} holds no tokenizer file to copy; name the folder that its tokenizer.json is in."
@@ -157,11 +150,11 @@ def _as_served(config: ModelConfig, blocks: Blocks, dtype: torch.dtype) -> tuple
 
 
 def _files(origin: Path | None, named: dict[str, bytes] | None) -> dict[str, bytes]:
-    """The companions of the model at `origin`; its tokenizer is replaced by that of a folder that was named, whole.
+    """The files beside the model at `origin`; its tokenizer is replaced, whole, by that of a folder that was named.
 
-    What is not the tokenizer's, the generation config and licences, stays where that folder has none.
+    What is not the tokenizer's, the generation config and licenses, stays where that folder has none.
     """
-    own = companion_files(origin)
+    own = tokenizer_and_license_files(origin)
     if named is None:
         return own
     return {name: text for name, text in own.items() if not is_tokenizer_file(name)} | named
@@ -181,12 +174,12 @@ def _keep_class(files: dict[str, bytes], config: ModelConfig, folder: Path | Non
 def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfig, Blocks, Path, dict[str, Any]]:
     """Config, weights, where the tokenizer is, and facts for the card. A directory's safetensors need no trust."""
     config, store = read_config(source), Store(source)
-    accounts = account(store, config)
-    check_tied_copies(store, accounts.unused)
-    log_unused(source, accounts.unused)
+    match = match_tensors(store, config)
+    check_tied_copies(store, match.unused)
+    log_unused(source, match.unused)
 
     def blocks(entry: Entry) -> Iterator[Tensor]:
-        for _, part in read_blocks(store, entry, accounts.places[entry.hf]):
+        for _, part in read_blocks(store, entry, match.places[entry.hf]):
             check_fits(entry.hf, part, entry.dtype(dtype))
             yield part.to(entry.dtype(dtype))
 
@@ -257,7 +250,7 @@ def _common_facts(config: ModelConfig, out_dir: Path, dtype: str) -> dict[str, A
 
 
 def _texts(config: ModelConfig, files: Mapping[str, bytes], facts: dict[str, Any]) -> dict[str, str]:
-    """The card, and a generation config where the companions bring none."""
+    """The card, and a generation config where the files have none."""
     from earthshine.report.model_card import model_card
 
     texts = {CARD: model_card(facts)}

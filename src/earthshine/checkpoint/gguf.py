@@ -73,7 +73,7 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
     with tempfile.TemporaryDirectory() as scratch:
         _write_tokenizer(path, Path(scratch), dict(reader.fields), config)
         state = dict(_tensors(path, reader, config))
-        save_model(state, config, out_dir, torch.float32, companions=scratch)
+        save_model(state, config, out_dir, torch.float32, tokenizer_dir=scratch)
     return config
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from earthshine.checkpoint.companions import TOKENIZER_CONFIG, has_tokenizer
+from earthshine.checkpoint.tokenizer_files import TOKENIZER_CONFIG, has_tokenizer
 from earthshine.config import parse_json
 from earthshine.console import log
 from earthshine.model.config import Family
@@ -98,7 +98,7 @@ def class_of(model_type: str | None, declared: str, byte_level: bool) -> str:
 def keep_class(
     files: Mapping[str, bytes], source_type: str | None, target: Family, declared_by_config: str = ""
 ) -> tuple[dict[str, bytes], Reading | None]:
-    """The companions with the tokenizer class that `target` needs to read them as `source_type` did.
+    """The files with the tokenizer class that `target` needs to read them as `source_type` did.
 
     source_type: `model_type` of the config.json beside the files; None when there is none. declared_by_config: the
     `tokenizer_class` in that config.json, which counts where the files declare none, and which is not written on.
@@ -129,7 +129,7 @@ def keep_class(
 
 
 def warn_of_ids_beyond(files: Mapping[str, bytes], vocab_size: int, where: object) -> None:
-    """Say so when the tokenizer among the companions has ids for which the model has no rows."""
+    """Log a warning when the tokenizer among the files has ids for which the model has no rows."""
     ids = num_ids(files.get("tokenizer.json", b""))
     if ids > vocab_size:
         log(

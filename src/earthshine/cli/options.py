@@ -66,7 +66,7 @@ def compute_dtype(precision: Precision) -> Any:
 
 def load(path: Path, precision: Precision, trust: bool) -> Any:
     """The model of a Hugging Face directory or of a run, on the picked device."""
-    from earthshine.checkpoint.hf import load_model
+    from earthshine.checkpoint.load import load_model
     from earthshine.device import pick_device
 
     return load_model(path, device=pick_device(), compute_dtype=compute_dtype(precision), trust=trust)

@@ -110,7 +110,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
     A renormalised softmax over all experts is the softmax over the chosen ones, so `norm_topk_prob` is read as the gate
     "topk_softmax". `num_nextn_predict_layers` (multi-token prediction) is not read: those layers stand beside the model
-    and do not change its logits; transformers leaves them out as well. Their tensors: see `checkpoint.hf.account`.
+    and do not change its logits; transformers leaves them out as well. Their tensors: see `checkpoint.accounting`.
 
     Raises UnsupportedModelError for a `model_type` that is not in `FAMILIES`, or for a feature that would change the
     function and that is not implemented; ConfigError for a missing or contradictory field.

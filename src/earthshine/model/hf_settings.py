@@ -20,7 +20,7 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
 }
 # Of these, the keys that not every family's class reads. Where it does not, the key changes nothing: whether a bias is
-# there is then fixed by the class, and a tensor that the class does not have is refused by `checkpoint.hf.account`.
+# there is then fixed by the class, and a tensor that the class does not have is refused by `checkpoint.accounting`.
 READ_BY: dict[str, tuple[Family, ...]] = {
     "attention_bias": ("llama", "qwen3", "qwen3_moe", "deepseek_v3"),
     "mlp_bias": ("llama",),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from earthshine.checkpoint import run_store
-from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.load import load_model
 from earthshine.checkpoint.manifest import newest
 from earthshine.checkpoint.run_store import MODEL_PREFIX, Checkpoint
 from earthshine.config import diff, encode

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from earthshine.checkpoint.hf import check_tied_copies, write_model
+from earthshine.checkpoint.accounting import check_tied_copies
+from earthshine.checkpoint.hf import write_model
 from earthshine.checkpoint.name_tables import Entry
 from earthshine.checkpoint.safetensors_store import row_blocks
 from earthshine.checkpoint.tokenizer_class import warn_of_ids_beyond

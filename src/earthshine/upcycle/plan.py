@@ -16,11 +16,12 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from earthshine.checkpoint.companions import check_token_ids, companion_files
-from earthshine.checkpoint.hf import account, read_config
+from earthshine.checkpoint.accounting import match_tensors
+from earthshine.checkpoint.hf import read_config
 from earthshine.checkpoint.name_tables import Entry, entries
 from earthshine.checkpoint.safetensors_store import DTYPE_NAMES, Store, TensorInfo
 from earthshine.checkpoint.tokenizer_class import Reading, keep_class
+from earthshine.checkpoint.tokenizer_files import check_token_ids, tokenizer_and_license_files
 from earthshine.config import encode
 from earthshine.console import human_bytes, table
 from earthshine.errors import ConfigError, UnsupportedModelError, WeightsError
@@ -198,14 +199,14 @@ def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) ->
         raise UnsupportedModelError(f"{dense_dir} is a mixture of experts already ({source_config.family}).")
     target_config = upcycled_config(source_config, options)
     store = Store(dense_dir)
-    accounts = account(store, source_config)
-    sources = {e.ours: accounts.places[e.hf].name for e in accounts.wanted}
+    match = match_tensors(store, source_config)
+    sources = {e.ours: match.places[e.hf].name for e in match.entries}
     targets = tuple(_target(entry, sources, store, options) for entry in entries(target_config))
-    files = companion_files(dense_dir)
+    files = tokenizer_and_license_files(dense_dir)
     check_token_ids(files, target_config, dense_dir)
     named = read_hf_config(dense_dir).get("tokenizer_class")
     files, reading = keep_class(files, source_config.family, target_config.family, named if type(named) is str else "")
-    plan = UpcyclePlan(store, options, source_config, target_config, targets, accounts.unused, files, reading)
+    plan = UpcyclePlan(store, options, source_config, target_config, targets, match.unused, files, reading)
     plan.check()
     return plan
 

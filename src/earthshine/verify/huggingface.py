@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.load import load_model
 from earthshine.console import log
 from earthshine.errors import MissingDependencyError
 from earthshine.model.config import HF_CLASSES

@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from earthshine.checkpoint.companions import TOKENIZER_CONFIG, companion_files, has_tokenizer, is_tokenizer_file
 from earthshine.checkpoint.tokenizer_class import Reading
+from earthshine.checkpoint.tokenizer_files import (
+    TOKENIZER_CONFIG,
+    has_tokenizer,
+    is_tokenizer_file,
+    tokenizer_and_license_files,
+)
 from earthshine.config import parse_object, read_json
 from earthshine.console import log
 from earthshine.files import sha256_file
@@ -34,7 +39,7 @@ def tokenizer_rows(path: Path) -> list[dict[str, Any]]:
     the same ids. Where there is no such record, what AutoTokenizer makes of them is logged when it differs from
     tokenizer.json itself, which is what training here reads. A directory's own code is not run.
     """
-    files = companion_files(path)
+    files = tokenizer_and_license_files(path)
     manifest = _manifest(path)
     rows = _unchanged(path, manifest)
     if not has_tokenizer(files):

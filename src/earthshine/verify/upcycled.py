@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.load import load_model
 from earthshine.errors import ConfigError, WeightsError
 from earthshine.model.moe import Experts
 from earthshine.run_folder import UPCYCLING

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.export import export
-from earthshine.checkpoint.hf import load_model, read_config
+from earthshine.checkpoint.hf import read_config
+from earthshine.checkpoint.load import load_model
 from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError, OutputExistsError, WeightsError
 from earthshine.files import sha256_file

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 
 from earthshine.checkpoint.gguf import convert_gguf
-from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.load import load_model
 from earthshine.errors import OutputExistsError, UnsupportedModelError, WeightsError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize

@@ -275,3 +275,11 @@ def test_what_macos_lacks_is_not_needed(tmp_path: Path, monkeypatch: pytest.Monk
     store = Store(tmp_path)
     store.read_ahead("a")
     assert torch.equal(store.read("a"), tensor)
+
+
+def test_a_stale_index(hf_dir, dense):
+    directory = hf_dir(dense)
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    (directory / INDEX_FILE).write_text('{"weight_map": {"model.embed_tokens.weight": "a.safetensors"}}')
+    with pytest.raises(WeightsError, match=f"a.safetensors holds lm_head.weight, but {INDEX_FILE} does not list it"):
+        Store(directory)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from earthshine.checkpoint.hf import load_model
+from earthshine.checkpoint.load import load_model
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.convert import upcycle
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from earthshine.checkpoint.hf import load_model, save_model
+from earthshine.checkpoint.hf import save_model
+from earthshine.checkpoint.load import load_model
 from earthshine.errors import ConfigError
 from earthshine.files import to_json
 from earthshine.model.config import HF_CLASSES, MLAConfig, ModelConfig, MoEConfig

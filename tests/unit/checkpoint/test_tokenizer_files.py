@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from earthshine.checkpoint.companions import check_token_ids, companion_files, has_tokenizer
+from earthshine.checkpoint.tokenizer_files import check_token_ids, has_tokenizer
+from earthshine.checkpoint.tokenizer_files import tokenizer_and_license_files as files_of
 from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 
@@ -71,8 +72,8 @@ def fill(directory: Path, names: list[str]) -> Path:
 
 def test_what_travels_and_what_stays(tmp_path: Path) -> None:
     directory = fill(tmp_path / "model", TRAVELS + STAYS)
-    assert companion_files(directory) == {name: f'"{name}"'.encode() for name in TRAVELS}
-    assert companion_files(None) == companion_files(fill(tmp_path / "empty", ["config.json"])) == {}
+    assert files_of(directory) == {name: f'"{name}"'.encode() for name in TRAVELS}
+    assert files_of(None) == files_of(fill(tmp_path / "empty", ["config.json"])) == {}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_code_that_the_tokenizer_names_travels_with_what_it_imports(auto_map: ob
     (directory / "tok_kimi.py").write_text("import json\nfrom .tools import encode\nfrom transformers import X\n")
     (directory / "tools.py").write_text("from .deeper.down import x\nfrom .tok_kimi import y  # a circle\n")
     (directory / "deeper.py").write_text("")
-    code = sorted(name for name in companion_files(directory) if name.endswith(".py"))
+    code = sorted(name for name in files_of(directory) if name.endswith(".py"))
     assert code == ["deeper.py", "tok_kimi.py", "tools.py"]
 
 
@@ -99,17 +100,17 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     secret.write_text("mine")
     model = fill(tmp_path / "model", ["real.json"])
     (model / "tokenizer.json").symlink_to("real.json")  # within: fine
-    assert companion_files(model) == {"tokenizer.json": b'"real.json"'}
+    assert files_of(model) == {"tokenizer.json": b'"real.json"'}
     (model / "innocent.bin").symlink_to(secret)  # would not be copied anyway
-    companion_files(model)
+    files_of(model)
     (model / "LICENSE").symlink_to(secret)
     with pytest.raises(ConfigError, match=r"LICENSE is a link to .*secret.txt, outside of the model's folder"):
-        companion_files(model)
+        files_of(model)
     (model / "LICENSE").unlink()
     fill(tmp_path / "elsewhere", ["a.jinja"])
     (model / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=r"additional_chat_templates/a.jinja is a link"):
-        companion_files(model)
+        files_of(model)
 
 
 def test_the_hubs_cache_is_links(tmp_path: Path) -> None:
@@ -118,10 +119,10 @@ def test_the_hubs_cache_is_links(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     (snapshot / "tokenizer.json").symlink_to("../../blobs/c0ffee")
     (tmp_path / "linked").symlink_to(snapshot)  # the whole folder may be a link
-    assert companion_files(snapshot) == companion_files(tmp_path / "linked") == {"tokenizer.json": b'"blobs/c0ffee"'}
+    assert files_of(snapshot) == files_of(tmp_path / "linked") == {"tokenizer.json": b'"blobs/c0ffee"'}
     (snapshot / "LICENSE").symlink_to("../../refs/main")
     with pytest.raises(ConfigError, match="outside of the model's folder"):
-        companion_files(snapshot)
+        files_of(snapshot)
 
 
 def test_whether_there_is_a_vocabulary() -> None:

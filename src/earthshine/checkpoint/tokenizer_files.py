@@ -1,4 +1,4 @@
-"""What travels beside the weights: tokenizer, templates, generation settings and licences of a model's directory.
+"""What travels beside the weights: tokenizer, templates, generation config and licenses of a model's directory.
 
 Never weights, optimizer state or hidden files, and never what a link fetches from outside of the model's folder.
 """
@@ -52,8 +52,8 @@ _FOLDERS = ("additional_chat_templates", "licenses")
 _RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)(?:\.\w+)*\s+import|import\s+\.(\w+))", re.MULTILINE)
 
 
-def companion_files(directory: str | Path | None) -> dict[str, bytes]:
-    """Contents of the tokenizer, generation config and licence files of a directory, by name within it.
+def tokenizer_and_license_files(directory: str | Path | None) -> dict[str, bytes]:
+    """Contents of the tokenizer, generation config and license files of a directory, by name within it.
 
     Raises ConfigError for a file that is a link to somewhere outside of the model's folder.
     """
@@ -66,17 +66,17 @@ def companion_files(directory: str | Path | None) -> dict[str, bytes]:
 
 
 def has_tokenizer(files: Mapping[str, bytes]) -> bool:
-    """Whether there is any vocabulary among a model's companions."""
+    """Whether there is any vocabulary among the files."""
     return any(is_tokenizer_file(name) and not _is_setting(name) for name in files)
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a companion belongs to the tokenizer, and not to the weights."""
+    """Whether one of the files is the tokenizer's, and no generation config or license."""
     return name != GENERATION and not _matches(name, LICENSE_FILES)
 
 
 def check_token_ids(files: Mapping[str, bytes], config: ModelConfig, where: str | Path) -> None:
-    """Raises ConfigError when the generation config among the companions has a token without a row in the embedding."""
+    """Raises ConfigError when the generation config among the files has a token without a row in the embedding."""
     if GENERATION not in files:
         return
     generation = parse_object(files[GENERATION], Path(where) / GENERATION)
