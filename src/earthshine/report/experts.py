@@ -23,9 +23,9 @@ from earthshine.report.runs import LAYER_LOAD, MEDIAN_LOAD, WORST_LOAD, Run
 from earthshine.report.scales import fixed, short, thin, whole
 from earthshine.report.statistics import moving_mean
 
-MAX_MULTIPLES = 24  # layers drawn, of more that there are
-POINTS = 120  # at most, of each
-MAXVIO = "MaxVio: the tokens of the most chosen expert over its fair share, minus 1 (arXiv:2408.15664)"
+MAX_MULTIPLES = 24  # layers drawn of a deeper model
+POINTS = 120  # at most, per layer
+MAXVIO = "the tokens of its most chosen expert over the fair share, minus 1 (arXiv:2408.15664)"
 
 
 def experts_section(runs: Sequence[Run]) -> Section:
@@ -107,7 +107,7 @@ def _multiples(run: Run, index: int) -> tuple[list[Drawing], str]:
     words = f"MaxVio of {len(rows)} layers; at the end highest in layer {worst}, {fixed(curves[worst].y[-1], 2)}."
     title = "MaxVio by layer"
     wide, narrow = (draw_multiples(title, words, rows, w, f"fig-maxvio-{index}-{w}") for w in (WIDE, NARROW))
-    note = f" {MAXVIO}; one scale for all layers, with the last value of each."
+    note = f" MaxVio of a layer: {MAXVIO}; all layers on one scale, each with its last value."
     if len(drawn) < len(curves):
         note += f" {len(drawn)} of {len(curves)} layers are drawn, the one that ends highest among them."
     if (group := curves[worst].group) > 1:
@@ -130,10 +130,10 @@ def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figu
     title = "MaxVio by step"
     chart = Chart(title, f"Worst layer: {words}.", "step", "MaxVio", tuple(series), from_zero=True, marks=marks(runs))
     wide, narrow = draw_chart(chart, WIDE, 260, "fig-load-w"), draw_chart(chart, NARROW, 250, "fig-load-n")
-    caption = f"{MAXVIO}; 0 is perfect balance. In the worst layer of each step."
+    caption = f"MaxVio of the worst layer in each step: {MAXVIO}. 0 is perfect balance."
     more: tuple[LegendItem, ...] = ()
     if any(s.kind == "dashed" for s in series):
-        caption, more = f"{caption} Dashed: in the middle layer.", (LegendItem("middle layer", 0, "reference"),)
+        caption, more = f"{caption} Dashed: the middle layer.", (LegendItem("middle layer", 0, "reference"),)
     table = numbers_table(title, runs, [("worst layer", WORST_LOAD, lambda v: fixed(v - 1, 3))])
     return Figure(title, caption + remarks(notes), (Drawing(wide, narrow),), legend(sparse, *more), table)
 

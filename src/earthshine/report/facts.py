@@ -110,7 +110,7 @@ def balance_words(run: Run) -> str:
         return "no experts"
     words = []
     if balance.get("loss") != "none":
-        scope = "" if balance.get("scope") == "none" else f" by {str(balance.get('scope')).replace('_', '-')}"
+        scope = "" if balance.get("scope") == "none" else f" per {str(balance.get('scope')).replace('_', '-')}"
         words.append(f"{balance.get('loss')} loss{scope}, {balance.get('coefficient')}")
     if balance.get("z_coefficient"):
         words.append(f"z-loss, {balance['z_coefficient']}")

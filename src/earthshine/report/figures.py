@@ -19,7 +19,7 @@ DIGIT, LETTER = 6.9, 6.4  # mean advance at the drawings' font size, generous
 
 @dataclass(frozen=True)
 class Series:
-    """One line, its faint raw version, a dashed companion, separate points, or a grey reference. NaN breaks a line.
+    """One line, its faint raw version, a dashed companion, separate points, or a gray reference. NaN breaks a line.
 
     low, high: edges of a shaded band around the line. shift: pixels to the right, for points that would coincide.
     """
@@ -295,7 +295,7 @@ def heat_class(kind: int) -> str:
 
 
 def group_columns(row: Sequence[float], size: int) -> list[float]:
-    """Neighbouring experts as one column: the load of the group that is farthest from the fair share."""
+    """Neighboring experts as one column: the load of the group that is farthest from the fair share."""
     groups = [row[i : i + size] for i in range(0, len(row), size)]
     return [max(g, key=lambda v: abs(math.log2(v)) if v > 0 else math.inf) for g in groups]
 

@@ -18,7 +18,7 @@ from earthshine.report.verdict import verdict
 from earthshine.run_folder import REPORT
 
 FORMAT = 1  # of report.json
-_NO_FOLDER = {".json", ".md", ".htm", ".pdf", ".txt", ".png", ".svg", ".csv"}  # what such a name asks for is a file
+_NO_FOLDER = {".json", ".md", ".htm", ".pdf", ".txt", ".png", ".svg", ".csv"}  # a name that asks for a file
 
 
 def write_report(runs: Sequence[Path | str], out: Path | str | None = None, title: str = "") -> Path:
@@ -155,7 +155,7 @@ def _comparison_json(c: Comparison) -> dict[str, Any]:
 
 
 def _clean(value: Any) -> Any:
-    """Texts lose what no file can hold."""
+    """The same value with every text in it cleaned."""
     match value:
         case str():
             return clean(value)

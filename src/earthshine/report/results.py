@@ -87,16 +87,16 @@ def verdict_sentence(c: Comparison) -> str:
     if isinstance(d, str):
         return f"{c.sentence} not compared with {c.reference}: {d}."
     if d.verdict == "equal":
-        return f"{c.sentence} the same as {c.reference}, to 32-bit rounding (difference {short(d.value)})."
+        return f"{c.sentence} the same as {c.reference} to float32 rounding (difference {short(d.value)})."
     way = "lower" if d.value < 0 else "higher"
     size, _, error = with_error(abs(d.value), d.stderr).partition(" \u00b1 ")
     start = f"{c.sentence} {size} {UNIT} {way} than {c.reference}"
     if d.verdict == "no error":
         return f"{start}, measured on a single sequence, so without a standard error: nothing follows from it."
-    errors = f"{short(ratio(d))} standard errors of {error}"
+    errors = f"{short(ratio(d))} times its standard error of {error}"
     if d.verdict == "unclear":
-        return f"{start}: {errors}, **not significant** at {short(BAR)} standard errors."
-    return f"{start}: {errors}, **significant** at {short(BAR)} standard errors."
+        return f"{start}, {errors}: **not significant** at {short(BAR)} standard errors."
+    return f"{start}, {errors}: **significant** at {short(BAR)} standard errors."
 
 
 def tone(d: Difference | str) -> Tone:

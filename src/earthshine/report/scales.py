@@ -142,7 +142,7 @@ def _labels(ticks: Sequence[float], step: float) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Thinned:
-    """A series for drawing. Where `group` > 1, y is a mean of `group` neighbours and low..high their range."""
+    """A series for drawing. Where `group` > 1, y is a mean of `group` neighbors and low..high their range."""
 
     x: tuple[float, ...]
     y: tuple[float, ...]

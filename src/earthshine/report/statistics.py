@@ -33,7 +33,7 @@ def paired(of: Heldout, to: Heldout, of_name: str, to_name: str) -> Difference |
     """The difference of two evaluations of the same sequences, or a sentence why they cannot be compared.
 
     With w_i the share of sequence i in the tokens and d_i the difference of its mean losses, the difference is
-    d = sum w_i d_i and its standard error sqrt(n/(n-1) * sum (w_i (d_i - d))^2): the linearised variance of a ratio
+    d = sum w_i d_i and its standard error sqrt(n/(n-1) * sum (w_i (d_i - d))^2): the linearized variance of a ratio
     (Cochran 1977, section 6.3). What makes a text easy or hard for both models cancels in d_i,
     so this is far smaller than what the two losses' own errors suggest.
     """
@@ -74,7 +74,7 @@ def ratio(difference: Difference) -> float:
 
 
 def moving_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean over `width` neighbours around each value (fewer at the ends); NaN values are skipped."""
+    """The mean over `width` neighbors around each value (fewer at the ends); NaN values are skipped."""
     half = width // 2
     total, count = [0.0], [0]
     for v in values:

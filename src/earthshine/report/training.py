@@ -130,6 +130,9 @@ def _qk_clip_figure(runs: Sequence[Run]) -> list[Figure]:
     return [Figure("QK-Clip by step", caption, tuple(p for p in panels if p), legend(drawn), table)]
 
 
+_NAMES = {"muon": "Muon", "adamw": "AdamW", "scion": "Scion"}
+
+
 def update_section(runs: Sequence[Run]) -> Section:
     """Root mean square of the parameters' updates, one panel per algorithm."""
     algorithms = sorted({c.removeprefix(UPDATE_RMS) for r in runs for c in r.steps.columns if c.startswith(UPDATE_RMS)})
@@ -140,7 +143,7 @@ def update_section(runs: Sequence[Run]) -> Section:
         series = [s for i, run in enumerate(runs) for s in lines(run, column, i)[0]]
         if not series:
             continue
-        name = {"muon": "Muon", "adamw": "AdamW"}.get(algorithm, algorithm)
+        name = _NAMES.get(algorithm, algorithm)
         references = [] if algorithm != "muon" else _nominal(runs)
         nominal_drawn = nominal_drawn or bool(references)
         series += references
@@ -158,7 +161,9 @@ def update_section(runs: Sequence[Run]) -> Section:
     if panels:
         drawn = [(i, r) for i, r in enumerate(runs) if any(r.steps.finite(UPDATE_RMS + a) for a in algorithms)]
         more = (LegendItem("nominal Muon update", 0, "reference"),) if nominal_drawn else ()
-        columns: list[tuple[str, str, Format]] = [(a, UPDATE_RMS + a, short) for a in reversed(algorithms)]
+        columns: list[tuple[str, str, Format]] = [
+            (_NAMES.get(a, a), UPDATE_RMS + a, short) for a in reversed(algorithms)
+        ]
         table = numbers_table("Root mean square of the updates", runs, columns)
         caption = "Root mean square over all elements of a step's update, before it is multiplied by the learning rate."
         if nominal_drawn:
@@ -173,9 +178,9 @@ def update_section(runs: Sequence[Run]) -> Section:
 
 NS5_RANGE = (0.86, 1.08)  # what five Newton-Schulz steps give of the nominal size, by shape
 _NOMINAL = (
-    " Dashed is Muon's nominal size (Moonlight: 0.2, about that of an AdamW update). It is nominal: five "
-    f"Newton-Schulz steps bring singular values near 1, not to it, and give {NS5_RANGE[0]} to {NS5_RANGE[1]} of it by "
-    "the shape of the matrix (shaded); less where a gradient has few directions."
+    " Dashed is Muon's nominal size (Moonlight: 0.2, about that of an AdamW update). Five Newton-Schulz steps bring "
+    f"singular values near 1, not to it: the actual size is {NS5_RANGE[0]} to {NS5_RANGE[1]} of the nominal one by the "
+    "matrix's shape (shaded), less where a gradient has few directions."
 )
 
 

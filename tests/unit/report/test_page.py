@@ -111,9 +111,9 @@ def test_verdicts(page):
         "after: smollm2-e8t2 − smollm2-dense": ("unclear", False),
     }
     text = read(page).text
-    assert "standard errors of 0.0017, significant at 2 standard errors" in text
+    assert "times its standard error of 0.0017: significant at 2 standard errors" in text
     assert "not significant at 2 standard errors" in text
-    assert "to 32-bit rounding" in text
+    assert "to float32 rounding" in text
 
 
 def test_verification_beside_its_tolerance(page, pair):
@@ -316,7 +316,7 @@ def test_unused_experts_are_said(folder):
 
 def test_how_experts_were_balanced_is_said(pair, folder):
     text = read(write_report([run.path for run in pair])).text
-    words = "switch loss by micro-batch, 0.01; z-loss, 0.001; capacity factor 1.25 per assignment"
+    words = "switch loss per micro-batch, 0.01; z-loss, 0.001; capacity factor 1.25 per assignment"
     assert f"Expert balancing no experts {words}" in text
     assert "Compute, recomputed forward 0 FLOP 8.4 TFLOP" in text
     dense = read(write_report([folder("alone").path])).text

@@ -32,7 +32,7 @@ def test_equal_lengths_give_the_textbook_error_of_a_mean():
 
 
 def test_unequal_lengths_give_the_spread_of_texts_drawn_again():
-    """The linearised error against a bootstrap; 4 % is near four times the noise of 4,000 draws, 1/sqrt(8,000)."""
+    """The linearized error against a bootstrap; 4 % is near four times the noise of 4,000 draws, 1/sqrt(8,000)."""
     rng = random.Random(1)
     tokens = [rng.randrange(20, 500) for _ in range(60)]
     a = [rng.gauss(2, 0.5) for _ in tokens]
