@@ -11,9 +11,11 @@ import pytest
 
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import FAMILIES, CapacityConfig, MLAConfig, ModelConfig, MoEConfig, RopeScaling
+from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from earthshine.model.hf_config import from_hf, to_hf, without_effect
+from earthshine.model.hf_families import FAMILIES
 from earthshine.model.presets import PRESETS, preset
+from earthshine.model.training_options import CapacityConfig
 
 DENSE = ModelConfig(
     vocab_size=64,

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig
+from earthshine.model.config import ModelConfig, MoEConfig
 from earthshine.model.moe import MoE
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.ops.routing import RoutingStats, bias_update, count_tokens, topk_softmax
 
 B, S, D, E, K = 2, 6, 8, 4, 2

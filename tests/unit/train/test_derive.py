@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from earthshine.data.config import DataConfig, SourceConfig
 from earthshine.errors import ConfigError
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.config import ModelConfig
 from earthshine.model.counts import train_flops_per_token
 from earthshine.model.presets import llama3_tiny, llama3_tiny_e8t2
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.model.transformer import Transformer
 from earthshine.ops.orthogonalize import newton_schulz
 from earthshine.optim.build import build_optimizer
