@@ -58,15 +58,16 @@ class CapacityConfig:
     """How many tokens of a micro-batch an expert takes while training; evaluation and exported models drop nothing.
 
     factor: 0 for no limit. Else, for T tokens, E experts and k experts per token, an expert takes at most
-        ceil(T * k / E * factor) ("per_assignment", as in Megatron) or ceil(T / E * factor) ("per_token", as printed
-        in arXiv:2412.09952).
+        ceil(T * k / E * factor) or ceil(T / E * factor), by `relative_to`.
+    relative_to: the mean number of choices per expert ("per_assignment", as in Megatron), or of tokens ("per_token", as
+        printed in arXiv:2412.09952).
     exact_factor: numerator and denominator of the decimal fraction that was written, the shortest one that is this
         float.
     drop: which tokens stay: those with the largest gate weight ("probability"), or the first ("position").
     """
 
     factor: float = 0.0
-    meaning: Literal["per_assignment", "per_token"] = "per_assignment"
+    relative_to: Literal["per_assignment", "per_token"] = field(default="per_assignment", metadata={"was": "meaning"})
     drop: Literal["probability", "position"] = "probability"
     # Integers made here, because torch.compile traces their use and could not trace how they are made.
     exact_factor: tuple[int, int] = field(init=False, repr=False, compare=False)
@@ -75,10 +76,10 @@ class CapacityConfig:
         if not (self.factor >= 0 and math.isfinite(self.factor)):
             raise ConfigError(f"capacity.factor={self.factor} must be 0 (dropless) or a positive number.")
         object.__setattr__(self, "exact_factor", Fraction(str(float(self.factor))).as_integer_ratio())
-        unset = (CapacityConfig.meaning, CapacityConfig.drop)
-        if self.factor == 0 and (self.meaning, self.drop) != unset:
+        unset = (CapacityConfig.relative_to, CapacityConfig.drop)
+        if self.factor == 0 and (self.relative_to, self.drop) != unset:
             raise ConfigError(
-                f"capacity.meaning={self.meaning!r} and capacity.drop={self.drop!r} have no effect with "
+                f"capacity.relative_to={self.relative_to!r} and capacity.drop={self.drop!r} have no effect with "
                 f"capacity.factor=0, which drops nothing: set the factor, or leave them out."
             )
 
@@ -89,14 +90,14 @@ class CapacityConfig:
         """
         if self.factor == 0:
             return 0
-        rows = num_tokens * (top_k if self.meaning == "per_assignment" else 1)
+        rows = num_tokens * (top_k if self.relative_to == "per_assignment" else 1)
         numerator, denominator = self.exact_factor
         return min(num_tokens, max(1, -(-rows * numerator // (denominator * num_experts))))
 
     def can_drop(self, num_experts: int, top_k: int) -> bool:
         """Whether any routing could exceed the capacity (but for rounding up)."""
         numerator, denominator = self.exact_factor
-        return 0 < numerator * (top_k if self.meaning == "per_assignment" else 1) < denominator * num_experts
+        return 0 < numerator * (top_k if self.relative_to == "per_assignment" else 1) < denominator * num_experts
 
 
 @dataclass(frozen=True, kw_only=True)
