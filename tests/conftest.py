@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `tiny_gguf`
 
 # What takes longest is started first, so that no worker is left alone with it at the end (`--dist loadfile` hands out
 # whole files, in this order with `--no-loadscope-reorder`).
-_LONGEST = ("e2e/test_quickstart.py", "e2e/test_resume.py", "golden/test_losses.py", "train/test_loop.py")
+_LONGEST = ("e2e/test_quickstart.py", "e2e/test_resume.py", "golden/test_losses.py", "train/test_loop_resume.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

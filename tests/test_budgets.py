@@ -37,6 +37,12 @@ def test_files_are_short():
     assert {name: n for name, n in lengths.items() if n > MAX_FILE_LINES} == {}
 
 
+def test_shared_test_modules_have_names_of_their_own():
+    """They are imported by their bare names, and all tests are collected in one process."""
+    shared = [p.stem for p in (REPOSITORY / "tests").rglob("*.py") if not p.name.startswith(("test_", "conftest"))]
+    assert sorted(shared) == sorted(set(shared))
+
+
 def test_functions_are_short():
     too_long = {
         f"{name_of(p)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# For the tests and, inherited, for the processes: `import harness, small`.
+# For the tests and, inherited, for the processes: `import harness, tiny_training`.
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent))
 

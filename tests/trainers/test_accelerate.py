@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Worlds
-from small import MUON, assert_close, batches, by_hand, rows, tiny
+from tiny_training import MUON, assert_close, batches, by_hand, rows, tiny
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 

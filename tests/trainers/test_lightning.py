@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import MUON, assert_close, assert_equal, batches, by_hand, tiny
+from tiny_training import MUON, assert_close, assert_equal, batches, by_hand, tiny
 
 from earthshine import Muon, param_groups
 
@@ -86,7 +86,7 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import torch
-from small import batches, by_hand, tiny, assert_close
+from tiny_training import batches, by_hand, tiny, assert_close
 from test_lightning import fit
 net = tiny()
 fit(net, Path({str(tmp_path)!r}), devices=2, strategy="ddp_fork", use_distributed_sampler=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import MUON, batches, tiny
+from tiny_training import MUON, batches, tiny
 
 from earthshine import Muon, param_groups
 

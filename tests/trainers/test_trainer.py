@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from small import MUON, assert_close, assert_equal, batches, by_hand, rows, tiny
+from tiny_training import MUON, assert_close, assert_equal, batches, by_hand, rows, tiny
 
 from earthshine import Muon, param_groups
 from earthshine.errors import ConfigError

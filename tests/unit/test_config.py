@@ -10,7 +10,7 @@ from earthshine import config
 from earthshine.config import decode, encode, load_json, not_defaults, override, parse_json
 from earthshine.errors import ConfigError
 from earthshine.files import write_json
-from earthshine.recipes.registry import recipe
+from earthshine.recipes.registry import RECIPES
 from earthshine.train.job import TrainJob
 
 
@@ -24,7 +24,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 def test_infinity_survives_json(tmp_path: Path) -> None:
     """Schatten's p may be infinite, and JSON has no infinity."""
-    job = override(recipe("tiny"), ["optimizer.norm=schatten", "optimizer.schatten_p=inf"])
+    job = override(RECIPES["tiny"](), ["optimizer.norm=schatten", "optimizer.schatten_p=inf"])
     assert job.optimizer.schatten_p == math.inf
     write_json(tmp_path / "job.json", encode(job))
     assert '"schatten_p": "inf"' in (tmp_path / "job.json").read_text()
@@ -36,7 +36,7 @@ def test_infinity_survives_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [[], {}, None, 1], ids=str)
 def test_a_kind_of_any_type_is_refused(kind: object) -> None:
     with pytest.raises(ConfigError, match=r"init.kind=.* is not one of checkpoint, huggingface, scratch"):
-        decode(TrainJob, encode(recipe("tiny")) | {"init": {"kind": kind}})
+        decode(TrainJob, encode(RECIPES["tiny"]()) | {"init": {"kind": kind}})
 
 
 @pytest.mark.parametrize("depth", [101, 900, 200_000])
@@ -54,7 +54,7 @@ def test_a_deep_config_is_one_clear_line(tmp_path: Path) -> None:
     path.write_text("[" * 200_000 + "]" * 200_000)
     with pytest.raises(ConfigError, match="job.json is not a readable JSON config: it nests deeper"):
         load_json(TrainJob, path)
-    assert override(recipe("tiny"), ["name=" + "[" * 5000]).name == "[" * 5000, "text that is no JSON stays text"
+    assert override(RECIPES["tiny"](), ["name=" + "[" * 5000]).name == "[" * 5000, "text that is no JSON stays text"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def test_a_renamed_field_is_read_by_its_old_name(monkeypatch: pytest.MonkeyPatch
 
 def test_what_is_not_a_default() -> None:
     """Fields without a default are among them; nested configs are compared with their own classes' defaults."""
-    job = override(recipe("tiny_moe"), ["balance.coefficient=0.5"])
+    job = override(RECIPES["tiny_moe"](), ["balance.coefficient=0.5"])
     changed = dict(not_defaults(job))
     assert changed["name"] == "tiny_moe" and changed["init.model.vocab_size"] == 2048
     assert changed["init.model.moe.layers"] == [0, 1, 2] and changed["balance.coefficient"] == 0.5
