@@ -21,8 +21,9 @@ from earthshine.checkpoint.hf import read_config
 from earthshine.checkpoint.load import load_model
 from earthshine.console import log
 from earthshine.device import DTYPES, environment, gemm_peak, peak_memory_bytes, total_memory_bytes
-from earthshine.model.config import BalanceConfig, ModelConfig, MoEConfig, TrainingOptions
+from earthshine.model.config import ModelConfig, MoEConfig
 from earthshine.model.counts import count_parameters, train_flops_per_token
+from earthshine.model.training_options import BalanceConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.build import build_optimizer
 from earthshine.optim.config import OptimizerConfig

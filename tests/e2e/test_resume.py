@@ -16,7 +16,8 @@ import pytest
 from earthshine.config import encode
 from earthshine.data.config import DataConfig, SourceConfig
 from earthshine.data.shards import ShardWriter
-from earthshine.model.config import BalanceConfig, CapacityConfig, MLAConfig, ModelConfig, MoEConfig
+from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.train.job import CheckpointConfig, HeldoutConfig, Scratch, TrainJob
 

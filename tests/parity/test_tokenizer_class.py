@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from earthshine.checkpoint.tokenizer_class import class_of
-from earthshine.model.config import FAMILIES
+from earthshine.model.hf_families import FAMILIES
 
 DECLARED = ("", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast", "TikTokenTokenizer")
 

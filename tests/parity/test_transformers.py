@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from earthshine.checkpoint.hf import save_model
 from earthshine.checkpoint.load import load_model
 from earthshine.checkpoint.name_tables import entries
-from earthshine.model.config import FAMILIES, Family, MLAConfig, ModelConfig, MoEConfig, RopeScaling
+from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from earthshine.model.hf_config import to_hf
+from earthshine.model.hf_families import FAMILIES, Family
 from earthshine.model.transformer import Transformer
 
 # One fp32 rounding is 6e-8; some hundreds compound over tiny models. Seen in 480 draws: logits 2e-6, gradients 5e-6.

@@ -28,9 +28,10 @@ from earthshine.checkpoint.tokenizer_files import (
 from earthshine.config import encode, parse_object
 from earthshine.console import log
 from earthshine.errors import CheckpointError, ConfigError, OutputExistsError, nearest
-from earthshine.model.config import HF_CLASSES, ModelConfig
+from earthshine.model.config import ModelConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import to_hf
+from earthshine.model.hf_families import HF_CLASSES
 from earthshine.model.serving import lacks_bias, serving_notes
 from earthshine.run_folder import (
     CONFIG,

@@ -8,7 +8,8 @@ import torch
 from earthshine.checkpoint.accounting import check_tied_copies, log_unused, match_tensors
 from earthshine.checkpoint.hf import read_blocks, read_config
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
-from earthshine.model.config import ModelConfig, TrainingOptions
+from earthshine.model.config import ModelConfig
+from earthshine.model.training_options import TrainingOptions
 from earthshine.run_folder import is_run
 
 if TYPE_CHECKING:

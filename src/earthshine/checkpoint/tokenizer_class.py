@@ -14,7 +14,7 @@ from typing import Any
 from earthshine.checkpoint.tokenizer_files import TOKENIZER_CONFIG, has_tokenizer
 from earthshine.config import parse_json
 from earthshine.console import log
-from earthshine.model.config import Family
+from earthshine.model.hf_families import Family
 
 AS_IT_STANDS = "TokenizersBackend"
 PORTABLE = "PreTrainedTokenizerFast"  # how versions 4 and 5 can name it

@@ -1,28 +1,16 @@
-"""`ModelConfig`: the architecture; `BalanceConfig` and `CapacityConfig`: how its routers are trained. No torch.
+"""`ModelConfig`: the architecture. No torch; how it is trained is in `model.training_options`.
 
 Field names are those of Hugging Face where it has one. `model.hf_config` translates from and to its `config.json`.
 """
 
 import math
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Literal
 
 from earthshine.errors import ConfigError, UnsupportedModelError
+from earthshine.model.hf_families import Family, families_of, obstacle
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
 Gate = Literal["topk_softmax", "softmax_topk", "sigmoid_bias"]
-HF_CLASSES: dict[Family, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
-FAMILIES: tuple[Family, ...] = tuple(HF_CLASSES)
 # Beyond any model; what asks for more is damage or a slip, and would be planned and named for minutes before it failed.
 MAX_LAYERS = 4096
 MAX_EXPERT_NETWORKS = 1 << 16
@@ -99,107 +87,6 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BalanceConfig:
-    """What keeps experts evenly loaded while training. `ops.routing` has each formula.
-
-    loss: "sequence" is DeepSeek-V3's loss of every sequence by itself, additive over micro-batches and ranks;
-        "switch" the Switch Transformer's; "none" for neither. Both are 1 per layer at uniform routing.
-    coefficient: of that loss, averaged over the step's sequences and summed over the layers.
-    scope: what the Switch loss takes its expert fractions over: each sequence, each micro-batch (the gradient then
-        depends on the size of the micro-batches), or the whole step (one more routing pass, without gradient). It must
-        be chosen with loss="switch" and is "none" otherwise.
-    z_coefficient: of the router z-loss, averaged over the step's tokens and summed over the layers (ST-MoE,
-        arXiv:2202.08906).
-    bias: how the bias of a "sigmoid_bias" gate moves after each step, by `bias_rate`: "deepseek" by the sign of the
-        load's deficit, "moonlight" by that sign less its mean; "none" not at all.
-    Raises ConfigError where the fields contradict each other.
-    """
-
-    loss: Literal["none", "sequence", "switch"] = "sequence"
-    coefficient: float = 1e-3
-    scope: Literal["none", "sequence", "micro_batch", "step"] = "none"
-    z_coefficient: float = 0.0
-    bias: Literal["none", "moonlight", "deepseek"] = "moonlight"
-    bias_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        for name in ("coefficient", "z_coefficient", "bias_rate"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ConfigError(f"balance.{name}={getattr(self, name)} must be a number that is not negative.")
-        if self.loss == "switch" and self.scope == "none":
-            raise ConfigError(
-                "balance.loss='switch' needs balance.scope: 'sequence', 'micro_batch' or 'step'. The loss is a product "
-                "of two averages, so its gradient depends on what they are taken over."
-            )
-        if self.loss != "switch" and self.scope != "none":
-            raise ConfigError(f"balance.scope={self.scope!r} is for balance.loss='switch', not {self.loss!r}.")
-        if self.loss == "none" and self.coefficient != BalanceConfig.coefficient:
-            raise ConfigError(
-                f"balance.coefficient={self.coefficient} has no effect with balance.loss='none': choose one."
-            )
-        if self.bias == "none" and self.bias_rate != BalanceConfig.bias_rate:
-            raise ConfigError(f"balance.bias_rate={self.bias_rate} has no effect with balance.bias='none': choose one.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CapacityConfig:
-    """How many tokens of a micro-batch an expert takes while training; evaluation and exported models drop nothing.
-
-    factor: 0 for no limit. Else, for T tokens, E experts and k experts per token, an expert takes at most
-        ceil(T * k / E * factor) ("per_assignment", Megatron's meaning) or ceil(T / E * factor) ("per_token", as printed
-        in arXiv:2412.09952).
-    exact_factor: numerator and denominator of the decimal fraction that was written, the shortest one that is this
-        float.
-    drop: which tokens stay: those with the largest gate weight ("probability"), or the first ("position").
-    """
-
-    factor: float = 0.0
-    meaning: Literal["per_assignment", "per_token"] = "per_assignment"
-    drop: Literal["probability", "position"] = "probability"
-    # Integers made here, because torch.compile traces their use and could not trace how they are made.
-    exact_factor: tuple[int, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not (self.factor >= 0 and math.isfinite(self.factor)):
-            raise ConfigError(f"capacity.factor={self.factor} must be 0 (dropless) or a positive number.")
-        object.__setattr__(self, "exact_factor", Fraction(str(float(self.factor))).as_integer_ratio())
-        unset = (CapacityConfig.meaning, CapacityConfig.drop)
-        if self.factor == 0 and (self.meaning, self.drop) != unset:
-            raise ConfigError(
-                f"capacity.meaning={self.meaning!r} and capacity.drop={self.drop!r} have no effect with "
-                f"capacity.factor=0, which drops nothing: set the factor, or leave them out."
-            )
-
-    def tokens_per_expert(self, num_tokens: int, num_experts: int, top_k: int) -> int:
-        """The capacity C, at most `num_tokens`, which is what an expert can get; 0 when dropless.
-
-        Exact: in floats, 200 * 1.1 / 4 is a little more than 55, and would be rounded up to 56.
-        """
-        if self.factor == 0:
-            return 0
-        rows = num_tokens * (top_k if self.meaning == "per_assignment" else 1)
-        numerator, denominator = self.exact_factor
-        return min(num_tokens, max(1, -(-rows * numerator // (denominator * num_experts))))
-
-    def can_drop(self, num_experts: int, top_k: int) -> bool:
-        """Whether any routing could exceed the capacity (but for rounding up)."""
-        numerator, denominator = self.exact_factor
-        return 0 < numerator * (top_k if self.meaning == "per_assignment" else 1) < denominator * num_experts
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What a model is told of its training; nothing of it changes what it computes in evaluation.
-
-    recompute: keep only each block's input, and compute the block again in the backward pass.
-    """
-
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
-    capacity: CapacityConfig = field(default_factory=CapacityConfig)
-    recompute: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Sizes are in elements; token ids of -1 mean "none".
 
@@ -253,10 +140,11 @@ class ModelConfig:
         self._check_attention()
         self._check_moe()
         self._check_gate()
-        if self.model_type and self.model_type not in self._families():
+        families = families_of(self)
+        if self.model_type and self.model_type not in families:
             raise ConfigError(
                 f"model.model_type={self.model_type!r} does not hold this architecture; "
-                f"it is one of: {', '.join(self._families()) or 'none'}."
+                f"it is one of: {', '.join(families) or 'none'}."
             )
 
     def _check_token_ids(self) -> None:
@@ -387,65 +275,10 @@ class ModelConfig:
     @property
     def family(self) -> Family:
         """The Hugging Face family that holds this architecture. Raises UnsupportedModelError when none does."""
-        found = self._families()
-        if not found:
-            raise UnsupportedModelError(f"no Hugging Face class holds this architecture: {self._obstacle()}")
-        return self.model_type or found[0]
-
-    def _families(self) -> tuple[Family, ...]:
-        """All families that hold this architecture, the usual one first."""
-        moe = self.moe
-        if self.mla.kv_lora_rank:
-            first_dense = self.num_hidden_layers - len(moe.layers)
-            as_deepseek = (
-                moe.layers == tuple(range(first_dense, self.num_hidden_layers))
-                and (not self.is_moe or moe.gate == "sigmoid_bias")
-                and (not moe.shared_intermediate_size or not moe.shared_gated)
-                and moe.shared_intermediate_size % max(moe.intermediate_size, 1) == 0
-            )
-            return ("deepseek_v3",) if as_deepseek else ()
-        if not self.is_moe:
-            if self.qkv_bias:
-                return () if self.qk_norm else ("qwen2",)
-            if self.qk_norm:
-                return ("qwen3",)
-            whole_heads = self.hidden_size % self.num_attention_heads == 0  # transformers' LlamaConfig demands it
-            return ("llama", "mistral") if whole_heads else ("mistral",)
-        if (
-            moe.gate == "sigmoid_bias"
-            or moe.routed_scaling != 1
-            or (moe.shared_intermediate_size and not moe.shared_gated)
-        ):
-            return ()
-        if self.qk_norm:
-            return () if self.qkv_bias or moe.shared_intermediate_size else ("qwen3_moe",)
-        if moe.shared_intermediate_size:
-            return ("qwen2_moe",)
-        everywhere = len(moe.layers) == self.num_hidden_layers
-        return ("mixtral",) if everywhere and moe.renormalize and not self.qkv_bias else ()
-
-    def _obstacle(self) -> str:
-        """What keeps this architecture out of every family, and what to change."""
-        moe = self.moe
-        if self.mla.kv_lora_rank:
-            return (
-                "latent attention (model.mla) goes with gate='sigmoid_bias', dense layers before all mixtures, and a "
-                "shared expert without a gate whose width is a multiple of model.moe.intermediate_size (DeepSeek-V3)."
-            )
-        if self.qk_norm and self.qkv_bias:
-            return "model.qk_norm (Qwen3) and model.qkv_bias (Qwen2) exclude each other."
-        if moe.gate == "sigmoid_bias":
-            return "model.moe.gate='sigmoid_bias' needs latent attention (model.mla), or take another gate."
-        if moe.routed_scaling != 1:
-            return f"model.moe.routed_scaling={moe.routed_scaling} needs latent attention (model.mla), or set it to 1."
-        if moe.shared_intermediate_size and not moe.shared_gated:
-            return "model.moe.shared_gated=false needs latent attention (model.mla), or set it to true."
-        if self.qk_norm:
-            return "with model.qk_norm (Qwen3-MoE) there is no shared expert: set model.moe.shared_intermediate_size=0."
-        return (
-            "experts in some layers, with qkv_bias or without renormalize need a shared expert (Qwen2-MoE): set "
-            "model.moe.shared_intermediate_size (zeros in it change nothing)."
-        )
+        families = families_of(self)
+        if not families:
+            raise UnsupportedModelError(f"no Hugging Face class holds this architecture: {obstacle(self)}")
+        return self.model_type or families[0]
 
     def dense(self) -> "ModelConfig":
         """This model with plain feed-forward networks everywhere."""

@@ -11,7 +11,8 @@ from typing import Any
 from earthshine.advice import instead_of_model
 from earthshine.config import decode, read_json
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import FAMILIES, HF_CLASSES, MAX_LAYERS, Family, ModelConfig
+from earthshine.model.config import MAX_LAYERS, ModelConfig
+from earthshine.model.hf_families import FAMILIES, HF_CLASSES, Family
 from earthshine.model.hf_settings import (
     changes_nothing,
     in_their_words,

@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import FAMILIES, MAX_LAYERS, Family
+from earthshine.model.config import MAX_LAYERS
+from earthshine.model.hf_families import FAMILIES, Family
 
 # Keys that change the computation and that we hold only at these values; all of them are transformers' defaults.
 REQUIRED: dict[str, tuple[Any, ...]] = {

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig
+from earthshine.model.config import ModelConfig, MoEConfig
 from earthshine.model.layers import Linear, SwiGLU, at_least_float32, to_compute
 from earthshine.model.protocols import CountReduce, Dispatcher, LocalCountReduce, LocalDispatcher
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.ops.grouped_experts import Backend, permute, sort_by_expert, swiglu_experts, unpermute
 from earthshine.ops.routing import (
     RoutingStats,

@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from earthshine.errors import ConfigError
 from earthshine.model.attention import Cache, RopeTables, attention_widths, make_attention, make_cache
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, TrainingOptions
+from earthshine.model.config import ModelConfig
 from earthshine.model.layers import Embedding, Linear, RMSNorm, SwiGLU, at_least_float32, to_compute
 from earthshine.model.moe import MoE
 from earthshine.model.protocols import LocalLossReduce, LossReduce
+from earthshine.model.training_options import BalanceConfig, CapacityConfig, TrainingOptions
 from earthshine.ops.attention import Mask, make_mask
 from earthshine.ops.cross_entropy import cross_entropy_sum
 from earthshine.ops.grouped_experts import Backend

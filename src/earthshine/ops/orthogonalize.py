@@ -62,15 +62,15 @@ EPS = 1e-30
 _CPU_BATCH_BYTES = 4 << 20
 _ACCELERATOR_BATCH_BYTES = 512 << 20
 
-# Half products by blocks of at least 128 rows, measured on a CPU in fp32: nothing at 256 rows, 1.1x at 320 (two blocks)
+# Half matmuls by blocks of at least 128 rows, measured on a CPU in fp32: nothing at 256 rows, 1.1x at 320 (two blocks)
 # and 1.2x at 512 (four), more in the gram form. Beyond 4 blocks the saving, (p - 1) / 2p, hardly grows.
 _MIN_ROWS_FOR_BLOCKS = 320
 _MIN_BLOCK_ROWS = 128
 _MAX_BLOCKS = 4
-# In bf16, where thin products lose more: 1.15x at 2048 x 2048 and 1.09x at 1408 x 2048, nothing at 352 rows.
+# In bf16, where thin matmuls lose more: 1.15x at 2048 x 2048 and 1.09x at 1408 x 2048, nothing at 352 rows.
 _MIN_ROWS_FOR_BLOCKS_BELOW_FP32 = 1024
 
-# A smaller side is filled up to this with zeros, which Newton-Schulz keeps: MKL computes products of fewer than 12 rows
+# A smaller side is filled up to this with zeros, which Newton-Schulz keeps: MKL computes matmuls of fewer than 12 rows
 # in an order that depends on the batch, the threads and the alignment, larger ones not (measured up to 300 rows).
 _MIN_SIDE = 32
 
@@ -79,7 +79,7 @@ _MIN_SIDE = 32
 class Method:
     """What is computed for a matrix of a shape.
 
-    table: (a, b, c) per step. blocks: rows of symmetric products are cut in so many. restarts: the gram form's.
+    table: (a, b, c) per step. blocks: rows of symmetric matmuls are cut in so many. restarts: the gram form's.
     """
 
     form: Literal["standard", "gram"]
@@ -88,7 +88,7 @@ class Method:
     restarts: tuple[int, ...]
 
     def flops(self, M: int, N: int) -> int:
-        """Floating-point operations of an M x N matrix's products."""
+        """Floating-point operations of an M x N matrix's matmuls."""
         return newton_schulz_flops(M, N, len(self.table), self.form, self.blocks, len(self.restarts))
 
 
@@ -103,14 +103,14 @@ def newton_schulz(
     consume: bool = False,
     compile: bool = False,
 ) -> Tensor:
-    """Orthogonalize each matrix of [B, M, N], or one [M, N]; the result has G's shape and type `dtype`.
+    """Orthogonalize each matrix of [B, M, N], or one [M, N]; the result has G's shape and dtype `dtype`.
 
     Singular values become those of the polynomial (keller5: about 0.7 to 1.2), not 1. A zero matrix stays zero; a
     matrix that is not finite becomes NaN. Batches are cut to fit the cache, which no result depends on. Gradients do
     not flow through it.
 
     coefficients, steps: as `coefficient_steps` takes them. form: see `resolve_form`.
-    consume: G may be overwritten, and may be the result: saves memory of G's size where G has type `dtype`.
+    consume: G may be overwritten, and may be the result: saves memory of G's size where G has dtype `dtype`.
     compile: run each batch through torch.compile.
     Raises ConfigError for what these do not allow.
     """
@@ -140,7 +140,7 @@ def newton_schulz(
 
 
 def matrices_per_batch(M: int, N: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many M x N matrices one batch of products should hold: what fits the cache; at least one."""
+    """How many M x N matrices one batch of matmuls should hold: what fits the cache; at least one."""
     S, L = min(M, N), max(M, N)
     per_matrix = dtype.itemsize * (2 * S * L + 3 * S * S)
     budget = _CPU_BATCH_BYTES if device.type == "cpu" else _ACCELERATOR_BATCH_BYTES
@@ -194,7 +194,7 @@ def resolve_form(
     steps: int | None = None,
     coefficients: str | Sequence[Sequence[float]] = "keller5",
 ) -> tuple[Form, int]:
-    """What is computed for an M x N matrix: ("standard" or "gram", number of row blocks of symmetric products).
+    """What is computed for an M x N matrix: ("standard" or "gram", number of row blocks of symmetric matmuls).
 
     "standard" is never blocked: it keeps torch.optim.Muon's operations. "auto" is `choose_form`.
     """
@@ -210,9 +210,9 @@ def choose_form(
     steps: int | None = None,
     coefficients: str | Sequence[Sequence[float]] = "keller5",
 ) -> tuple[Form, int]:
-    """The rule of form="auto": (form, row blocks of symmetric products).
+    """The rule of form="auto": (form, row blocks of symmetric matmuls).
 
-    In fp32 and fp64 the form with fewer counted operations, symmetric products cut in blocks on a CPU where S >= 320:
+    In fp32 and fp64 the form with fewer counted operations, symmetric matmuls cut in blocks on a CPU where S >= 320:
     without blocks and restarts the gram form wins from an aspect ratio L/S of 1.5 on, with four blocks from about 1.1.
     Below fp32 the gram form, with its restarts, from an aspect ratio of 2.5 on where that leaves at most 0.85 of the
     operations; else the standard form, in blocks on a CPU where S >= 1024. On an accelerator nothing is cut.
@@ -231,7 +231,7 @@ def _choose(M: int, N: int, dtype: torch.dtype, device: torch.device, steps: int
 
 
 def _blocks(form: Form, S: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Row blocks of a symmetric S x S product; 1 where halving does not pay."""
+    """Row blocks of a symmetric S x S matmul; 1 where halving does not pay."""
     if device.type != "cpu":
         return 1
     if dtype.itemsize < 4:
@@ -252,7 +252,7 @@ def _compiled(iterate: _Iterate) -> _Iterate:
 
 
 def _orthogonalize(G_BSL: Tensor, O_BSL: Tensor, method: Method, compile: bool) -> None:
-    """One batch into O, which may be G itself. Each product with X moves it to the other of two places, last to O."""
+    """One batch into O, which may be G itself. Each matmul with X moves it to the other of two places, last to O."""
     moves = len(method.table) if method.form == "standard" else len(method.restarts) + 1
     other_BSL = torch.empty_like(O_BSL)
     X_BSL, Y_BSL = (other_BSL, O_BSL) if moves % 2 else (O_BSL, other_BSL)
@@ -264,11 +264,11 @@ def _orthogonalize(G_BSL: Tensor, O_BSL: Tensor, method: Method, compile: bool) 
 
 
 def _normalize(G_BSL: Tensor, out_BSL: Tensor) -> None:
-    """G / max(||G||_F, EPS) in at least fp32, cast to the type of `out`, which may be G.
+    """G / max(||G||_F, EPS) in at least fp32, cast to the dtype of `out`, which may be G.
 
     Divided by the largest element first: the squares of numbers below 1e-19 or above 1e19 leave fp32's range. Where
     that element is at least EPS the second norm is at least 1, so its floor of 1 is the floor EPS of the first. The
-    norm is summed by rows, then over rows: threads would share out the sum of a whole single matrix.
+    norm is summed by rows, then over rows: threads would divide the sum of a whole single matrix.
     """
     acc_dtype = at_least_float32_dtype(G_BSL.dtype)
     X_BSL = out_BSL if out_BSL.dtype == acc_dtype else torch.empty_like(out_BSL, dtype=acc_dtype)
@@ -287,9 +287,9 @@ def _standard(X_BSL: Tensor, Y_BSL: Tensor, method: Method) -> Tensor:
     B, S, _ = X_BSL.shape
     A_BSS, P_BSS = X_BSL.new_empty(B, S, S), X_BSL.new_empty(B, S, S)
     for a, b, c in method.table:
-        A_BSS = _product(X_BSL, X_BSL.mT, A_BSS, method.blocks)
-        P_BSS = _product(A_BSS, A_BSS, P_BSS, method.blocks, c, A_BSS, b)
-        X_BSL, Y_BSL = _product(P_BSS, X_BSL, Y_BSL, 1, 1.0, X_BSL, a), X_BSL
+        A_BSS = _matmul(X_BSL, X_BSL.mT, A_BSS, method.blocks)
+        P_BSS = _matmul(A_BSS, A_BSS, P_BSS, method.blocks, c, A_BSS, b)
+        X_BSL, Y_BSL = _matmul(P_BSS, X_BSL, Y_BSL, 1, 1.0, X_BSL, a), X_BSL
     return X_BSL
 
 
@@ -303,28 +303,28 @@ def _gram(X_BSL: Tensor, Y_BSL: Tensor, method: Method) -> Tensor:
     R_BSS, P_BSS, Q_BSS, T_BSS = (X_BSL.new_empty(B, S, S) for _ in range(4))
     blocks, last = method.blocks, len(method.table)
     first = True  # of its segment: Q is still the identity
-    R_BSS = _product(X_BSL, X_BSL.mT, R_BSS, blocks)
+    R_BSS = _matmul(X_BSL, X_BSL.mT, R_BSS, blocks)
     for k, (a, b, c) in enumerate(method.table, start=1):
-        P_BSS = _product(R_BSS, R_BSS, P_BSS, blocks, c, R_BSS, b)
+        P_BSS = _matmul(R_BSS, R_BSS, P_BSS, blocks, c, R_BSS, b)
         ends = k == last or k in method.restarts
         if not ends:
-            T_BSS = _product(P_BSS, R_BSS, T_BSS, blocks, 1.0, R_BSS, a)
-            R_BSS = _product(P_BSS, T_BSS, R_BSS, blocks, 1.0, T_BSS, a)
+            T_BSS = _matmul(P_BSS, R_BSS, T_BSS, blocks, 1.0, R_BSS, a)
+            R_BSS = _matmul(P_BSS, T_BSS, R_BSS, blocks, 1.0, T_BSS, a)
         if not first:
-            Q_BSS, T_BSS = _product(P_BSS, Q_BSS, T_BSS, blocks, 1.0, Q_BSS, a), Q_BSS
+            Q_BSS, T_BSS = _matmul(P_BSS, Q_BSS, T_BSS, blocks, 1.0, Q_BSS, a), Q_BSS
         elif not ends:
             P_BSS.diagonal(dim1=-2, dim2=-1).add_(a)
             Q_BSS, P_BSS = P_BSS, Q_BSS
         if ends:
-            moved_BSL = _product(Q_BSS, X_BSL, Y_BSL) if not first else _product(P_BSS, X_BSL, Y_BSL, 1, 1.0, X_BSL, a)
+            moved_BSL = _matmul(Q_BSS, X_BSL, Y_BSL) if not first else _matmul(P_BSS, X_BSL, Y_BSL, 1, 1.0, X_BSL, a)
             X_BSL, Y_BSL = moved_BSL, X_BSL
             if k < last:
-                R_BSS = _product(X_BSL, X_BSL.mT, R_BSS, blocks)
+                R_BSS = _matmul(X_BSL, X_BSL.mT, R_BSS, blocks)
         first = ends
     return X_BSL
 
 
-def _product(
+def _matmul(
     A_BSK: Tensor,
     C_BKS: Tensor,
     out_BSS: Tensor,
@@ -353,7 +353,7 @@ def _product(
         stop = min(start + rows, S)
         added_BrS = None if add_BSS is None else add_BSS[:, start:stop, start:]
         upper_BrS = out_BSS[:, start:stop, start:]
-        computed_BrS = _product(A_BSK[:, start:stop], C_BKS[:, :, start:], upper_BrS, 1, alpha, added_BrS, beta)
+        computed_BrS = _matmul(A_BSK[:, start:stop], C_BKS[:, :, start:], upper_BrS, 1, alpha, added_BrS, beta)
         if computed_BrS is not upper_BrS:
             upper_BrS.copy_(computed_BrS)
         out_BSS[:, stop:, start:stop].copy_(computed_BrS[:, :, stop - start :].mT)

@@ -92,7 +92,7 @@ class GroupOptions:
         if (self.norm == "schatten") != (self.schatten_p > 1):
             raise ConfigError(
                 f"optimizer.norm={self.norm!r} with schatten_p={self.schatten_p}: norm='schatten' needs schatten_p "
-                f"above 1 (infinity is Muon, 2 is the normalised gradient), norm='spectral' none (0)."
+                f"above 1 (infinity is Muon, 2 is the normalized gradient), norm='spectral' none (0)."
             )
         for name, on in (("exact_rms", self.exact_rms), ("normuon_beta2", self.normuon_beta2 > 0)):
             if on and self.scale != "match_rms_adamw":
@@ -116,8 +116,8 @@ class GroupOptions:
         group["ns_coefficients"] = group.pop("ns_table") or self.ns_coefficients
         return group
 
-    @classmethod
-    def of_group(cls, group: Mapping[str, Any]) -> "GroupOptions":
+    @staticmethod
+    def of_group(group: Mapping[str, Any]) -> "GroupOptions":
         """Those of a parameter group: the inverse of `as_group`."""
         values: dict[str, Any] = {o.name: group[o.name] for o in fields(GroupOptions) if o.name in group}
         values |= {"lr": float(group["lr"]), "beta1": group["betas"][0], "beta2": group["betas"][1]}

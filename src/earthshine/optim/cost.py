@@ -20,7 +20,7 @@ from earthshine.ops.newton_schulz_tables import (
 from earthshine.optim.config import OptimizerConfig
 
 Algorithm = Literal["muon", "adamw", "scion"]
-# The largest relative rounding of each type Newton-Schulz runs in. "auto" is decided where it runs; a plan takes fp32.
+# The largest relative rounding of each dtype of Newton-Schulz. "auto" is decided where it runs; a plan takes fp32.
 _EPSILON = {"auto": 2.0**-23, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 _FP32_BYTES = 4
 
@@ -67,7 +67,7 @@ def cost(config: OptimizerConfig, parameters: Iterable[Parameter]) -> dict[Algor
     """The cost of each algorithm, of one process that holds everything, with fp32 parameters. ZeRO-1 divides the bytes
     of state over its ranks, as evenly as whole rows allow.
 
-    Halves of symmetric products that a CPU leaves out are counted; so is nothing of the SVD of norm="schatten".
+    Halves of symmetric matmuls that a CPU leaves out are counted; the SVD of norm="schatten" is not.
     """
     costs: dict[Algorithm, Cost] = {"muon": Cost(), "adamw": Cost(), "scion": Cost()}
     for parameter in parameters:

@@ -226,7 +226,7 @@ def describe(groups: Sequence[Mapping[str, Any]] | torch.optim.Optimizer, model:
     rows += [(k[0], k[1], str(n[0]), f"{n[1]:,}", k[2], k[3]) for k, n in lines.items()]
     for kind in ("muon", "scion", "adamw", "frozen"):
         if chosen := [n for k, n in lines.items() if k[0] == kind]:
-            rows.append((kind, "in all", str(sum(n[0] for n in chosen)), f"{sum(n[1] for n in chosen):,}", "", ""))
+            rows.append((kind, "total", str(sum(n[0] for n in chosen)), f"{sum(n[1] for n in chosen):,}", "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     aligned = (
         [cell.rjust(w) if i in (2, 3) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]

@@ -358,7 +358,7 @@ class Muon(torch.optim.Optimizer):
         """Take over the state of `state_dict()`, lr, and what the loop has set since construction, as schedules do.
 
         Every other hyper-parameter comes from this optimizer's construction: torch would overwrite it silently, and
-        would round the momentum to the parameter's type. Raises CheckpointError, before anything changes, for a saved
+        would round the momentum to the parameter's dtype. Raises CheckpointError, before anything changes, for a saved
         hyper-parameter (as it was at construction) or parameter list that differs (with the differences) and for state
         that is missing or misshapen. An option that did not exist when the state was saved had its default.
         """
@@ -455,6 +455,6 @@ def _holds_anything(state: Any, everywhere: bool = False) -> bool:
 
 
 def _without_autocast(params: list[Tensor]) -> AbstractContextManager[None]:
-    """Autocast would turn the products of Newton-Schulz into bf16, whatever type was asked for."""
+    """Autocast would run the matmuls of Newton-Schulz in bf16, whatever dtype was asked for."""
     device = params[0].device.type if params else "cpu"
     return torch.autocast(device, enabled=False) if device != "meta" else nullcontext()

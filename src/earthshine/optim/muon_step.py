@@ -1,6 +1,5 @@
 """One Muon step of a group: momentum where a parameter lives, whole matrices to whoever orthogonalizes them, updates
-back to where it lives. The equations are those of
-`optim.rules`; `optim.sharding.batches` says what goes where; this carries it out.
+back to where it lives. The equations are those of `optim.rules`; `optim.sharding.batches` says what goes where.
 
 The next bucket travels, and local batches run, while a bucket is computed. A rank whose local shard of a parameter has
 no gradient leaves it alone and contributes zeros to its matrices: it sends and receives all the same.

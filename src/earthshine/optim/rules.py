@@ -113,7 +113,7 @@ def orthogonalize(X_BSL: Tensor, options: Mapping[str, Any], ns_dtype: torch.dty
 
 
 def normuon(O_BMN: Tensor, v_BM: Tensor, beta2: float, eps: float = NORMUON_EPS) -> tuple[Tensor, Tensor]:
-    """NorMuon's normalisation of rows (arXiv:2510.05491, Algorithm 1): (O_hat with RMS 1 per matrix, the new v).
+    """NorMuon's normalization of rows (arXiv:2510.05491, Algorithm 1): (O_hat with RMS 1 per matrix, the new v).
 
         v     <- beta2 v + (1 - beta2) mean over columns of O * O         one number per row; v_0 = 0
         O_hat  = O / (sqrt(v) + eps)                                      row by row
@@ -132,7 +132,7 @@ def normuon(O_BMN: Tensor, v_BM: Tensor, beta2: float, eps: float = NORMUON_EPS)
 
 
 def exact_rms(O_BMN: Tensor) -> Tensor:
-    """O / RMS(O) per matrix, in O's type: the RMS per element becomes 1 whatever the singular values are.
+    """O / RMS(O) per matrix, in O's dtype: the RMS per element becomes 1 whatever the singular values are.
 
     Moonlight's "Update Norm" (arXiv:2502.16982 section 2.2 and its table of controlled experiments: W -= lr 0.2
     O / RMS(O)). Takes [..., M, N]. Norms are in at least fp32. A zero matrix stays zero.
@@ -180,7 +180,7 @@ def step_(
     cautious: bool,
     noises: Sequence[Noise | None] = (),
 ) -> None:
-    """W <- W - decay W - rate U in place, as `decay_` and then the update; rounded to W's type once.
+    """W <- W - decay W - rate U in place, as `decay_` and then the update; rounded to W's dtype once.
 
     Narrow weights are computed in float32: in bf16 a decay of 1e-4 would round to nothing twice, and the rate as well.
     noises: how each weight is rounded, as `optim.rounding.write_` does; () is to nearest.

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from earthshine.model import presets
-from earthshine.model.config import BalanceConfig, CapacityConfig
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.train.job import CheckpointConfig, Scratch, TrainJob
 

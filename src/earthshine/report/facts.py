@@ -122,7 +122,9 @@ def balance_words(run: Run) -> str:
             words.append(f"bias frozen in layers {', '.join(map(str, still))}")
     factor = dig(run.config, "capacity", "factor")
     if factor:
-        words.append(f"capacity factor {factor} {str(dig(run.config, 'capacity', 'meaning')).replace('_', ' ')}")
+        capacity = dig(run.config, "capacity")
+        relative_to = str(capacity.get("relative_to") or capacity.get("meaning"))  # "meaning" in older runs
+        words.append(f"capacity factor {factor} {relative_to.replace('_', ' ')}")
     return "; ".join(words) or "nothing"
 
 

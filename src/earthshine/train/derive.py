@@ -181,11 +181,11 @@ def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -
     ]
     capacity, moe = job.capacity, model.moe
     if capacity.factor and not capacity.can_drop(moe.num_experts, moe.top_k):
-        never = moe.num_experts / (moe.top_k if capacity.meaning == "per_assignment" else 1)
+        never = moe.num_experts / (moe.top_k if capacity.relative_to == "per_assignment" else 1)
         found.append(
             f"capacity.factor={capacity.factor:g} can never drop a token: with {moe.num_experts} experts, "
             f"top-{moe.top_k}, an expert has room for every token from a factor of {never:g} on "
-            f"(capacity.meaning={capacity.meaning!r}). capacity.factor=0 gives the same gradients."
+            f"(capacity.relative_to={capacity.relative_to!r}). capacity.factor=0 gives the same gradients."
         )
     if job.balance.scope == "micro_batch" and job.sequences_per_micro_batch < job.sequences_per_step:
         found.append(

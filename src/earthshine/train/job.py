@@ -14,9 +14,10 @@ from earthshine.config import diff, encode
 from earthshine.data.config import DataConfig
 from earthshine.errors import CheckpointError, ConfigError, divisors
 from earthshine.files import expand_home
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.config import ModelConfig
 from earthshine.model.hf_config import from_hf, read_hf_config
 from earthshine.model.parameters import query_key_projections
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.optim.config import OptimizerConfig, ScheduleConfig
 from earthshine.run_folder import checkpoint_folders
 

@@ -21,7 +21,8 @@ from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import warn_of_other_tokenizer
 from earthshine.device import Readings, resolve_ns_dtype
 from earthshine.errors import ConfigError, TrainingDivergedError
-from earthshine.model.config import ModelConfig, TrainingOptions
+from earthshine.model.config import ModelConfig
+from earthshine.model.training_options import TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.build import build_optimizer
 from earthshine.optim.muon import Muon

@@ -8,7 +8,7 @@ What a step minimises, over all its sequences, whatever the cut into micro-batch
 
 The numbers are known before the first backward pass, and nothing else divides. The Switch loss of a sequence depends
 on the others' routing, by balance.scope: within its micro-batch, or, after a first pass of all tokens through the
-routers, within the step (`model.config.BalanceConfig`).
+routers, within the step (`model.training_options.BalanceConfig`).
 
 Shapes: B sequences, S positions, E experts.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from earthshine.data.loader import Batch
 from earthshine.device import Readings, Stopwatch, to_device
 from earthshine.errors import DataError, TrainingDivergedError
-from earthshine.model.config import BalanceConfig
+from earthshine.model.training_options import BalanceConfig
 from earthshine.model.transformer import Losses, Transformer
 from earthshine.train.state import TrainState
 

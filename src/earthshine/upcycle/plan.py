@@ -25,9 +25,10 @@ from earthshine.checkpoint.tokenizer_files import check_token_ids, tokenizer_and
 from earthshine.config import encode
 from earthshine.console import human_bytes, table
 from earthshine.errors import ConfigError, UnsupportedModelError, WeightsError
-from earthshine.model.config import HF_CLASSES, ModelConfig, MoEConfig
+from earthshine.model.config import ModelConfig, MoEConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import read_hf_config
+from earthshine.model.hf_families import HF_CLASSES
 from earthshine.model.serving import SERVED, serving_notes
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.recipe import Copy, Normal, Recipe, Zeros

@@ -10,7 +10,7 @@ import torch
 from earthshine.checkpoint.load import load_model
 from earthshine.console import log
 from earthshine.errors import MissingDependencyError
-from earthshine.model.config import HF_CLASSES
+from earthshine.model.hf_families import HF_CLASSES
 from earthshine.verify.measure import comparison_tokens, in_float64, logits_of, relative_difference, result, row
 from earthshine.verify.tokenizers import tokenizer_rows
 

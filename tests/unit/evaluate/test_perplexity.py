@@ -16,8 +16,8 @@ from earthshine.data.prepare import prepare
 from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.evaluate.perplexity import bytes_per_token, heldout_loss, ratio_stderr
-from earthshine.model.config import CapacityConfig, TrainingOptions
 from earthshine.model.presets import preset
+from earthshine.model.training_options import CapacityConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 
 

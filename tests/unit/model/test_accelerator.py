@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensorMode
 
 from earthshine.model import attention as model_attention
 from earthshine.model.attention import RopeTables, rope_table
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, TrainingOptions
+from earthshine.model.config import ModelConfig
+from earthshine.model.training_options import BalanceConfig, CapacityConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops import attention
 from earthshine.ops.grouped_experts import choose_backend

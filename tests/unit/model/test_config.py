@@ -11,9 +11,11 @@ import pytest
 
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import FAMILIES, CapacityConfig, MLAConfig, ModelConfig, MoEConfig, RopeScaling
+from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from earthshine.model.hf_config import from_hf, to_hf, without_effect
+from earthshine.model.hf_families import FAMILIES
 from earthshine.model.presets import PRESETS, preset
+from earthshine.model.training_options import CapacityConfig
 
 DENSE = ModelConfig(
     vocab_size=64,
@@ -362,7 +364,7 @@ def test_an_unknown_preset_suggests_the_nearest() -> None:
 def test_capacity_is_exact_arithmetic_with_the_factor_that_was_written() -> None:
     """In floats 200 * 1.1 / 4 is more than 55: an expert would take one token too many."""
     assert CapacityConfig(factor=1.1).tokens_per_expert(100, 4, 2) == 55
-    assert CapacityConfig(factor=1.1, meaning="per_token").tokens_per_expert(1000, 11, 6) == 100
+    assert CapacityConfig(factor=1.1, relative_to="per_token").tokens_per_expert(1000, 11, 6) == 100
     for factor in ("0.07", "0.3", "1.05", "1.1", "1.15", "1.2", "1.4", "2.2", "3", "1e-3"):
         config = CapacityConfig(factor=float(factor))
         for tokens, experts, top_k in itertools.product((1, 8, 100, 4096, 10**6), (4, 7, 11, 60), (1, 2, 6)):

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig, TrainingOptions
+from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig
 from earthshine.model.counts import (
     attention_flops_per_token,
     backward_flops_per_token,
@@ -22,6 +22,7 @@ from earthshine.model.counts import (
 )
 from earthshine.model.parameters import weights
 from earthshine.model.presets import PRESETS, llama3_8b, preset
+from earthshine.model.training_options import TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops import attention
 

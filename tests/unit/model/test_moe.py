@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig
+from earthshine.model.config import ModelConfig, MoEConfig
 from earthshine.model.moe import MoE
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.ops.routing import RoutingStats, bias_update, count_tokens, topk_softmax
 
 B, S, D, E, K = 2, 6, 8, 4, 2
@@ -342,9 +343,9 @@ def test_dropped_choices_add_nothing_and_take_no_gradient(drop: str, backend: st
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.floats(0.1, 5), st.sampled_from(["per_assignment", "per_token"]), st.integers(0, 99))
 def test_no_expert_exceeds_its_capacity_and_nothing_that_fits_is_dropped(
-    batch: int, factor: float, meaning: str, seed: int
+    batch: int, factor: float, relative_to: str, seed: int
 ) -> None:
-    layer = make(capacity=CapacityConfig(factor=factor, meaning=meaning))
+    layer = make(capacity=CapacityConfig(factor=factor, relative_to=relative_to))
     seen: list[Tensor] = []
     layer.experts.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     x_BSD = torch.randn(batch, S, D, generator=torch.Generator().manual_seed(seed))

@@ -177,7 +177,7 @@ def test_the_table_says_who_gets_what_and_why() -> None:
     assert "muon *.w_EFD 1 72 3 of 6 x 4 declared by Experts" in lines
     assert "adamw *.thin_EF1 1 18 3 x 6 x 1 matrix of one row or column" in lines
     assert "frozen *.scale 1 3 3 not trained" in lines
-    assert "muon in all 4 152" in lines
+    assert "muon total 4 152" in lines
 
 
 def test_what_scion_takes_from_adamw() -> None:
@@ -197,7 +197,7 @@ def test_what_scion_takes_from_adamw() -> None:
     assert lmos["b.wte.weight"] == lmos["c.wte.weight"] == "sign"  # an embedding that is the head too
     lines = [" ".join(line.split()) for line in describe([muon, scion, adamw], model).splitlines()]
     assert "scion b.wte.weight 1 320 40 x 8, sign embedding (Embedding), tied" in lines
-    assert "scion in all 12 1,356" in lines
+    assert "scion total 12 1,356" in lines
     with pytest.raises(ConfigError, match="non_matrix='scion' leaves nothing to algorithm='adamw'"):
         param_groups(model, non_matrix="scion", algorithm="adamw")
     with pytest.raises(ConfigError, match="non_matrix='sgd' must be one of adamw, scion"):

@@ -60,7 +60,7 @@ def config(name: str, num_steps: int, sparse: bool) -> dict[str, Any]:
         "data": {"sources": [{"path": "stdlib-train", "weight": 1.0}], "document_attention": True},
         "heldout": {"path": "stdlib-heldout", "every_steps": 0, "max_sequences": 48},
         "balance": {"loss": "switch", "coefficient": 0.01, "scope": "micro_batch", "z_coefficient": 0.001},
-        "capacity": {"factor": 1.25 if sparse else 0.0, "meaning": "per_assignment", "drop": "probability"},
+        "capacity": {"factor": 1.25 if sparse else 0.0, "relative_to": "per_assignment", "drop": "probability"},
         "clip_grad_norm": 1.0,
         "seed": 0,
         "compute_dtype": "auto",

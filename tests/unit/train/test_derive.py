@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from earthshine.data.config import DataConfig, SourceConfig
 from earthshine.errors import ConfigError
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.config import ModelConfig
 from earthshine.model.counts import train_flops_per_token
 from earthshine.model.presets import llama3_tiny, llama3_tiny_e8t2
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.model.transformer import Transformer
 from earthshine.ops.orthogonalize import newton_schulz
 from earthshine.optim.build import build_optimizer
@@ -30,8 +31,8 @@ SWITCH = BalanceConfig(loss="switch", scope="step")
 
 def test_a_capacity_that_can_never_drop_is_warned_of(make_job: JobMaker) -> None:
     """Four experts, top-2: factor 2 of the choices, or 4 of the tokens, is room for every token."""
-    for factor, meaning in ((2.0, "per_assignment"), (4.0, "per_token")):
-        capacity = CapacityConfig(factor=factor, meaning=meaning)  # type: ignore[arg-type]
+    for factor, relative_to in ((2.0, "per_assignment"), (4.0, "per_token")):
+        capacity = CapacityConfig(factor=factor, relative_to=relative_to)  # type: ignore[arg-type]
         (warning,) = derive(make_job(moe=True, capacity=capacity)).warnings
         assert (
             f"capacity.factor={factor:g} can never drop a token" in warning

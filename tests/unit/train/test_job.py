@@ -14,9 +14,10 @@ import torch
 from earthshine.checkpoint import run_store
 from earthshine.config import decode, encode, override
 from earthshine.errors import ConfigError, UnsupportedModelError
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.config import ModelConfig
 from earthshine.model.hf_config import to_hf
 from earthshine.model.presets import llama3_tiny, llama3_tiny_e8t2
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.config import OptimizerConfig
 from earthshine.train.derive import derive

@@ -10,7 +10,7 @@ from whole_runs import JobMaker, records
 
 from earthshine.checkpoint import run_store
 from earthshine.data.shards import TokenShards
-from earthshine.model.config import BalanceConfig, CapacityConfig
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.config import OptimizerConfig
 from earthshine.train.job import FromCheckpoint, HeldoutConfig, Scratch

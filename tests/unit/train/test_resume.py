@@ -153,12 +153,15 @@ def test_a_field_that_was_added_since_had_its_default(make_job: JobMaker) -> Non
 
 def test_a_run_that_was_saved_under_old_names_is_the_same_run(make_job: JobMaker) -> None:
     """Also as a job of its own, and where an override uses them."""
-    job = override(make_job(), ["optimizer.non_matrix=scion", "optimizer.comm_dtype=bfloat16"])
+    capacity = ["capacity.factor=1.5", "capacity.relative_to=per_token"]
+    job = override(make_job(True), ["optimizer.non_matrix=scion", "optimizer.comm_dtype=bfloat16", *capacity])
     older = encode(job)
     for old, new in (("rest", "non_matrix"), ("payload_dtype", "comm_dtype")):
         older["optimizer"][old] = older["optimizer"].pop(new)
+    older["capacity"]["meaning"] = older["capacity"].pop("relative_to")
     assert changes_on_resume(older, job, 1) == []
     assert changes_on_resume(older, override(job, ["optimizer.rest=adamw"]), 1) == [
         'optimizer.non_matrix: "scion" -> "adamw"'
     ]
-    assert decode(TrainJob, older) == override(make_job(), ["optimizer.rest=scion", "optimizer.payload_dtype=bfloat16"])
+    changes = ["optimizer.rest=scion", "optimizer.payload_dtype=bfloat16", capacity[0], "capacity.meaning=per_token"]
+    assert decode(TrainJob, older) == override(make_job(True), changes)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from earthshine.data.loader import Batch
 from earthshine.errors import DataError, TrainingDivergedError
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig, TrainingOptions
+from earthshine.model.config import ModelConfig
+from earthshine.model.training_options import BalanceConfig, CapacityConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops.routing import bias_update
 from earthshine.train.job import Scratch, TrainJob

@@ -11,7 +11,8 @@ import torch
 
 from earthshine.device import ComputeChoice, Readings, Stopwatch
 from earthshine.errors import TrainingDivergedError
-from earthshine.model.config import BalanceConfig, CapacityConfig, ModelConfig
+from earthshine.model.config import ModelConfig
+from earthshine.model.training_options import BalanceConfig, CapacityConfig
 from earthshine.optim.config import OptimizerConfig
 from earthshine.train import loop
 from earthshine.train.derive import derive

@@ -13,7 +13,8 @@ from earthshine.checkpoint.hf import save_model
 from earthshine.checkpoint.load import load_model
 from earthshine.errors import ConfigError
 from earthshine.files import to_json
-from earthshine.model.config import HF_CLASSES, MLAConfig, ModelConfig, MoEConfig
+from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig
+from earthshine.model.hf_families import HF_CLASSES
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.upcycle.config import UpcycleConfig
