@@ -192,7 +192,7 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Newton-Schulz dtype", [_show(dig(r.env, "ns_dtype"), str) for r in runs]),
         ("Training time", [_show(sum(r.steps.finite("seconds")) or None, human_seconds) for r in runs]),
         ("Tokens per second (median)", [_show(_median(r.steps.finite("tokens_per_second"))) for r in runs]),
-        ("MFU (median)", [_percent(_median(r.steps.finite("mfu"), 100)) for r in runs]),
+        ("MFU (median)", [_mfu(r) for r in runs]),
         ("Peak memory", [_gib(r) for r in runs]),
     ]
     filled = [(name, values) for name, values in rows if not set(values) <= {UNKNOWN, NOTHING, "no experts", flops(0)}]
@@ -212,7 +212,7 @@ def costs(run: Run) -> tuple[tuple[str, str], ...]:
         ("Training time", _show(sum(run.steps.finite("seconds")) or None, human_seconds)),
         ("Tokens per second", _show(_median(run.steps.finite("tokens_per_second")))),
         ("Compute", UNKNOWN if parts[0] is None else flops(math.fsum(p for p in parts if p is not None))),
-        ("MFU", _percent(_median(run.steps.finite("mfu"), 100))),
+        ("MFU", _mfu(run)),
         ("Peak memory", _gib(run)),
     )
     return tuple((name, value) for name, value in rows if value != UNKNOWN)
@@ -256,8 +256,12 @@ def _compute_dtype(run: Run) -> str:
     return UNKNOWN if chosen is None else str(chosen)
 
 
-def _percent(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{short(value)} %"
+def _mfu(run: Run) -> str:
+    """The median; marked where the measured peak cannot be one."""
+    value = _median(run.steps.finite("mfu"), 100)
+    if value is None:
+        return UNKNOWN
+    return f"{short(value)} %" + (" (above the measured peak)" if value > 100 else "")
 
 
 def _gib(run: Run) -> str:

@@ -77,7 +77,8 @@ def _course(run: Run, compared: Sequence[Comparison], index: int) -> Course:
     if not losses:
         return Course("loss", "is not recorded", "nothing")
     first, last = _apart(losses[0], losses[-1])
-    return Course("training loss", f"went from {first} to {last} (nothing held out)", "training")
+    held_out = f"the held-out loss was {fixed(before.loss, 2)} before" if before else "nothing held out"
+    return Course("training loss", f"went from {first} to {last} ({held_out})", "training")
 
 
 def _change(before: float, after: float, outcome: Difference | str) -> tuple[str, str]:

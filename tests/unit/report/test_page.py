@@ -153,6 +153,13 @@ def test_a_run_s_card_has_its_cost(page):
     )
 
 
+def test_an_mfu_above_the_peak_says_so(folder):
+    run = folder("r")
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    run.write("metrics.jsonl", "".join(json.dumps(x | {"mfu": 20.25}) + "\n" for x in lines))
+    assert "MFU 2,025 % (above the measured peak)" in read(write_report([run.path])).text
+
+
 def test_an_exported_model_is_linked_where_it_is(pair, tmp_path):
     """In the run folder by its files, elsewhere by the check that names it; a name stays a name."""
     for folder in (pair[1].path / "javascript:alert(1)", tmp_path / "models" / "a b"):

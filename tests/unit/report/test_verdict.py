@@ -101,6 +101,13 @@ def test_nothing_held_out(folder):
     assert sentence(run) == "no training step of a is recorded; no check is recorded.".replace("no", "No", 1)
 
 
+def test_held_out_only_at_the_start_as_of_a_run_that_was_stopped(folder):
+    run = folder("a")
+    run.remove("eval/heldout-after.json")
+    lines(run, lambda r: None if r["kind"] == "heldout" and r["step"] else r)
+    assert "(the held-out loss was 2.43 before); no check" in sentence(run)
+
+
 def test_held_out_only_at_the_end(folder):
     run = folder("a")
     lines(run, lambda r: None if r["kind"] == "heldout" else r)
