@@ -137,6 +137,8 @@ def optimizer_words(run: Run) -> str:
         words += f", momentum {o['momentum']}"
     if "weight_decay" in o:
         words += f", weight decay {o['weight_decay']}"
+    if o.get("qk_clip_threshold"):
+        words += f", QK-Clip at {short(o['qk_clip_threshold'])}"
     if o.get("freeze"):
         words += f"; frozen: {', '.join(f'`{p}`' for p in o['freeze'])}"
     return words

@@ -169,6 +169,7 @@ def _training(training: Mapping[str, Any]) -> str:
             ("Optimizer", optimizer_name(optimizer) if optimizer else None),
             ("Peak learning rate", short(optimizer["lr"]) if "lr" in optimizer else None),
             ("Weight decay", optimizer.get("weight_decay")),
+            ("QK-Clip threshold", optimizer.get("qk_clip_threshold") or None),
             ("Schedule", schedule.get("kind")),
             ("Seed", job.get("seed")),
             ("Changed mid-run", _changed(training)),

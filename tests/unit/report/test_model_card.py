@@ -64,6 +64,13 @@ def test_a_full_card():
         assert words in card
 
 
+def test_qk_clip_is_named_where_it_was_on():
+    job = INFO["training"]["job"]
+    assert "QK-Clip" not in model_card(INFO)
+    clipped = job | {"optimizer": job["optimizer"] | {"qk_clip_threshold": 100.0}}
+    assert "| QK-Clip threshold | 100.0 |" in model_card(INFO | {"training": {"job": clipped}})
+
+
 def test_bits_per_byte_of_a_text_that_cannot_be_spelled_are_marked():
     (result,) = INFO["evaluation"]
     assert "(lossy" not in model_card(INFO)

@@ -379,6 +379,7 @@ def test_qk_clip_is_drawn_where_it_was_recorded(folder):
     config["optimizer"]["qk_clip_threshold"] = 100.0
     run.write("config.json", config)
     text = read(write_report([run.path])).text
+    assert "weight decay 0.1, QK-Clip at 100" in text
     assert "exceeds the threshold of 100 (dashed, where in range)" in text and "clipped at 100" not in text
     assert "98.5" in text
     series = json.loads((run.path / "report.json").read_text())["runs"][0]["series"]
