@@ -14,7 +14,7 @@ MFU       (6 x active parameters, the head among them and the embedding not, + c
           time of forward and backward, over the rate of a large product in the same dtype and the same rounds
 Muon      this package's step in place of AdamW's; its share of a step of 4k, 16k and 64k tokens, where forward and
           backward grow in proportion to the tokens
-DENSE     this package's dense model of equal active FLOPs: what the mixture costs
+DENSE     this package's dense model of equal active FLOPs: what the MoE costs
 
 In bf16 transformers' parameters (and so its AdamW) are bf16; this package's are float32, cast as they are used, and so
 are transformers' with --autocast. bf16 is measured only where its products are faster than float32's. The bias of
@@ -265,7 +265,7 @@ def show_all(records: list[dict[str, Any]]) -> str:
         return f"{value:{form}}" if target is None else f"{value:{form}} (target {target:{form}})"
 
     headers = ["model", "dtype", "threads", "ours / their best", "their best", "MFU", "theirs", "memory / their least"]
-    headers += ["mixture / dense", "Muon at 4k"]
+    headers += ["MoE / dense", "Muon at 4k"]
     rows = []
     for record in records:
         keys, s = record["options"], record["summary"]

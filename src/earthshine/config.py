@@ -160,20 +160,20 @@ def read_json(path: str | Path, *, distinct: bool = False) -> Any:
 def parse_object(text: str | bytes, where: str | Path, fix: str = "") -> dict[str, Any]:
     """The JSON object that `text` is. Raises ConfigError, naming `where` and with `fix` at its end, when it is none."""
     try:
-        found = parse_json(text)
+        data = parse_json(text)
     except ValueError as e:
         raise ConfigError(f"{where} is not readable JSON: {e}.{fix and ' ' + fix}") from e
-    if not isinstance(found, dict):
-        raise ConfigError(f"{where} must hold a JSON object, not {type(found).__name__}.{fix and ' ' + fix}")
-    return found
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must hold a JSON object, not {type(data).__name__}.{fix and ' ' + fix}")
+    return data
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key '{twice}' stands twice in one object")
-    return found
+    return members
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
@@ -228,11 +228,11 @@ def not_defaults(config: Any, where: str = "") -> list[tuple[str, Any]]:
 def differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
     """The leaves in which two encoded configs differ: (path, old, new), "(absent)" where there is none."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
+        changes = []
         for key in sorted(set(old) | set(new)):
             path = f"{where}.{key}" if where else key
-            found += differences(old.get(key, "(absent)"), new.get(key, "(absent)"), path)
-        return found
+            changes += differences(old.get(key, "(absent)"), new.get(key, "(absent)"), path)
+        return changes
     return [] if old == new else [(where, old, new)]
 
 

@@ -189,8 +189,8 @@ def capability(device: torch.device) -> tuple[int, int]:
     """
     if device.type not in ("cuda", "meta") or torch.version.hip:
         return (0, 0)
-    here = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.get_device_capability(device) if here else (9, 0)
+    present = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(device) if present else (9, 0)
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from traffic import Traffic, check_counts
 
 from earthshine import Muon
-from earthshine.model.parameters import weights
+from earthshine.model.parameters import parameter_shapes
 from earthshine.model.presets import llama3_tiny_e8t2
 from earthshine.model.transformer import Transformer
 from earthshine.optim.build import configured_groups
@@ -203,7 +203,7 @@ def test_zero1_divides_the_state_that_a_plan_counts(worlds: Worlds, options: Opt
     rows differ in length."""
     config = OptimizerConfig(ns_dtype="float32", **options)
     ranks = worlds.run(4, zero1_state_bytes, config)
-    expected = cost(config, weights(llama3_tiny_e8t2()))
+    expected = cost(config, parameter_shapes(llama3_tiny_e8t2()))
     for algorithm, total in expected.items():
         held = [rank[algorithm] for rank in ranks]
         assert sum(held) == total.state_bytes

@@ -1,4 +1,4 @@
-"""Twenty recorded losses and gradient norms of three tiny mixtures trained with Muon.
+"""Twenty recorded losses and gradient norms of three tiny MoEs trained with Muon.
 
 Bit-equal where processor, torch and threads are the recorded ones; elsewhere within `TOLERANCES`, because matrix
 products sum in another order there. To record on purpose: `python tests/golden/test_losses.py`.

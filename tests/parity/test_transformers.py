@@ -35,7 +35,7 @@ def ropes(draw: st.DrawFn) -> RopeScaling:
 
 
 @st.composite
-def mixtures(draw: st.DrawFn, family: Family, layers: int) -> MoEConfig:
+def moes(draw: st.DrawFn, family: Family, layers: int) -> MoEConfig:
     """Experts, k, and what the family leaves free: partial layers, gate, shared width, groups."""
     if family == "deepseek_v3":
         groups, per_group = draw(st.sampled_from([(1, 5), (2, 2), (2, 3), (3, 2), (4, 2)]))
@@ -98,7 +98,7 @@ def configs(draw: st.DrawFn, family: Family) -> ModelConfig:
         qkv_bias=family == "qwen2" or (family == "qwen2_moe" and draw(st.booleans())),
         qk_norm=family in ("qwen3", "qwen3_moe"),
         mla=mla,
-        moe=draw(mixtures(family, layers)) if sparse else MoEConfig(),
+        moe=draw(moes(family, layers)) if sparse else MoEConfig(),
         model_type="mistral" if family == "mistral" else "",
     )
 

@@ -61,7 +61,7 @@ _MIXTRAL = {
     "block_sparse_moe.experts.{e}.w3.weight": ("moe.experts.w_up_EFD", "MD"),
     "block_sparse_moe.experts.{e}.w2.weight": ("moe.experts.w_down_EDF", "DM"),
 }
-_MIXTURE = {
+_MOE = {
     "mlp.gate.weight": ("moe.router.weight", "ED"),
     "mlp.gate.e_score_correction_bias": ("moe.router.bias_E", "E"),
     "mlp.experts.{e}.gate_proj.weight": ("moe.experts.w_gate_EFD", "MD"),
@@ -160,8 +160,8 @@ def _layer_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, str]]:
     absent += [] if moe.shared_intermediate_size else ["shared_expert"]
     absent += [] if moe.shared_gated else ["shared_expert_gate"]
     plural = "s" if config.family == "deepseek_v3" else ""
-    mixture = {hf.replace("{s}", plural): to for hf, to in _MIXTURE.items() if not any(part in hf for part in absent)}
-    return _NORMS | attention | mixture
+    sparse = {hf.replace("{s}", plural): to for hf, to in _MOE.items() if not any(part in hf for part in absent)}
+    return _NORMS | attention | sparse
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
@@ -192,7 +192,7 @@ def _entry(hf: str, ours: str, letters: str, sizes: dict[str, int]) -> Entry:
 
 def _layer_entry(layer: int, hf: str, ours: str, letters: str, sizes: dict[str, int], expert: int) -> Entry:
     at, shape = f"model.layers.{layer}.", tuple(sizes[letter] for letter in letters)
-    names = dict.fromkeys((hf, hf.replace("block_sparse_moe.", "mlp.")))  # transformers 5 calls a Mixtral's mixture mlp
+    names = dict.fromkeys((hf, hf.replace("block_sparse_moe.", "mlp.")))  # transformers 5 calls a Mixtral's MoE mlp
     places = [Place(at + name, shape) for name in names]
     if ours in _STACKED:
         name, part, parts = _STACKED[ours]

@@ -312,14 +312,19 @@ class RopeTables:
 
     def rows(self, start: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The tables of positions start to end, on the device of `like`, and fake where that is."""
-        kept = self._tables
-        if kept is None or len(kept[0]) < end or kept[0].device != like.device or type(kept[0]) is not type(like):
+        tables = self._tables
+        if (
+            tables is None
+            or len(tables[0]) < end
+            or tables[0].device != like.device
+            or type(tables[0]) is not type(like)
+        ):
             # Twice as many where they grow, so that tokens one by one do not each make them anew. Tensors made in
             # inference mode could not be saved for the backward pass of a later forward.
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(1 << (end - 1).bit_length(), device=like.device)
-                kept = self._tables = rope_table(self._config, positions)
-        return kept[0][start:end], kept[1][start:end]
+                tables = self._tables = rope_table(self._config, positions)
+        return tables[0][start:end], tables[1][start:end]
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -361,8 +366,8 @@ def _yarn_frequencies(config: ModelConfig, wavelengths: Tensor) -> Tensor:
     high = min(math.ceil(pair_that_rotates(scaling.beta_slow)), config.rotary_dim - 1)
     width = high - low or 0.001  # a step, not 0/0
     ramp = ((torch.arange(len(wavelengths), dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
-    kept = 1 - ramp
-    return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+    unscaled = 1 - ramp
+    return 1.0 / (scaling.factor * wavelengths) * (1 - unscaled) + 1.0 / wavelengths * unscaled
 
 
 def _rope_scale(config: ModelConfig) -> float:

@@ -59,9 +59,9 @@ class MLAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """The mixture-of-experts layers; `num_experts=0` means that there are none.
+    """The mixture-of-experts (MoE) layers; `num_experts=0` means that there are none.
 
-    layers: indices of the decoder layers whose feed-forward network is a mixture.
+    layers: indices of the decoder layers whose feed-forward network is an MoE.
     gate: "topk_softmax" takes the k largest logits and then their softmax (Mixtral); "softmax_topk" a softmax over all
         experts and then its k largest values; "sigmoid_bias" chooses by sigmoid plus a bias and weighs by the sigmoid
         (DeepSeek-V3, Moonlight).

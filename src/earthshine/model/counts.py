@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from earthshine.model.config import ModelConfig
-from earthshine.model.parameters import Weight, router_biases, weights
+from earthshine.model.parameters import ParameterShape, parameter_shapes, router_biases
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ def count_parameters(c: ModelConfig) -> Counts:
     """Parameters of `c`; a tied head is counted once.
 
     The bias of a "sigmoid_bias" gate is a buffer, but it is stored, and Moonlight's and DeepSeek-V3's published sizes
-    count it: here too. The sum over what is trained is that over `matrices.weights`.
+    count it: here too. The sum over what is trained is that over `parameters.parameter_shapes`.
     """
-    found = weights(c)
+    shapes = parameter_shapes(c)
     gate_biases = len(router_biases(c)) * c.moe.num_experts
     return Counts(
-        total=sum(w.elements for w in found) + gate_biases,
-        active=sum(_active(w, c) for w in found) + gate_biases,
-        embedding=sum(w.elements for w in found if w.role in ("embedding", "head")),
+        total=sum(w.elements for w in shapes) + gate_biases,
+        active=sum(_active(w, c) for w in shapes) + gate_biases,
+        embedding=sum(w.elements for w in shapes if w.role in ("embedding", "head")),
     )
 
 
-def _active(w: Weight, c: ModelConfig) -> int:
+def _active(w: ParameterShape, c: ModelConfig) -> int:
     """Elements that one token passes through."""
     return w.rows * w.columns * (c.moe.top_k if w.role == "experts" else w.count)
 
@@ -63,7 +63,7 @@ def attention_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = Tr
 
 def forward_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
     """FLOPs of one token's forward pass in a sequence of `seq_len`, head and attention included."""
-    matrices = sum(_active(w, c) for w in weights(c) if w.role in ("matrix", "experts", "head"))
+    matrices = sum(_active(w, c) for w in parameter_shapes(c) if w.role in ("matrix", "experts", "head"))
     tied_head = c.vocab_size * c.hidden_size if c.tie_word_embeddings else 0
     return 2.0 * (matrices + tied_head) + attention_flops_per_token(c, seq_len, causal=causal)
 
@@ -90,7 +90,7 @@ def recomputed_flops_per_token(c: ModelConfig, seq_len: int, *, frozen: Collecti
     first = _Backward(c, seq_len, True, frozen).first_block
     return sum(
         2.0 * _active(w, c)
-        for w in weights(c)
+        for w in parameter_shapes(c)
         if w.role in ("matrix", "experts") and int(w.name.split(".")[1]) >= first
     ) + attention_flops_per_token(c, seq_len) * (1 - first / c.num_hidden_layers)
 
@@ -104,7 +104,7 @@ class _Backward:
 
     def __init__(self, c: ModelConfig, seq_len: int, causal: bool, frozen: Collection[str]) -> None:
         self._c = c
-        self._forward = {w.name: 2.0 * _active(w, c) for w in weights(c)}
+        self._forward = {w.name: 2.0 * _active(w, c) for w in parameter_shapes(c)}
         self._trained = self._forward.keys() - set(frozen)
         positions = (seq_len + 1) / 2 if causal else seq_len
         per_width = 2.0 * c.num_attention_heads * positions
@@ -125,9 +125,9 @@ class _Backward:
     def _product(self, name: str, needs: bool) -> bool:
         """y = W x + b."""
         trained = name if name in self._forward else f"{name}.weight"
-        own = trained in self._trained
-        self.flops += self._forward[trained] * (needs + own)
-        return needs or own or f"{name}.bias" in self._trained
+        needs_weight = trained in self._trained
+        self.flops += self._forward[trained] * (needs + needs_weight)
+        return needs or needs_weight or f"{name}.bias" in self._trained
 
     def _norm(self, name: str, needs: bool) -> bool:
         return needs or f"{name}.weight" in self._trained
@@ -140,13 +140,13 @@ class _Backward:
         if layer not in self._c.moe.layers:
             return self._swiglu(f"{where}.ffn", normed, "gate_proj", "up_proj", "down_proj") or needs
         moe = self._c.moe
-        found = self._product(f"{where}.moe.router", normed)
-        found |= self._swiglu(f"{where}.moe.experts", normed, "w_gate_EFD", "w_up_EFD", "w_down_EDF")
+        needs_output = self._product(f"{where}.moe.router", normed)
+        needs_output |= self._swiglu(f"{where}.moe.experts", normed, "w_gate_EFD", "w_up_EFD", "w_down_EDF")
         if moe.shared_intermediate_size:
-            found |= self._swiglu(f"{where}.moe.shared", normed, "gate_proj", "up_proj", "down_proj")
+            needs_output |= self._swiglu(f"{where}.moe.shared", normed, "gate_proj", "up_proj", "down_proj")
             if moe.shared_gated:
-                found |= self._product(f"{where}.moe.shared_gate", normed)
-        return found or needs
+                needs_output |= self._product(f"{where}.moe.shared_gate", normed)
+        return needs_output or needs
 
     def _swiglu(self, where: str, needs: bool, gate: str, up: str, down: str) -> bool:
         hidden = [self._product(f"{where}.{name}", needs) for name in (gate, up)]

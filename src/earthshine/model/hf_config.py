@@ -245,10 +245,10 @@ def _rope_from_hf(values: dict[str, Any], hf: dict[str, Any]) -> tuple[float, di
         "rope_parameters": hf.get("rope_parameters") or {},
     }
     merged: dict[str, Any] = {}
-    for place, found in places.items():
-        if not isinstance(found, dict) or any(isinstance(v, dict) for v in found.values()):
-            raise UnsupportedModelError(f"config.json {place} is {found!r}: only one flat object is implemented.")
-        for name, value in found.items():
+    for place, rope in places.items():
+        if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+            raise UnsupportedModelError(f"config.json {place} is {rope!r}: only one flat object is implemented.")
+        for name, value in rope.items():
             key = "rope_type" if name == "type" else name  # before transformers 4.43
             if value is not None and merged.setdefault(key, value) != value:
                 raise ConfigError(f"config.json gives {key} twice: {merged[key]!r}, and {value!r} in {place}.")

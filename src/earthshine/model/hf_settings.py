@@ -87,9 +87,9 @@ def refuse_window(family: Family, hf: dict[str, Any], values: dict[str, Any]) ->
     window = values["sliding_window"] if _layers_with_window(family, values) else None
     longest = whole(values, "max_position_embeddings")
     if window is not None and (type(window) is not int or window < longest):
-        said = "" if "sliding_window" in hf else ", the default of a config that does not say otherwise"
+        unsaid = "" if "sliding_window" in hf else ", the default of a config that does not say otherwise"
         raise UnsupportedModelError(
-            f"config.json sliding_window is {window}{said}: windows shorter than max_position_embeddings="
+            f"config.json sliding_window is {window}{unsaid}: windows shorter than max_position_embeddings="
             f"{longest} are not implemented. Where no sequence will be longer than the window, lower "
             f"max_position_embeddings to it."
         )

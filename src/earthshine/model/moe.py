@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: router, experts, and an optional shared expert.
+"""The mixture-of-experts (MoE) layer: router, experts, and an optional shared expert.
 
 Shapes: B sequences of S positions, T = B*S tokens, D model width, F expert width, E experts, K experts per token,
 R = T*K routed rows.
@@ -116,7 +116,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Mixture of experts: the chosen experts summed by gate weight, plus the shared expert if there is one.
+    """An MoE layer: the chosen experts summed by gate weight, plus the shared expert if there is one.
 
     While training, choices beyond an expert's capacity are dropped: they add nothing, and the token's other weights
     stay as they are (Megatron-LM's rule). Otherwise nothing is dropped.

@@ -11,7 +11,7 @@ from earthshine.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Weight:
+class ParameterShape:
     """A parameter as `count` matrices of rows x columns; a vector is one row.
 
     role: "experts" is a stack of which a token passes through the chosen ones; "matrix" any other matrix of the hidden
@@ -40,22 +40,22 @@ class Weight:
         return self.role in ("matrix", "experts") and min(self.rows, self.columns) > 1
 
 
-def weights(c: ModelConfig) -> list[Weight]:
+def parameter_shapes(c: ModelConfig) -> list[ParameterShape]:
     """All trained parameters of `c`, named as in the built model."""
     width = c.hidden_size
-    found = [Weight("embed.weight", c.vocab_size, width, role="embedding")]
+    shapes = [ParameterShape("embed.weight", c.vocab_size, width, role="embedding")]
     for layer in range(c.num_hidden_layers):
         block = f"blocks.{layer}"
-        found += [_vector(f"{block}.{norm}.weight", width) for norm in ("attn_norm", "ffn_norm")]
-        found += (_latent_attention if c.mla.kv_lora_rank else _attention)(f"{block}.attn", c)
+        shapes += [_vector(f"{block}.{norm}.weight", width) for norm in ("attn_norm", "ffn_norm")]
+        shapes += (_latent_attention if c.mla.kv_lora_rank else _attention)(f"{block}.attn", c)
         if layer in c.moe.layers:
-            found += _mixture(f"{block}.moe", c)
+            shapes += _moe(f"{block}.moe", c)
         else:
-            found += _feed_forward(f"{block}.ffn", width, c.intermediate_size)
-    found.append(_vector("final_norm.weight", width))
+            shapes += _feed_forward(f"{block}.ffn", width, c.intermediate_size)
+    shapes.append(_vector("final_norm.weight", width))
     if not c.tie_word_embeddings:
-        found.append(Weight("head.weight", c.vocab_size, width, role="head"))
-    return found
+        shapes.append(ParameterShape("head.weight", c.vocab_size, width, role="head"))
+    return shapes
 
 
 def router_biases(c: ModelConfig) -> dict[int, str]:
@@ -73,62 +73,62 @@ def query_key_projections(c: ModelConfig) -> dict[int, tuple[str, ...]]:
     return {layer: tuple(f"blocks.{layer}.attn.{name}" for name in names) for layer in range(c.num_hidden_layers)}
 
 
-def _vector(name: str, size: int) -> Weight:
-    return Weight(name, 1, size, role="vector")
+def _vector(name: str, size: int) -> ParameterShape:
+    return ParameterShape(name, 1, size, role="vector")
 
 
-def _attention(where: str, c: ModelConfig) -> list[Weight]:
+def _attention(where: str, c: ModelConfig) -> list[ParameterShape]:
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     into = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    found = [
-        Weight(f"{where}.{name}.weight", rows, c.hidden_size, head_rows=(c.head_dim,) * (rows // c.head_dim))
+    shapes = [
+        ParameterShape(f"{where}.{name}.weight", rows, c.hidden_size, head_rows=(c.head_dim,) * (rows // c.head_dim))
         for name, rows in into.items()
     ]
     if c.qkv_bias:
-        found += [_vector(f"{where}.{name}.bias", rows) for name, rows in into.items()]
+        shapes += [_vector(f"{where}.{name}.bias", rows) for name, rows in into.items()]
     if c.qk_norm:
-        found += [_vector(f"{where}.{name}.weight", c.head_dim) for name in ("q_norm", "k_norm")]
-    return [*found, Weight(f"{where}.o_proj.weight", c.hidden_size, queries)]
+        shapes += [_vector(f"{where}.{name}.weight", c.head_dim) for name in ("q_norm", "k_norm")]
+    return [*shapes, ParameterShape(f"{where}.o_proj.weight", c.hidden_size, queries)]
 
 
-def _latent_attention(where: str, c: ModelConfig) -> list[Weight]:
+def _latent_attention(where: str, c: ModelConfig) -> list[ParameterShape]:
     mla, heads, width = c.mla, c.num_attention_heads, c.hidden_size
     query_rows, value_rows = ((mla.qk_nope_head_dim, last) * heads for last in (mla.qk_rope_head_dim, mla.v_head_dim))
     if mla.q_lora_rank:
-        found = [
-            Weight(f"{where}.q_a_proj.weight", mla.q_lora_rank, width),
+        shapes = [
+            ParameterShape(f"{where}.q_a_proj.weight", mla.q_lora_rank, width),
             _vector(f"{where}.q_a_norm.weight", mla.q_lora_rank),
-            Weight(f"{where}.q_b_proj.weight", heads * c.head_dim, mla.q_lora_rank, head_rows=query_rows),
+            ParameterShape(f"{where}.q_b_proj.weight", heads * c.head_dim, mla.q_lora_rank, head_rows=query_rows),
         ]
     else:
-        found = [Weight(f"{where}.q_proj.weight", heads * c.head_dim, width, head_rows=query_rows)]
+        shapes = [ParameterShape(f"{where}.q_proj.weight", heads * c.head_dim, width, head_rows=query_rows)]
     return [
-        *found,
-        Weight(f"{where}.kv_a_proj_with_mqa.weight", mla.kv_lora_rank + mla.qk_rope_head_dim, width),
+        *shapes,
+        ParameterShape(f"{where}.kv_a_proj_with_mqa.weight", mla.kv_lora_rank + mla.qk_rope_head_dim, width),
         _vector(f"{where}.kv_a_norm.weight", mla.kv_lora_rank),
-        Weight(f"{where}.kv_b_proj.weight", sum(value_rows), mla.kv_lora_rank, head_rows=value_rows),
-        Weight(f"{where}.o_proj.weight", width, heads * mla.v_head_dim),
+        ParameterShape(f"{where}.kv_b_proj.weight", sum(value_rows), mla.kv_lora_rank, head_rows=value_rows),
+        ParameterShape(f"{where}.o_proj.weight", width, heads * mla.v_head_dim),
     ]
 
 
-def _feed_forward(where: str, width: int, intermediate: int) -> list[Weight]:
+def _feed_forward(where: str, width: int, intermediate: int) -> list[ParameterShape]:
     return [
-        Weight(f"{where}.gate_proj.weight", intermediate, width),
-        Weight(f"{where}.up_proj.weight", intermediate, width),
-        Weight(f"{where}.down_proj.weight", width, intermediate),
+        ParameterShape(f"{where}.gate_proj.weight", intermediate, width),
+        ParameterShape(f"{where}.up_proj.weight", intermediate, width),
+        ParameterShape(f"{where}.down_proj.weight", width, intermediate),
     ]
 
 
-def _mixture(where: str, c: ModelConfig) -> list[Weight]:
+def _moe(where: str, c: ModelConfig) -> list[ParameterShape]:
     moe, width = c.moe, c.hidden_size
-    found = [
-        Weight(f"{where}.router.weight", moe.num_experts, width),
-        Weight(f"{where}.experts.w_gate_EFD", moe.intermediate_size, width, moe.num_experts, "experts"),
-        Weight(f"{where}.experts.w_up_EFD", moe.intermediate_size, width, moe.num_experts, "experts"),
-        Weight(f"{where}.experts.w_down_EDF", width, moe.intermediate_size, moe.num_experts, "experts"),
+    shapes = [
+        ParameterShape(f"{where}.router.weight", moe.num_experts, width),
+        ParameterShape(f"{where}.experts.w_gate_EFD", moe.intermediate_size, width, moe.num_experts, "experts"),
+        ParameterShape(f"{where}.experts.w_up_EFD", moe.intermediate_size, width, moe.num_experts, "experts"),
+        ParameterShape(f"{where}.experts.w_down_EDF", width, moe.intermediate_size, moe.num_experts, "experts"),
     ]
     if moe.shared_intermediate_size:
-        found += _feed_forward(f"{where}.shared", width, moe.shared_intermediate_size)
+        shapes += _feed_forward(f"{where}.shared", width, moe.shared_intermediate_size)
         if moe.shared_gated:
-            found.append(Weight(f"{where}.shared_gate.weight", 1, width))
-    return found
+            shapes.append(ParameterShape(f"{where}.shared_gate.weight", 1, width))
+    return shapes

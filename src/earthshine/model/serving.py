@@ -1,4 +1,4 @@
-"""What vLLM's and SGLang's own model files make of a mixture's class. No torch.
+"""What vLLM's and SGLang's own model files make of an MoE's class. No torch.
 
 Read in their source, not run; `docs/serving.md` names the files and commits.
 """
@@ -36,10 +36,10 @@ def serving_notes(config: ModelConfig) -> list[str]:
             f"SGLang's Mixtral does not read the rotary scaling {config.rope_scaling.kind!r}: serve it with vLLM"
         )
     if family in ("qwen2_moe", "qwen3_moe") and some_layers:
-        said = {"qwen2_moe": "Qwen2-MoE", "qwen3_moe": "Qwen3-MoE"}[family]
+        family_name = {"qwen2_moe": "Qwen2-MoE", "qwen3_moe": "Qwen3-MoE"}[family]
         notes.append(
-            f"SGLang's {said} has experts in every layer, here {len(config.moe.layers)} of {config.num_hidden_layers} "
-            f"have: serve it with vLLM"
+            f"SGLang's {family_name} has experts in every layer, here {len(config.moe.layers)} of "
+            f"{config.num_hidden_layers} have: serve it with vLLM"
         )
     if family == "deepseek_v3" and not config.mla.rope_interleaved:
         both = "vLLM's and SGLang's DeepSeek-V3"

@@ -39,7 +39,7 @@ class Losses(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then a pre-norm feed-forward network (`ffn`) or mixture (`moe`), each added to its input."""
+    """Pre-norm attention, then a pre-norm feed-forward network (`ffn`) or MoE (`moe`), each added to its input."""
 
     def __init__(
         self, config: ModelConfig, layer: int, backend: Backend, balance: BalanceConfig, capacity: CapacityConfig
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         step_counts: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, RoutingStats]]:
-        """Hidden states, and in training each mixture layer's statistics, which are also added to its counts."""
+        """Hidden states, and in training each MoE layer's statistics, which are also added to its counts."""
         start = 0 if cache is None else cache.length
         if documents_BS is not None and start:
             raise ConfigError(
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
             documents_BS=documents_BS,
         )
         x_BSD = self.embed(tokens_BS).to(self.compute_dtype)
-        found: dict[int, RoutingStats] = {}
+        routing_stats: dict[int, RoutingStats] = {}
         counting = self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             inputs = (x_BSD, rope, mask, cache, (step_counts or {}).get(layer))
@@ -151,15 +151,15 @@ class Transformer(nn.Module):
             else:
                 x_BSD, stats = block(*inputs)
             if stats is not None:
-                found[layer] = stats
+                routing_stats[layer] = stats
         if cache is not None:
             cache.length += tokens_BS.shape[1]
         if counting:
             for layer, moe in self._moe_layers().items():
-                if layer in found:
-                    moe.counts_E += found[layer].counts_E
-                    moe.dropped += found[layer].dropped
-        return self.final_norm(x_BSD), found
+                if layer in routing_stats:
+                    moe.counts_E += routing_stats[layer].counts_E
+                    moe.dropped += routing_stats[layer].dropped
+        return self.final_norm(x_BSD), routing_stats
 
     def forward(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Logits (B, S, V) in at least float32.
@@ -233,8 +233,7 @@ class Transformer(nn.Module):
         return make_cache(self.config, batch, max_positions, self.compute_dtype, self.embed.weight.device)
 
     def _moe_layers(self) -> dict[int, MoE]:
-        found = {i: block.moe for i, block in enumerate(self.blocks)}
-        return {i: moe for i, moe in found.items() if isinstance(moe, MoE)}
+        return {i: block.moe for i, block in enumerate(self.blocks) if isinstance(block.moe, MoE)}
 
     def expert_counts(self) -> dict[int, Tensor]:
         """For each MoE layer, int64 (E,): rows routed to each expert in training forwards since the last reset."""

@@ -126,8 +126,8 @@ def cheaper_form(M: int, N: int, gram: float, standard: float, *, below_fp32: bo
     """The form that ns_form="auto" takes, by the FLOPs of both: see `ops.orthogonalize.choose_form`."""
     if not below_fp32:
         return "gram" if gram < standard else "standard"
-    wide = max(M, N) >= _MIN_ASPECT_BELOW_FP32 * min(M, N)
-    return "gram" if wide and gram <= _MAX_COST_BELOW_FP32 * standard else "standard"
+    elongated = max(M, N) >= _MIN_ASPECT_BELOW_FP32 * min(M, N)
+    return "gram" if elongated and gram <= _MAX_COST_BELOW_FP32 * standard else "standard"
 
 
 def _rows(coefficients: str | Sequence[Sequence[float]]) -> Coefficients:

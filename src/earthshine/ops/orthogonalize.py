@@ -122,21 +122,21 @@ def newton_schulz(
     method = resolve_method(form, M, N, dtype, G_BMN.device, coefficients, steps)
     if G_BMN.numel() == 0:
         return G_BMN.to(dtype, copy=True)
-    turned = M > N
-    G_BSL = G_BMN.mT if turned else G_BMN
+    transposed = M > N
+    G_BSL = G_BMN.mT if transposed else G_BMN
     B, S, L = G_BSL.shape
     if S < _MIN_SIDE:
         filled = G_BSL.new_zeros(B, _MIN_SIDE, max(L, _MIN_SIDE))
         filled[:, :S, :L] = G_BSL
         filled = newton_schulz(filled, coefficients, steps, dtype, method.form, consume=True, compile=compile)
         O_BSL = filled[:, :S, :L].contiguous()
-        return O_BSL.mT if turned else O_BSL
+        return O_BSL.mT if transposed else O_BSL
     in_place = consume and G_BSL.dtype == dtype and G_BSL.is_contiguous()
     O_BSL = G_BSL if in_place else torch.empty((B, S, L), dtype=dtype, device=G_BSL.device)
     chunk = matrices_per_batch(S, L, dtype, G_BSL.device)
     for start in range(0, B, chunk):
         _orthogonalize(G_BSL[start : start + chunk], O_BSL[start : start + chunk], method, compile)
-    return O_BSL.mT if turned else O_BSL
+    return O_BSL.mT if transposed else O_BSL
 
 
 def matrices_per_batch(M: int, N: int, dtype: torch.dtype, device: torch.device) -> int:

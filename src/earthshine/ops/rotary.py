@@ -51,12 +51,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate_into(out_BHSC: Tensor, x_BHSC: Tensor, cos_SR: Tensor, sin_SR: Tensor, interleaved: bool) -> None:
-    kept = x_BHSC.shape[-1] - 2 * cos_SR.shape[-1]
-    if kept:
-        out_BHSC[..., :kept] = x_BHSC[..., :kept]
-    wide = torch.promote_types(x_BHSC.dtype, cos_SR.dtype)
-    a, b = _pairs(x_BHSC[..., kept:].to(wide), interleaved)
-    out_a, out_b = _pairs(out_BHSC[..., kept:], interleaved)
+    num_unrotated = x_BHSC.shape[-1] - 2 * cos_SR.shape[-1]
+    if num_unrotated:
+        out_BHSC[..., :num_unrotated] = x_BHSC[..., :num_unrotated]
+    acc_dtype = torch.promote_types(x_BHSC.dtype, cos_SR.dtype)
+    a, b = _pairs(x_BHSC[..., num_unrotated:].to(acc_dtype), interleaved)
+    out_a, out_b = _pairs(out_BHSC[..., num_unrotated:], interleaved)
     out_a.copy_((a * cos_SR).addcmul_(b, sin_SR, value=-1))
     out_b.copy_((b * cos_SR).addcmul_(a, sin_SR))
 

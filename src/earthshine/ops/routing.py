@@ -13,7 +13,7 @@ _TINY = 1e-20  # DeepSeek's floor of a sum of sigmoids, as in transformers' mode
 
 
 class RoutingStats(NamedTuple):
-    """What one training forward of a mixture layer leaves behind: sums, so that micro-batches and ranks add.
+    """What one training forward of an MoE layer leaves behind: sums, so that micro-batches and ranks add.
 
     balance: 0-d, the sum over the call's sequences of the balance loss, each 1 at uniform routing; 0 without a loss.
     z: 0-d, the sum over tokens of the squared logsumexp of the router's logits; 0 when not asked for.

@@ -26,7 +26,7 @@ _FP32_BYTES = 4
 
 
 class Parameter(Protocol):
-    """A parameter as `count` matrices of rows x columns; see `model.parameters.Weight`."""
+    """A parameter as `count` matrices of rows x columns; see `model.parameters.ParameterShape`."""
 
     @property
     def rows(self) -> int: ...

@@ -9,7 +9,7 @@ from earthshine.data.usage import MANY_EPOCHS, SourceUse, fingerprint, source_us
 from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
 from earthshine.model.counts import count_parameters, recomputed_flops_per_token, train_flops_per_token
-from earthshine.model.parameters import router_biases, weights
+from earthshine.model.parameters import parameter_shapes, router_biases
 from earthshine.optim.config import OptimizerConfig
 from earthshine.optim.cost import cost
 from earthshine.train.job import TrainJob, check_model, is_frozen, model_config, qk_clip_layers
@@ -115,7 +115,7 @@ def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> D
         )
     model, optimizer = model or model_config(job), job.optimizer
     check_model(job, model)
-    counts, parameters = count_parameters(model), weights(model)
+    counts, parameters = count_parameters(model), parameter_shapes(model)
     names = [w.name for w in parameters] + list(router_biases(model).values())
     for pattern in optimizer.freeze:
         if not any(fnmatchcase(name, pattern) for name in names):

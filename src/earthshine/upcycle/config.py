@@ -10,7 +10,7 @@ class UpcycleConfig:
     """Options of the conversion.
 
     experts, top_k: experts per converted layer, and how many of them each token passes through (at least 2).
-    layers: which feed-forward networks become mixtures; empty means all.
+    layers: which feed-forward networks become MoE layers; empty means all.
     router_std: standard deviation of the router's normally drawn rows. Not zero: equal logits would send every token
         to the first top_k experts.
     seed: of everything drawn.

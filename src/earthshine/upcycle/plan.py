@@ -244,7 +244,7 @@ def upcycled_config(dense: ModelConfig, options: UpcycleConfig) -> ModelConfig:
 
 
 def _target(entry: Entry, sources: dict[str, str], store: Store, options: UpcycleConfig) -> Target:
-    """The recipe of one target: a copy where the dense model has it, else a member of a mixture."""
+    """The recipe of one target: a copy where the dense model has it, else a part of an MoE layer."""
     if entry.ours in sources:
         source = sources[entry.ours]
         return Target(entry, Copy(source), store.info(source).dtype)

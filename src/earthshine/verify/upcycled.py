@@ -29,7 +29,7 @@ BF16_FACTOR = 2.0
 def verify_upcycle(
     dense_dir: str | Path, moe_dir: str | Path, *, tokens: int = 128, fp64: bool = False, bf16: bool = False
 ) -> dict[str, Any]:
-    """Compare logits of a dense model and of the mixture made from it, on the same tokens.
+    """Compare logits of a dense model and of the MoE made from it, on the same tokens.
 
     The rows: the largest difference relative to the largest logit, against 1e-5 and against three times the dense
     model's own float32 error (its distance from its float64 self). `fp64` adds both models in float64, against 1e-9;
@@ -41,7 +41,7 @@ def verify_upcycle(
     dense_dir, moe_dir = Path(dense_dir), Path(moe_dir)
     dense, moe = load_model(dense_dir), load_model(moe_dir)
     if not moe.config.is_moe or dense.config.is_moe:
-        raise ConfigError(f"verify upcycle takes a dense model and a mixture; got {dense_dir} and {moe_dir}.")
+        raise ConfigError(f"verify upcycle takes a dense model and an MoE; got {dense_dir} and {moe_dir}.")
     if dense.config.vocab_size != moe.config.vocab_size:
         raise ConfigError(
             f"{moe_dir} has vocabulary {moe.config.vocab_size}, {dense_dir} has {dense.config.vocab_size}: "

@@ -20,7 +20,7 @@ from earthshine.model.counts import (
     recomputed_flops_per_token,
     train_flops_per_token,
 )
-from earthshine.model.parameters import weights
+from earthshine.model.parameters import parameter_shapes
 from earthshine.model.presets import PRESETS, llama3_8b, preset
 from earthshine.model.training_options import TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
@@ -224,7 +224,7 @@ FROZEN = {
 
 
 def frozen_names(config: ModelConfig, patterns: tuple[str, ...]) -> set[str]:
-    return {w.name for w in weights(config) if any(fnmatchcase(w.name, pattern) for pattern in patterns)}
+    return {w.name for w in parameter_shapes(config) if any(fnmatchcase(w.name, pattern) for pattern in patterns)}
 
 
 def counted_training(config: ModelConfig, frozen: set[str], **options: Any) -> float:
@@ -244,7 +244,7 @@ def counted_training(config: ModelConfig, frozen: set[str], **options: Any) -> f
 def assert_frozen_counts_hold(config: ModelConfig, pattern: str, *, causal: bool) -> None:
     """Within 1 %, as above."""
     frozen = frozen_names(config, FROZEN[pattern])
-    if len(frozen) < len(weights(config)):  # a dense model has no router to train
+    if len(frozen) < len(parameter_shapes(config)):  # a dense model has no router to train
         said = train_flops_per_token(config, SEQ, causal=causal, frozen=frozen)
         assert counted_training(config, frozen) == pytest.approx(said, rel=0.01)
 

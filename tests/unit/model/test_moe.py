@@ -1,4 +1,4 @@
-"""The mixture layer against a loop over tokens; its statistics, its buffers, and what capacity does to it."""
+"""The MoE layer against a loop over tokens; its statistics, its buffers, and what capacity does to it."""
 
 import copy
 from dataclasses import replace
@@ -69,9 +69,9 @@ def token_by_token(layer: MoE, x_BSD: Tensor) -> Tensor:
         _, weights_1K, expert_1K = layer.router(x_D.unsqueeze(0))
         y_D = torch.zeros_like(x_D)
         for weight, e in zip(weights_1K[0], expert_1K[0].tolist(), strict=True):
-            own = layer.experts
-            hidden_F = F.silu(own.w_gate_EFD[e] @ x_D) * (own.w_up_EFD[e] @ x_D)
-            y_D = y_D + weight * (own.w_down_EDF[e] @ hidden_F)
+            experts = layer.experts
+            hidden_F = F.silu(experts.w_gate_EFD[e] @ x_D) * (experts.w_up_EFD[e] @ x_D)
+            y_D = y_D + weight * (experts.w_down_EDF[e] @ hidden_F)
         if layer.shared is not None:
             shared_D = layer.shared(x_D)
             y_D = y_D + (shared_D if layer.shared_gate is None else layer.shared_gate(x_D).sigmoid() * shared_D)
@@ -328,8 +328,8 @@ def test_dropped_choices_add_nothing_and_take_no_gradient(drop: str, backend: st
     want = torch.zeros(B * S, D)
     for t, x_D in enumerate(x_BSD.flatten(0, 1)):
         for k in range(K):
-            e, own = int(expert_TK[t, k]), layer.experts
-            y_D = own.w_down_EDF[e] @ (F.silu(own.w_gate_EFD[e] @ x_D) * (own.w_up_EFD[e] @ x_D))
+            e, experts = int(expert_TK[t, k]), layer.experts
+            y_D = experts.w_down_EDF[e] @ (F.silu(experts.w_gate_EFD[e] @ x_D) * (experts.w_up_EFD[e] @ x_D))
             want[t] = want[t] + keep_TK[t, k] * weights_TK[t, k] * y_D
     torch.testing.assert_close(y_BSD.flatten(0, 1), want, rtol=1e-5, atol=1e-5)  # float32 sums of a few terms
     wanted = [x_BSD, *layer.parameters()]

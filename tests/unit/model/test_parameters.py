@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from earthshine.model.config import ModelConfig
-from earthshine.model.parameters import weights
+from earthshine.model.parameters import parameter_shapes
 from earthshine.model.presets import PRESETS, preset
 from earthshine.model.transformer import Transformer
 from earthshine.optim.groups import describe, param_groups
@@ -29,10 +29,11 @@ def assert_the_list_is_the_model(config: ModelConfig) -> None:
                 assert len({(m.M, m.N) for m in matrices}) == 1
                 expected[name] = ("muon", len(matrices), matrices[0].M, matrices[0].N)
     listed = {
-        w.name: ("muon", w.count, w.rows, w.columns) if w.for_muon else ("adamw", w.elements) for w in weights(config)
+        w.name: ("muon", w.count, w.rows, w.columns) if w.for_muon else ("adamw", w.elements)
+        for w in parameter_shapes(config)
     }
     assert listed == expected
-    assert len(listed) == len(weights(config))
+    assert len(listed) == len(parameter_shapes(config))
 
 
 def test_every_family(architecture: ModelConfig) -> None:

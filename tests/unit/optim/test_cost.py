@@ -10,7 +10,7 @@ import torch
 from settings import SETTINGS
 
 from earthshine.model.config import ModelConfig
-from earthshine.model.parameters import Weight, weights
+from earthshine.model.parameters import ParameterShape, parameter_shapes
 from earthshine.model.presets import preset
 from earthshine.model.transformer import Transformer
 from earthshine.ops.orthogonalize import resolve_method
@@ -39,8 +39,8 @@ OPTIONS: dict[str, OptimizerConfig] = {
 }
 
 
-def trained(model: ModelConfig, config: OptimizerConfig) -> list[Weight]:
-    return [w for w in weights(model) if not any(fnmatchcase(w.name, pattern) for pattern in config.freeze)]
+def trained(model: ModelConfig, config: OptimizerConfig) -> list[ParameterShape]:
+    return [w for w in parameter_shapes(model) if not any(fnmatchcase(w.name, pattern) for pattern in config.freeze)]
 
 
 def of_the_built(model: ModelConfig, config: OptimizerConfig) -> dict[str, Cost]:
@@ -91,4 +91,4 @@ def _changed(field: str, value: Any) -> Callable[[], ModelConfig]:
 )
 @pytest.mark.parametrize("option", ["default", "non_matrix=scion", "heads=split", "normuon, heads"])
 def test_so_it_is_for_other_architectures(model: Callable[[], ModelConfig], option: str) -> None:
-    assert cost(OPTIONS[option], weights(model())) == of_the_built(model(), OPTIONS[option])
+    assert cost(OPTIONS[option], parameter_shapes(model())) == of_the_built(model(), OPTIONS[option])

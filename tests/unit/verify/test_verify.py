@@ -112,7 +112,7 @@ def test_an_expert_that_no_token_reaches_is_proved_by_the_manifest(dense: Path, 
 
 
 def test_models_that_do_not_belong_together_are_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a dense model and a mixture"):
+    with pytest.raises(ConfigError, match="a dense model and an MoE"):
         verify_upcycle(dense, dense)
     other = preset("llama3_tiny_e8t2")
     other = ModelConfig(**{**vars(other), "vocab_size": 100})
