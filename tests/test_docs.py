@@ -92,6 +92,13 @@ def test_the_page_of_commands_is_current():
     assert text_of(cli_page.PAGE) == cli_page.page(), "the help has changed: python tools/cli_page.py"
 
 
+def test_the_steps_to_a_new_family_name_what_the_code_has():
+    code = "".join(p.read_text(encoding="utf-8") for top in ("src", "tests") for p in (REPOSITORY / top).rglob("*.py"))
+    names = set(re.findall(r"`(\w{5,})(?:\(\))?`", prose(DOCS / "add-a-model.md")))
+    assert len(names) > 15
+    assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()
+
+
 def test_readme_is_short():
     assert len(text_of(REPOSITORY / "README.md").split()) <= MAX_README_WORDS
 
