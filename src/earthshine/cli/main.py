@@ -123,9 +123,8 @@ def _dispatch(args: list[str]) -> int:
     if asks_for_help(rest):
         print(help_text(command, name, rest))
         return 0
-    if not rest and hasattr(
-        command, "SUBCOMMANDS"
-    ):  # 2, because nothing was done: a script must not take it for success
+    if not rest and hasattr(command, "SUBCOMMANDS"):
+        # Exit 2, because nothing was done: a script must not take it for success.
         print(help_text(command, name), file=sys.stderr)
         return 2
     options = parse(command, name, rest)
