@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from earthshine.checkpoint.hf import write_model
 from earthshine.checkpoint.name_tables import Entry, entries
 from earthshine.checkpoint.safetensors_store import row_blocks
+from earthshine.checkpoint.safetensors_writer import OutputTensor
 from earthshine.console import human_bytes, table
 from earthshine.device import environment
 from earthshine.files import write_json
@@ -60,13 +62,14 @@ def write_dense(directory: Path, config: ModelConfig) -> None:
     """Random weights; which ones does not matter, only that they are finite and not all the same."""
     pattern = torch.randn(1 << 25, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    def blocks(entry: Entry) -> Iterator[Tensor]:
+    def rows_of(entry: Entry) -> Iterator[Tensor]:
         for rows in row_blocks(entry.shape, 2):
             shape = (rows[0].stop - rows[0].start, *entry.shape[1:])
             yield pattern[: torch.Size(shape).numel()].view(shape)
 
     directory.mkdir()
-    write_model(directory, config, {e.hf: torch.bfloat16 for e in entries(config)}, blocks)
+    tensors = [OutputTensor(e.hf, torch.bfloat16, e.shape, partial(rows_of, e)) for e in entries(config)]
+    write_model(directory, config, tensors, files={})
 
 
 def drop_from_cache(directory: Path) -> None:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.accounting import check_tied_copies, log_unused, match_tensors
-from earthshine.checkpoint.hf import read_blocks, read_config, state_blocks, write_model
+from earthshine.checkpoint.hf import read_blocks, read_config, require_space_for, tensors_of_state, write_model
 from earthshine.checkpoint.name_tables import Entry, entries
 from earthshine.checkpoint.run_rule import RunRule, run_rule
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits
+from earthshine.checkpoint.safetensors_writer import OutputTensor
 from earthshine.checkpoint.tokenizer_class import keep_class, warn_of_ids_beyond
 from earthshine.checkpoint.tokenizer_files import (
     GENERATION,
@@ -52,7 +54,6 @@ from earthshine.staging import staged_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "README.md"
-Blocks = Callable[[Entry], Iterable[Tensor]]
 
 
 def export(
@@ -83,8 +84,8 @@ def export(
             f"{tokenizer_dir} holds no tokenizer file to copy; name the folder that its tokenizer.json is in."
         )
     read = _from_run if is_run(source) else _from_directory
-    config, blocks, origin, facts = read(source, DTYPES[dtype], trust)
-    config, blocks = _as_served(config, blocks, DTYPES[dtype])
+    config, tensors, origin, facts = read(source, DTYPES[dtype], trust)
+    config, tensors = _as_served(config, tensors, DTYPES[dtype])
     files = _files(origin, named)
     check_token_ids(files, config, (GENERATION in (named or {}) and tokenizer_dir) or origin or source)
     rule = run_rule(source) if is_run(source) else None
@@ -103,8 +104,9 @@ def export(
             f"warning: {out_dir} names no end token, so that generation ends only at its limit: write an eos_token_id "
             f"into its {GENERATION} and config.json."
         )
+    require_space_for(out_dir, tensors)
     with staged_directory(out_dir) as staging:
-        write_model(staging, config, {e.hf: e.dtype(DTYPES[dtype]) for e in entries(config)}, blocks, beside)
+        write_model(staging, config, tensors, beside)
 
 
 def _check_tokenizer(rule: RunRule, files: Mapping[str, bytes], where: str | Path) -> None:
@@ -133,21 +135,24 @@ def _ending_as_trained(rule: RunRule, files: dict[str, bytes]) -> dict[str, byte
     return files | {GENERATION: (json.dumps(generation, indent=2) + "\n").encode()}
 
 
-def _as_served(config: ModelConfig, blocks: Blocks, dtype: torch.dtype) -> tuple[ModelConfig, Blocks]:
+def _as_served(
+    config: ModelConfig, tensors: list[OutputTensor], dtype: torch.dtype
+) -> tuple[ModelConfig, list[OutputTensor]]:
     """The same function in the form that is served by most; what is not served is logged.
 
     vLLM's Qwen2-MoE always has a bias on queries, keys and values: where there is none, zeros are written.
     """
     if lacks_bias(config):
-        config, plain = replace(config, qkv_bias=True), blocks
+        config, by_name = replace(config, qkv_bias=True), {t.name: t for t in tensors}
         log("q, k and v get a bias of zeros, which changes nothing: vLLM's Qwen2-MoE always has one.")
-
-        def blocks(entry: Entry) -> Iterable[Tensor]:
-            return [torch.zeros(entry.shape, dtype=dtype)] if entry.hf.endswith("_proj.bias") else plain(entry)
-
+        tensors = [by_name.get(e.hf) or _zeros(e, dtype) for e in entries(config)]
     for note in serving_notes(config):
         log(f"serving: {note} (docs/serving.md).")
-    return config, blocks
+    return config, tensors
+
+
+def _zeros(entry: Entry, dtype: torch.dtype) -> OutputTensor:
+    return OutputTensor(entry.hf, dtype, entry.shape, lambda: [torch.zeros(entry.shape, dtype=dtype)])
 
 
 def _files(origin: Path | None, named: dict[str, bytes] | None) -> dict[str, bytes]:
@@ -172,24 +177,28 @@ def _keep_class(files: dict[str, bytes], config: ModelConfig, folder: Path | Non
     return files
 
 
-def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfig, Blocks, Path, dict[str, Any]]:
+Source = tuple[ModelConfig, list[OutputTensor], Path | None, dict[str, Any]]
+
+
+def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> Source:
     """Config, weights, where the tokenizer is, and facts for the card. A directory's safetensors need no trust."""
     config, store = read_config(source), Store(source)
     match = match_tensors(store, config)
     check_tied_copies(store, match.unused)
     log_unused(source, match.unused)
 
-    def blocks(entry: Entry) -> Iterator[Tensor]:
+    def rows_of(entry: Entry) -> Iterator[Tensor]:
         for _, part in read_blocks(store, entry, match.places[entry.hf]):
             check_fits(entry.hf, part, entry.dtype(dtype))
             yield part.to(entry.dtype(dtype))
 
+    tensors = [OutputTensor(e.hf, e.dtype(dtype), e.shape, partial(rows_of, e)) for e in match.entries]
     upcycling = _json(source / UPCYCLING)
     facts = {"upcycling": upcycling} if upcycling else {}
-    return config, blocks, source, {"base_model": source.name, "lineage": [str(source.name)], **facts}
+    return config, tensors, source, {"base_model": source.name, "lineage": [str(source.name)], **facts}
 
 
-def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfig, Blocks, Path | None, dict[str, Any]]:
+def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> Source:
     """The same for a run's folder, or for one of its checkpoints."""
     checkpoint = run_store.latest(source, trust=trust)
     if checkpoint is None:
@@ -219,7 +228,7 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> tuple[ModelConfi
     if origin:
         upcycling = _json(origin / UPCYCLING)
         facts |= {"base_model": origin.name} | ({"upcycling": upcycling} if upcycling else {})
-    return config, state_blocks(state, config, dtype), origin, facts
+    return config, tensors_of_state(state, config, dtype), origin, facts
 
 
 def _origin(run_dir: Path, job: dict[str, Any]) -> Path | None:

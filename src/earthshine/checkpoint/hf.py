@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -10,26 +11,26 @@ import torch
 from torch import Tensor
 
 from earthshine.checkpoint.name_tables import Entry, Place, entries
-from earthshine.checkpoint.safetensors_store import (
+from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits, row_blocks
+from earthshine.checkpoint.safetensors_writer import (
     FileRecord,
-    Store,
-    TensorInfo,
+    OutputTensor,
     WriteOptions,
-    check_finite,
-    check_fits,
-    row_blocks,
     write_recorded,
     write_sharded,
 )
 from earthshine.checkpoint.tokenizer_files import check_token_ids, tokenizer_and_license_files
 from earthshine.console import log
 from earthshine.errors import WeightsError
+from earthshine.files import require_space
 from earthshine.model.config import ModelConfig
 from earthshine.model.hf_config import from_hf, read_hf_config, to_hf, without_effect
 from earthshine.staging import staged_directory
 
 if TYPE_CHECKING:
     from earthshine.model.transformer import Transformer
+
+SPARE_BYTES = 64 << 20  # for the small files and the file system's own
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -71,60 +72,61 @@ def save_model(
     values that `dtype` cannot hold.
     """
     state = model if isinstance(model, Mapping) else model.state_dict()
-    blocks = state_blocks(state, config, dtype)
+    tensors = tensors_of_state(state, config, dtype)
     beside = tokenizer_and_license_files(tokenizer_dir)
     check_token_ids(beside, config, tokenizer_dir or "")
     files: dict[str, str | bytes] = {**beside, **(extra or {})}
+    require_space_for(Path(out_dir), tensors)
     with staged_directory(Path(out_dir)) as staging:
-        write_model(staging, config, {e.hf: e.dtype(dtype) for e in entries(config)}, blocks, files)
+        write_model(staging, config, tensors, files)
 
 
-def state_blocks(
-    state: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype
-) -> Callable[[Entry], Iterator[Tensor]]:
-    """The rows of each Hugging Face tensor out of a state dict with our names, as `write_model` asks for them.
+def tensors_of_state(state: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> list[OutputTensor]:
+    """The Hugging Face tensors of a state dict with our names, as `write_model` takes them.
 
     Raises WeightsError when the state has other tensors or shapes than `config` demands; the rows, when a value is
     beyond `dtype`.
     """
-    wanted = entries(config)
-    names = {e.ours for e in wanted}
+    demanded = entries(config)
+    names = {e.ours for e in demanded}
     if names != set(state):
         missing, surplus = sorted(names - set(state)), sorted(set(state) - names)
         raise WeightsError(f"the state does not fit its config: missing {missing[:3]}, not consumed {surplus[:3]}.")
     experts = config.moe.num_experts
-    for entry in wanted:
-        shape, demanded = tuple(state[entry.ours].shape), entry.shape if entry.expert < 0 else (experts, *entry.shape)
-        if shape != demanded:
-            raise WeightsError(f"{entry.ours} has shape {list(shape)}, but its config demands {list(demanded)}.")
+    for entry in demanded:
+        shape, expected = tuple(state[entry.ours].shape), entry.shape if entry.expert < 0 else (experts, *entry.shape)
+        if shape != expected:
+            raise WeightsError(f"{entry.ours} has shape {list(shape)}, but its config demands {list(expected)}.")
 
-    def blocks(entry: Entry) -> Iterator[Tensor]:
+    def rows_of(entry: Entry) -> Iterator[Tensor]:
         tensor = state[entry.ours] if entry.expert < 0 else state[entry.ours][entry.expert]
         stored = entry.dtype(dtype)
         for rows in row_blocks(entry.shape, stored.itemsize):
             check_fits(entry.ours, tensor[rows].detach(), stored)
             yield tensor[rows].detach().to("cpu", stored)
 
-    return blocks
+    return [OutputTensor(e.hf, e.dtype(dtype), e.shape, partial(rows_of, e)) for e in demanded]
+
+
+def require_space_for(out_dir: Path, tensors: Iterable[OutputTensor]) -> None:
+    """Raises DiskFullError, before anything is written, when a directory of these tensors cannot fit."""
+    needed = sum(t.num_bytes for t in tensors) + SPARE_BYTES
+    require_space(out_dir, needed, "Free some space, or choose another folder.")
 
 
 def write_model(
     directory: Path,
     config: ModelConfig,
-    dtypes: Mapping[str, torch.dtype],
-    blocks: Callable[[Entry], Iterable[Tensor]],
+    tensors: Sequence[OutputTensor],
     files: Mapping[str, str | bytes],
     **options: Unpack[WriteOptions],
 ) -> dict[str, FileRecord]:
     """Stream a model's tensors, its config and further files into `directory`; returns the record of every file.
 
-    `blocks(entry)` yields a tensor's rows in order, in the dtype that `dtypes` has for its name; `options` go to
-    `write_sharded`.
+    tensors: one for each of `entries(config)`, in that order. options: those of `write_sharded`.
     """
-    by_name = {e.hf: e for e in entries(config)}
-    tensors = [TensorInfo(e.hf, dtypes[e.hf], e.shape) for e in by_name.values()]
-    records = write_sharded(directory, tensors, lambda tensor: blocks(by_name[tensor.name]), **options)
-    ((main, _),) = Counter(dtypes.values()).most_common(1)
+    records = write_sharded(directory, tensors, **options)
+    ((main, _),) = Counter(t.dtype for t in tensors).most_common(1)
     text = json.dumps(to_hf(config, str(main).removeprefix("torch.")), indent=2)
     records["config.json"] = write_recorded(directory / "config.json", text + "\n")
     for name, contents in files.items():

@@ -73,7 +73,7 @@ def _indices(ranges: Ranges, device: torch.device) -> Tensor:
 
 
 def random_bits(index: Tensor, key: int) -> Tensor:
-    """64 bits per int64 index: SplitMix64 at position `index` from state `key`, as `upcycle.recipe.random_bits`."""
+    """64 bits per int64 index: SplitMix64 at position `index` from state `key`, as in `upcycle.tensor_rules`."""
     z = (index + 1).mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
     z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
     z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(0x94D049BB133111EB))

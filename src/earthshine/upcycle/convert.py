@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from earthshine.checkpoint.accounting import check_tied_copies
-from earthshine.checkpoint.hf import write_model
-from earthshine.checkpoint.name_tables import Entry
+from earthshine.checkpoint.hf import SPARE_BYTES, write_model
 from earthshine.checkpoint.safetensors_store import row_blocks
+from earthshine.checkpoint.safetensors_writer import OutputTensor
 from earthshine.checkpoint.tokenizer_class import warn_of_ids_beyond
 from earthshine.config import read_json
 from earthshine.console import log, progress
@@ -18,11 +19,10 @@ from earthshine.files import require_space, sha256_file, write_json
 from earthshine.run_folder import UPCYCLING
 from earthshine.staging import staged_directory, staging_path
 from earthshine.upcycle.config import UpcycleConfig
-from earthshine.upcycle.plan import UpcyclePlan, plan_upcycle
-from earthshine.upcycle.recipe import Recipe
+from earthshine.upcycle.plan import Target, UpcyclePlan, plan_upcycle
+from earthshine.upcycle.tensor_rules import TensorRule
 
 KEEP_BYTES = 256 << 20  # a source no larger than this is held while all its targets are written, and so read once
-SPARE_BYTES = 64 << 20  # for the small files and the file system's own
 
 
 def upcycle(
@@ -32,10 +32,10 @@ def upcycle(
     *,
     after_shard: Callable[[Path], None] = lambda path: None,
 ) -> UpcyclePlan:
-    """Convert a dense Hugging Face directory into a mixture of experts that computes the same function.
+    """Convert a dense Hugging Face directory into an MoE that computes the same function.
 
-    Memory is that of one source matrix at most. `out_dir` appears when it is complete; a killed conversion is gone on
-    with, at the last complete file, by the same call. Returns the plan with its ledger.
+    Memory is that of one source matrix at most. `out_dir` appears when it is complete; the same call resumes a killed
+    conversion at the last complete file. Returns the plan with its ledger.
 
     Args:
         after_shard: called with the path of each weight file once it is on the disk.
@@ -58,8 +58,7 @@ def upcycle(
         records = write_model(
             staging,
             plan.target_config,
-            {t.entry.hf: t.dtype for t in plan.targets},
-            Blocks(plan),
+            _output_tensors(plan),
             plan.files,
             max_shard_bytes=max(1, int(plan.options.max_shard_gib * 2**30)),
             on_bytes=bar.advance,
@@ -72,38 +71,43 @@ def upcycle(
     return plan
 
 
-class Blocks:
-    """The rows of each target in order. Targets with equal recipes follow each other and share what was read."""
+def _output_tensors(plan: UpcyclePlan) -> list[OutputTensor]:
+    reader = TargetReader(plan)
+    return [OutputTensor(t.entry.hf, t.dtype, t.entry.shape, partial(reader.rows, t)) for t in plan.targets]
+
+
+class TargetReader:
+    """Makes the rows of the targets. Those with equal rules follow each other and share what was read."""
 
     def __init__(self, plan: UpcyclePlan) -> None:
-        self._plan = plan
-        self._kept: list[Tensor] = []
-        self._kept_recipe: Recipe | None = None
-        recipes = list(dict.fromkeys(t.recipe for t in plan.targets))
-        self._following = dict(zip(recipes, recipes[1:], strict=False))
+        self._store = plan.store
+        self._cache: list[Tensor] = []
+        self._cached_rule: TensorRule | None = None
+        rules = list(dict.fromkeys(t.rule for t in plan.targets))
+        self._next_rule = dict(zip(rules, rules[1:], strict=False))
 
-    def __call__(self, entry: Entry) -> Iterator[Tensor]:
-        target = self._plan.by_name[entry.hf]
-        if target.recipe == self._kept_recipe:
-            yield from self._kept
+    def rows(self, target: Target) -> Iterator[Tensor]:
+        """The rows of one target in order."""
+        if target.rule == self._cached_rule:
+            yield from self._cache
             return
-        self._kept, self._kept_recipe = [], None
-        if target.recipe in self._following:
-            self._read_ahead(self._following[target.recipe])
-        keep = target.info.num_bytes <= KEEP_BYTES
-        for rows in row_blocks(entry.shape, target.dtype.itemsize):
-            block = target.recipe.read(self._plan.store, rows)
+        self._cache, self._cached_rule = [], None
+        if target.rule in self._next_rule:
+            self._read_ahead(self._next_rule[target.rule])
+        keep = target.num_bytes <= KEEP_BYTES
+        for rows in row_blocks(target.entry.shape, target.dtype.itemsize):
+            block = target.rule.read(self._store, rows)
             if keep:
-                self._kept.append(block)
+                self._cache.append(block)
             yield block
         if keep:
-            self._kept_recipe = target.recipe
+            self._cached_rule = target.rule
 
-    def _read_ahead(self, recipe: Recipe) -> None:
-        """While the disk takes this recipe's targets, let it fetch the next one's source."""
-        for name in recipe.sources:
-            if self._plan.store.info(name).num_bytes <= KEEP_BYTES:
-                self._plan.store.read_ahead(name)
+    def _read_ahead(self, rule: TensorRule) -> None:
+        """While the disk takes this rule's targets, let it fetch the next one's source."""
+        for name in rule.sources:
+            if self._store.info(name).num_bytes <= KEEP_BYTES:
+                self._store.read_ahead(name)
 
 
 def _check_space(plan: UpcyclePlan, out_dir: Path) -> None:
@@ -114,16 +118,16 @@ def _check_space(plan: UpcyclePlan, out_dir: Path) -> None:
     require_space(out_dir, plan.num_bytes + SPARE_BYTES - present, hint)
 
 
-def check_manifest(directory: str | Path) -> int:
-    """Hash every file that an upcycled directory's manifest lists; returns how many there are.
+def check_upcycled_files(directory: str | Path) -> int:
+    """Hash every file that the earthshine.json of an upcycled directory lists; returns how many there are.
 
-    Raises WeightsError for a missing manifest, and for a file that is missing or has other contents.
+    Raises WeightsError where that is missing, and for a file that is missing or has other contents.
     """
     path = Path(directory) / UPCYCLING
     try:
         files = read_json(path)["files"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise WeightsError(f"{path} is not a readable manifest: {type(e).__name__} {e}.") from e
+        raise WeightsError(f"{path} is not a readable record of an upcycling: {type(e).__name__} {e}.") from e
     for name, record in files.items():
         file = path.parent / name
         if not file.is_file() or file.stat().st_size != record["bytes"] or sha256_file(file) != record["sha256"]:

@@ -1,10 +1,11 @@
-"""What an upcycling will do, before it does it: one recipe per target tensor, and a ledger that accounts for all.
+"""What an upcycling will do, before it does it: one rule per target tensor, and a ledger that accounts for all.
 
 A dense feed-forward network becomes `experts` copies of itself behind a new router (sparse upcycling:
 arXiv:2212.05055; of Llama 3: arXiv:2412.09952). With the gate "topk_softmax" the chosen experts' weights sum to one,
 so the function is unchanged.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from earthshine.checkpoint.accounting import match_tensors
 from earthshine.checkpoint.hf import read_config
 from earthshine.checkpoint.name_tables import Entry, entries
-from earthshine.checkpoint.safetensors_store import DTYPE_NAMES, Store, TensorInfo
+from earthshine.checkpoint.safetensors_store import DTYPE_NAMES, Store
 from earthshine.checkpoint.tokenizer_class import Reading, keep_class
 from earthshine.checkpoint.tokenizer_files import check_token_ids, tokenizer_and_license_files
 from earthshine.config import encode
@@ -31,7 +32,7 @@ from earthshine.model.hf_config import read_hf_config
 from earthshine.model.hf_families import HF_CLASSES
 from earthshine.model.serving import SERVED, serving_notes
 from earthshine.upcycle.config import UpcycleConfig
-from earthshine.upcycle.recipe import Copy, Normal, Recipe, Zeros
+from earthshine.upcycle.tensor_rules import Copy, Normal, TensorRule, Zeros
 
 PLAN_VERSION = 1  # raised when the same options would give other bytes
 
@@ -47,18 +48,19 @@ class Target:
     """One tensor of the output and how it is made."""
 
     entry: Entry
-    recipe: Recipe
+    rule: TensorRule
     dtype: torch.dtype
 
     @property
-    def info(self) -> TensorInfo:
-        return TensorInfo(self.entry.hf, self.dtype, self.entry.shape)
+    def num_bytes(self) -> int:
+        return math.prod(self.entry.shape) * self.dtype.itemsize
 
 
 class LedgerRow(TypedDict):
     """A role, ready for JSON: one parameter of the new model, what it is made of, and all output tensors it becomes.
 
-    A source that is not used has a row without targets, whose role is the reason.
+    recipe: the kind of its rule; the key's name is that of the files that hold it. A source that is not used has a row
+    without targets, whose role is the reason.
     """
 
     role: str
@@ -72,13 +74,15 @@ class LedgerRow(TypedDict):
 class UpcyclePlan:
     """A conversion, decided in full. Of the weights nothing but headers has been read.
 
-    files: what travels beside them, by name. reading: who reads the tokenizer; None without one.
+    entries: every tensor that the target config demands, in the order of writing. targets: how each is made.
+    files: what travels beside the weights, by name. reading: who reads the tokenizer; None without one.
     """
 
     store: Store
     options: UpcycleConfig
     source_config: ModelConfig
     target_config: ModelConfig
+    entries: tuple[Entry, ...]
     targets: tuple[Target, ...]
     unused: dict[str, str]
     files: dict[str, bytes]
@@ -87,7 +91,7 @@ class UpcyclePlan:
     @property
     def num_bytes(self) -> int:
         """Bytes of all target tensors."""
-        return sum(t.info.num_bytes for t in self.targets)
+        return sum(t.num_bytes for t in self.targets)
 
     @cached_property
     def by_name(self) -> dict[str, Target]:
@@ -96,7 +100,7 @@ class UpcyclePlan:
 
     def read(self, name: str, slices: Sequence[slice] | None = None) -> Tensor:
         """Any part of a target tensor. Raises WeightsError when its source is damaged or not finite."""
-        return self.by_name[name].recipe.read(self.store, slices)
+        return self.by_name[name].rule.read(self.store, slices)
 
     def ledger(self) -> list[LedgerRow]:
         """One row per role, in the order of writing, and one per unused source."""
@@ -106,10 +110,10 @@ class UpcyclePlan:
         rows = [
             LedgerRow(
                 role=role,
-                recipe=members[0].recipe.kind,
-                sources=list(dict.fromkeys(s for t in members for s in t.recipe.sources)),
+                recipe=members[0].rule.kind,
+                sources=list(dict.fromkeys(s for t in members for s in t.rule.sources)),
                 targets=[t.entry.hf for t in members],
-                num_bytes=sum(t.info.num_bytes for t in members),
+                num_bytes=sum(t.num_bytes for t in members),
             )
             for role, members in roles.items()
         ]
@@ -123,10 +127,10 @@ class UpcyclePlan:
         consumed = Counter(s for row in ledger for s in row["sources"])
         produced = Counter(t for row in ledger for t in row["targets"])
         _exactly_once("source", consumed, self.store.names())
-        _exactly_once("target", produced, [e.hf for e in entries(self.target_config)])
+        _exactly_once("target", produced, [e.hf for e in self.entries])
 
     def table(self) -> str:
-        """For people: both models' sizes, and the ledger with layers that are treated alike gathered in one line."""
+        """Human-readable: both models' sizes, and the ledger, with layers that are treated alike in one line."""
         sizes = []
         for what, config in (("dense", self.source_config), ("upcycled", self.target_config)):
             count = count_parameters(config)
@@ -147,7 +151,7 @@ class UpcyclePlan:
                 f"{self.target_config.num_hidden_layers} layers; router N(0, {o.router_std}), seed {o.seed}; "
                 f"{len(self.targets)} tensors, {human_bytes(self.num_bytes)}",
                 table(["model", "class", "parameters", "active"], sizes),
-                table(["source", "recipe", "becomes", "roles", "tensors", "size"], lines),
+                table(["source", "rule", "becomes", "roles", "tensors", "size"], lines),
                 self._beside(),
             ]
         )
@@ -197,17 +201,18 @@ def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) ->
     options = options or UpcycleConfig()
     source_config = read_config(dense_dir)
     if source_config.is_moe:
-        raise UnsupportedModelError(f"{dense_dir} is a mixture of experts already ({source_config.family}).")
+        raise UnsupportedModelError(f"{dense_dir} is an MoE already ({source_config.family}).")
     target_config = upcycled_config(source_config, options)
     store = Store(dense_dir)
     match = match_tensors(store, source_config)
     sources = {e.ours: match.places[e.hf].name for e in match.entries}
-    targets = tuple(_target(entry, sources, store, options) for entry in entries(target_config))
+    demanded = tuple(entries(target_config))
+    targets = tuple(_target(entry, sources, store, options) for entry in demanded)
     files = tokenizer_and_license_files(dense_dir)
     check_token_ids(files, target_config, dense_dir)
     named = read_hf_config(dense_dir).get("tokenizer_class")
     files, reading = keep_class(files, source_config.family, target_config.family, named if type(named) is str else "")
-    plan = UpcyclePlan(store, options, source_config, target_config, targets, match.unused, files, reading)
+    plan = UpcyclePlan(store, options, source_config, target_config, demanded, targets, match.unused, files, reading)
     plan.check()
     return plan
 
@@ -244,7 +249,7 @@ def upcycled_config(dense: ModelConfig, options: UpcycleConfig) -> ModelConfig:
 
 
 def _target(entry: Entry, sources: dict[str, str], store: Store, options: UpcycleConfig) -> Target:
-    """The recipe of one target: a copy where the dense model has it, else a part of an MoE layer."""
+    """One target and its rule: a copy where the dense model has it, else a part of an MoE layer."""
     if entry.ours in sources:
         source = sources[entry.ours]
         return Target(entry, Copy(source), store.info(source).dtype)
@@ -259,7 +264,7 @@ def _target(entry: Entry, sources: dict[str, str], store: Store, options: Upcycl
             raise ConfigError(f"upcycle.router_std={options.router_std} gives zeros or infinities in {dtype}.")
         normal = Normal(entry.shape, dtype, options.router_std, options.seed, int(layer), "router")
         return Target(entry, normal, dtype)
-    assert part.startswith("moe.shared"), f"no recipe for {entry.ours}"
+    assert part.startswith("moe.shared"), f"no rule for {entry.ours}"
     return Target(entry, Zeros(entry.shape, dtype), dtype)
 
 

@@ -162,7 +162,7 @@ def _unchanged(path: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     if not names:
         return []
     return [
-        row("tokenizer files that differ from the manifest", len(other), 0, ", ".join(other) or f"{len(names)} files")
+        row("tokenizer files that differ from their record", len(other), 0, ", ".join(other) or f"{len(names)} files")
     ]
 
 

@@ -9,7 +9,7 @@ from earthshine.checkpoint.load import load_model
 from earthshine.errors import ConfigError, WeightsError
 from earthshine.model.moe import Experts
 from earthshine.run_folder import UPCYCLING
-from earthshine.upcycle.convert import check_manifest
+from earthshine.upcycle.convert import check_upcycled_files
 from earthshine.verify.measure import (
     comparison_tokens,
     in_float64,
@@ -34,7 +34,7 @@ def verify_upcycle(
     The rows: the largest difference relative to the largest logit, against 1e-5 and against three times the dense
     model's own float32 error (its distance from its float64 self). `fp64` adds both models in float64, against 1e-9;
     `bf16` adds the mean KL divergence with bfloat16 compute, against twice that of the dense model alone. Last, where
-    there is a manifest, whether every file is as the conversion wrote it: few tokens do not reach every expert.
+    there is an earthshine.json, whether every file is as the conversion wrote it: few tokens do not reach every expert.
 
     Raises WeightsError for damaged weights, ConfigError when the two models do not fit each other.
     """
@@ -70,13 +70,13 @@ def verify_upcycle(
         moe64 = logits_of(in_float64(moe), tokens_BS)
         rows.append(row("logits in float64, relative", relative_difference(moe64, dense64), FP64, "loop backend"))
     if (moe_dir / UPCYCLING).exists():  # what the tokens did not reach is at least what was written
-        rows.append(_manifest_row(moe_dir))
+        rows.append(_files_row(moe_dir))
     subject = {"dense": str(dense_dir), "moe": str(moe_dir), "tokens": tokens, "text": kind}
     return result("upcycle", subject, rows)
 
 
-def _manifest_row(moe_dir: Path) -> dict[str, Any]:
+def _files_row(moe_dir: Path) -> dict[str, Any]:
     try:
-        return row("files that differ from the manifest", 0, 0, f"{check_manifest(moe_dir)} files")
+        return row("files that differ from their record", 0, 0, f"{check_upcycled_files(moe_dir)} files")
     except WeightsError as e:
-        return row("files that differ from the manifest", 1, 0, str(e))
+        return row("files that differ from their record", 1, 0, str(e))

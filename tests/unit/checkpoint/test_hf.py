@@ -1,6 +1,8 @@
 """Writing Hugging Face directories: bit-equal round trips, and what is refused."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from safetensors.torch import load_file
 
 from earthshine.checkpoint import run_store
 from earthshine.checkpoint.export import export
-from earthshine.checkpoint.hf import read_config, save_model
+from earthshine.checkpoint.hf import SPARE_BYTES, read_config, save_model
 from earthshine.checkpoint.load import load_model
-from earthshine.errors import OutputExistsError, WeightsError
+from earthshine.errors import DiskFullError, OutputExistsError, WeightsError
 from earthshine.model.config import ModelConfig
 from earthshine.model.transformer import Transformer, initialize
 
@@ -93,3 +95,20 @@ def test_saving_checks_the_state_and_the_output(dense, hf_dir, tmp_path):
     with pytest.raises(WeightsError, match="final_norm.weight"):
         save_model(state | {"final_norm.weight": torch.ones(1)}, dense, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(dense, hf_dir, tmp_path, monkeypatch):
+    source = hf_dir(dense)
+    state = load_model(source).state_dict()
+    num_bytes = sum(t.nbytes for t in state.values()) + SPARE_BYTES
+    for spare in (0, -1):
+        free = SimpleNamespace(f_bavail=num_bytes + spare, f_frsize=1)
+        monkeypatch.setattr(os, "statvfs", lambda path, free=free: free)
+        for write in (lambda out: save_model(state, dense, out), lambda out: export(source, out)):
+            out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+            if spare < 0:
+                with pytest.raises(DiskFullError, match=rf"{out} needs .*, but .* are free there"):
+                    write(out)
+            else:
+                write(out)
+            assert out.exists() == (spare == 0)

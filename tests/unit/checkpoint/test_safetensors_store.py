@@ -1,10 +1,8 @@
-"""Reading any slice, refusing damaged files, writing streams. The safetensors library is the reference."""
+"""Reading any slice, refusing damaged files. The safetensors library is the reference."""
 
-import errno
 import json
 import os
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from earthshine.checkpoint import safetensors_store
@@ -21,15 +19,10 @@ from earthshine.checkpoint.safetensors_store import (
     INDEX_FILE,
     SINGLE_FILE,
     Store,
-    TensorInfo,
     check_finite,
-    lay_out,
     read_header,
-    row_blocks,
-    write_sharded,
 )
-from earthshine.errors import DiskFullError, WeightsError
-from earthshine.files import sha256_file
+from earthshine.errors import WeightsError
 
 
 def of_every_dtype() -> dict[str, Tensor]:
@@ -45,16 +38,6 @@ def bits(x: Tensor) -> Tensor:
 def write_file(path: Path, header: Any, data: bytes = b"", header_bytes: int | None = None) -> None:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if header_bytes is None else header_bytes) + text + data)
-
-
-def stream(tensors: dict[str, Tensor], block_bytes: int = 64) -> dict[str, Any]:
-    """Arguments of `write_sharded` for these tensors."""
-
-    def blocks(info: TensorInfo) -> Iterator[Tensor]:
-        for rows in row_blocks(info.shape, info.dtype.itemsize, block_bytes):
-            yield tensors[info.name][rows]
-
-    return {"tensors": [TensorInfo(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], "blocks": blocks}
 
 
 def test_reads_what_the_library_wrote_in_every_dtype(tmp_path):
@@ -91,43 +74,6 @@ def test_reads_only_the_bytes_asked_for(tmp_path, monkeypatch):
     read.clear()
     store.read("x", [slice(3, 5), slice(0, 2048)])
     assert read == [2048 * 4] * 2
-
-
-def test_the_library_reads_what_we_write(tmp_path):
-    tensors = of_every_dtype() | {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4)}
-    write_sharded(tmp_path, **stream(tensors))
-    read = load_file(tmp_path / SINGLE_FILE)
-    assert set(read) == set(tensors)
-    assert all(torch.equal(bits(read[n]), bits(t)) for n, t in tensors.items())
-
-
-def test_shards_index_and_hashes(tmp_path):
-    tensors = {f"t{i}": torch.randn(8, 8) for i in range(10)}
-    records = write_sharded(tmp_path, **stream(tensors), max_shard_bytes=3 * 256)
-    assert sorted(records) == sorted(p.name for p in tmp_path.iterdir())
-    assert [f for f in records if f != INDEX_FILE] == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
-    for name, record in records.items():
-        path = tmp_path / name
-        assert (record.bytes, record.sha256) == (path.stat().st_size, sha256_file(path))
-    index = json.loads((tmp_path / INDEX_FILE).read_text())
-    assert index["metadata"]["total_size"] == 10 * 256
-    store = Store(tmp_path)
-    assert store.names() == sorted(index["weight_map"]) == sorted(tensors)
-    assert all(torch.equal(store.read(n), t) for n, t in tensors.items())
-
-
-@given(st.lists(st.tuples(st.sampled_from(["F64", "BF16", "U8"]), st.integers(0, 9)), max_size=20), st.integers(1, 60))
-def test_lay_out_loses_nothing_and_aligns(kinds, limit):
-    infos = [TensorInfo(f"t{i}", DTYPES[d], (n,)) for i, (d, n) in enumerate(kinds)]
-    shards = lay_out(infos, limit)
-    assert sorted(t.name for s in shards for t in s.tensors) == sorted(t.name for t in infos)
-    for shard in shards:
-        assert len(shard.tensors) == 1 or sum(t.num_bytes for t in shard.tensors) <= limit or limit < 1
-        at = len(shard.header)
-        for t in shard.tensors:
-            assert at % t.dtype.itemsize == 0
-            at += t.num_bytes
-        assert at == shard.num_bytes
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -213,46 +159,6 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path, weight_map, message):
         Store(tmp_path)
 
 
-def test_a_killed_writer_goes_on_and_a_damaged_file_is_written_again(tmp_path):
-    tensors = {f"t{i}": torch.randn(8, 8) for i in range(4)}
-
-    class Killed(BaseException):
-        pass
-
-    def kill(path: Path) -> None:
-        if path.name.startswith("model-00003"):
-            raise Killed
-
-    with pytest.raises(Killed):
-        write_sharded(tmp_path, **stream(tensors), max_shard_bytes=256, after_shard=kill)
-    first = tmp_path / "model-00001-of-00004.safetensors"
-    damaged = bytearray(first.read_bytes())
-    damaged[-1] ^= 1
-    first.write_bytes(damaged)
-    written: list[str] = []
-    again = write_sharded(
-        tmp_path, **stream(tensors), max_shard_bytes=256, after_shard=lambda p: written.append(p.name)
-    )
-    assert written == [first.name, "model-00004-of-00004.safetensors"]
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    assert write_sharded(clean, **stream(tensors), max_shard_bytes=256) == again
-    assert not list(tmp_path.glob("*.sha256"))
-
-
-@pytest.mark.parametrize("call", ["write", "fdatasync", "fsync"])
-def test_a_full_disk_while_writing(tmp_path, monkeypatch, call):
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, call, full)
-    monkeypatch.setattr(safetensors_store, "FLUSH_BYTES", 100)
-    tensors = {"x": torch.zeros(1000)}
-    with pytest.raises(DiskFullError, match=SINGLE_FILE):
-        write_sharded(tmp_path, **stream(tensors))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_number_anywhere_is_found(dtype, bad):
@@ -263,18 +169,6 @@ def test_one_bad_number_anywhere_is_found(dtype, bad):
         y[at] = bad
         with pytest.raises(WeightsError, match="tensor w "):
             check_finite("w", y)
-
-
-@pytest.mark.parametrize("missing", ["posix_fadvise", "fdatasync"])
-def test_what_macos_lacks_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    monkeypatch.delattr(os, missing)
-    monkeypatch.setattr(safetensors_store, "FLUSH_BYTES", 1)
-    tensor = torch.arange(6.0)
-    info = TensorInfo("a", tensor.dtype, tuple(tensor.shape))
-    write_sharded(tmp_path, [info], lambda _: iter([tensor[:3], tensor[3:]]))
-    store = Store(tmp_path)
-    store.read_ahead("a")
-    assert torch.equal(store.read("a"), tensor)
 
 
 def test_a_stale_index(hf_dir, dense):

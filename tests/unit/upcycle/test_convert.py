@@ -19,7 +19,7 @@ from earthshine.errors import ConfigError, DiskFullError, OutputExistsError, Wei
 from earthshine.staging import staging_path
 from earthshine.upcycle import convert
 from earthshine.upcycle.config import UpcycleConfig
-from earthshine.upcycle.convert import check_manifest, upcycle
+from earthshine.upcycle.convert import check_upcycled_files, upcycle
 from earthshine.upcycle.plan import plan_upcycle
 
 SMALL_SHARDS = UpcycleConfig(experts=4, max_shard_gib=40e3 / 2**30)
@@ -50,7 +50,7 @@ def test_every_tensor_is_its_source_bit_for_bit(dense_dir, tmp_path, layers, dty
                 assert not moe[name].any()
             else:
                 assert 0.5 < moe[name].float().std() / 0.02 < 1.5
-            assert torch.equal(moe[name], plan.read(name)), "the stream and the recipe disagree"
+            assert torch.equal(moe[name], plan.read(name)), "the stream and the rule disagree"
 
 
 def test_what_else_is_written(dense_dir, tmp_path):
@@ -70,10 +70,10 @@ def test_what_else_is_written(dense_dir, tmp_path):
     manifest = json.loads((out / "earthshine.json").read_text())
     assert manifest["ledger"] == plan.ledger()
     assert manifest["options"]["experts"] == 8
-    assert check_manifest(out) == 4
+    assert check_upcycled_files(out) == 4
     (out / "tokenizer.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"tokenizer.json is missing or differs"):
-        check_manifest(out)
+        check_upcycled_files(out)
 
 
 def test_a_tensor_larger_than_what_is_kept_is_the_same(dense_dir, tmp_path, monkeypatch):
@@ -104,13 +104,13 @@ def die():
     count -= 1
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-class Blocks(convert.Blocks):
-    def __call__(self, entry):
-        for block in super().__call__(entry):
+class Reader(convert.TargetReader):
+    def rows(self, target):
+        for block in super().rows(target):
             yield block
             if where == "block":
                 die()
-convert.Blocks = Blocks
+convert.TargetReader = Reader
 convert.upcycle(source, out, UpcycleConfig(experts=4, max_shard_gib=40e3 / 2**30),
                 after_shard=lambda path: die() if where == "shard" else None)
 """

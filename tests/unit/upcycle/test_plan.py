@@ -16,7 +16,7 @@ from earthshine.model.counts import count_parameters
 from earthshine.model.presets import smollm2_135m, smollm2_135m_e8t2
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.plan import plan_upcycle, upcycled_config
-from earthshine.upcycle.recipe import Copy, Normal, Zeros
+from earthshine.upcycle.tensor_rules import Copy, Normal, Zeros
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
@@ -37,12 +37,12 @@ def test_only_headers_are_read(dense_dir, monkeypatch):
 def test_all_layers_give_a_mixtral(dense_dir):
     plan = plan_upcycle(dense_dir(dtype=torch.bfloat16), UpcycleConfig(experts=4))
     assert plan.target_config.family == "mixtral"
-    recipes = {t.entry.hf: t.recipe for t in plan.targets}
+    rules = {t.entry.hf: t.rule for t in plan.targets}
     for e in range(4):
         at = f"model.layers.1.block_sparse_moe.experts.{e}."
         for matrix, source in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
-            assert recipes[f"{at}{matrix}.weight"] == Copy(f"model.layers.1.mlp.{source}_proj.weight")
-    router = recipes["model.layers.1.block_sparse_moe.gate.weight"]
+            assert rules[f"{at}{matrix}.weight"] == Copy(f"model.layers.1.mlp.{source}_proj.weight")
+    router = rules["model.layers.1.block_sparse_moe.gate.weight"]
     assert router == Normal((4, 32), torch.bfloat16, 0.02, 0, 1, "router")
     assert plan.num_bytes == 2 * count_parameters(plan.target_config).total
 
@@ -51,10 +51,10 @@ def test_some_layers_give_a_qwen2_moe_with_a_zero_shared_expert(dense_dir):
     plan = plan_upcycle(dense_dir(), UpcycleConfig(layers=(2, 0), shared_intermediate_size=8))
     assert plan.target_config.family == "qwen2_moe"
     assert plan.target_config.moe.layers == (0, 2)
-    recipes = {t.entry.hf: t.recipe for t in plan.targets}
-    assert recipes[GATE] == Copy(GATE)
-    assert recipes["model.layers.0.mlp.shared_expert.up_proj.weight"] == Zeros((8, 32), torch.float32)
-    assert recipes["model.layers.0.mlp.shared_expert_gate.weight"] == Zeros((1, 32), torch.float32)
+    rules = {t.entry.hf: t.rule for t in plan.targets}
+    assert rules[GATE] == Copy(GATE)
+    assert rules["model.layers.0.mlp.shared_expert.up_proj.weight"] == Zeros((8, 32), torch.float32)
+    assert rules["model.layers.0.mlp.shared_expert_gate.weight"] == Zeros((1, 32), torch.float32)
 
 
 SHARED = "model.layers.1.mlp.shared_expert.up_proj.weight"
@@ -77,11 +77,11 @@ def test_each_dense_family_has_its_target(dense_dir, fields, layers, family, sha
     target = plan.target_config
     assert (target.family, target.moe.gate, target.moe.layers) == (family, "topk_softmax", layers or (0, 1, 2))
     assert target.dense() == replace(plan.source_config, model_type="")
-    recipes = {t.entry.hf: t.recipe for t in plan.targets}
+    rules = {t.entry.hf: t.rule for t in plan.targets}
     for name in plan.store.names():
         if "self_attn" in name:
-            assert recipes[name] == Copy(name)
-    assert isinstance(recipes.get(SHARED), Zeros) == shared
+            assert rules[name] == Copy(name)
+    assert isinstance(rules.get(SHARED), Zeros) == shared
     assert f"{target.moe.num_experts} experts, top-2" in plan.table()
 
 
@@ -114,7 +114,7 @@ def test_the_check_sees_a_lost_and_a_doubled_tensor(dense_dir):
         replace(plan, targets=plan.targets[:-1]).check()
     with pytest.raises(WeightsError, match="target tensor lm_head.weight is accounted for 2 times"):
         replace(plan, targets=(*plan.targets, plan.targets[-1])).check()
-    swapped = replace(plan.targets[-1], recipe=Copy("model.norm.weight"))
+    swapped = replace(plan.targets[-1], rule=Copy("model.norm.weight"))
     with pytest.raises(WeightsError, match="source tensor .* is accounted for"):
         replace(plan, targets=(*plan.targets[:-1], swapped)).check()
     with pytest.raises(WeightsError, match="source tensor ghost is not one"):

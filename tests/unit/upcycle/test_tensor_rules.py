@@ -1,4 +1,4 @@
-"""A recipe's slice is the slice of its whole, bit for bit; its random numbers are normal, and the same everywhere."""
+"""A rule's slice is the slice of its whole, bit for bit; its random numbers are normal, and the same everywhere."""
 
 import math
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from earthshine.checkpoint.safetensors_store import Store
 from earthshine.errors import WeightsError
-from earthshine.upcycle.recipe import Copy, Normal, Zeros, normal_at, random_bits
+from earthshine.upcycle.tensor_rules import Copy, Normal, Zeros, normal_at, random_bits
 
 SHAPES = st.lists(st.integers(1, 40), min_size=1, max_size=3)
 
@@ -24,12 +24,12 @@ def test_any_slice_is_the_slice_of_the_whole(tmp_path, data, shape, dtype):
     slices = [slice(*sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))) for n in shape]
     slices = slices[: data.draw(st.integers(0, len(shape)))]
     layer, seed = data.draw(st.integers(0, 99)), data.draw(st.integers(0, 2**63 - 1))
-    for recipe in (
+    for rule in (
         Copy("w"),
         Zeros(tuple(shape), dtype),
         Normal(tuple(shape), dtype, 0.02, seed, layer, "router"),
     ):
-        whole, part = recipe.read(store), recipe.read(store, slices)
+        whole, part = rule.read(store), rule.read(store, slices)
         assert whole.shape == torch.Size(shape)
         assert whole.dtype == part.dtype == dtype
         assert torch.equal(part, whole[tuple(slices)])
@@ -72,10 +72,10 @@ def test_normals_are_normal():
 
 def test_the_extremes_are_finite(monkeypatch):
     """Radius from the smallest and the largest 32 bits, angle at every eighth of a turn."""
-    from earthshine.upcycle import recipe
+    from earthshine.upcycle import tensor_rules
 
     corners = np.array([(r << 32) | a for r in (0, 2**32 - 1) for a in range(0, 2**32, 2**29)], dtype=np.uint64)
-    monkeypatch.setattr(recipe, "random_bits", lambda index, key: corners)
+    monkeypatch.setattr(tensor_rules, "random_bits", lambda index, key: corners)
     x = normal_at(np.arange(16, dtype=np.uint64), 0)
     assert np.isfinite(x).all()
     assert abs(x).max() == pytest.approx(math.sqrt(64 * math.log(2)))

@@ -1,6 +1,6 @@
 """How to make any slice of a target tensor: the core idea of upcycling here.
 
-A recipe is a pure function of (dense tensors, slices). Whatever part is asked for, its bits are those of the same part
+A rule is a pure function of (dense tensors, slices). Whatever part is asked for, its bits are those of the same part
 of the whole, so one process that streams every target to disk and many that fill only their own shards agree by
 construction. Random numbers are therefore counter-based: a function of (key, index of the element), not of a stream.
 """
@@ -20,8 +20,8 @@ from earthshine.checkpoint.safetensors_store import Store, check_finite, resolve
 Floats = NDArray[np.float64]
 
 
-class Recipe(Protocol):
-    """Makes one target tensor. Equal recipes make equal tensors."""
+class TensorRule(Protocol):
+    """Makes one target tensor. Equal rules make equal tensors."""
 
     @property
     def kind(self) -> str:
