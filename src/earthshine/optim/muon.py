@@ -214,7 +214,7 @@ class Muon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, now or later, with its state. Raises ConfigError where a parameter does not fit it."""
-        group = current_names(param_group, stacklevel=3)
+        group = current_names(param_group, stacklevel=2)
         reasons = group.pop("reasons", ())
         check_keys(group, self.defaults)
         if "params" not in group:

@@ -179,17 +179,20 @@ def linear() -> nn.Linear:
 
 
 def test_keywords_and_groups_are_read_by_their_old_names() -> None:
-    """A FutureWarning each, as every user has something to change; nothing is read under both names."""
+    """A FutureWarning each, at the line that has to change; nothing is read under both names."""
     said = "payload_dtype is called comm_dtype now"
-    with pytest.warns(FutureWarning, match=said):
+    with pytest.warns(FutureWarning, match=said) as given:
         optimizer = Muon([linear().weight], lr=0.1, payload_dtype="bfloat16")  # type: ignore[call-arg]
+    assert [warning.filename for warning in given] == [__file__]
     assert optimizer.param_groups[0]["comm_dtype"] == "bfloat16"
     assert "payload_dtype" not in optimizer.param_groups[0] | optimizer.defaults
-    with pytest.warns(FutureWarning, match=said):
+    with pytest.warns(FutureWarning, match=said) as given:
         optimizer.add_param_group({"params": [linear().weight], "payload_dtype": "float32"})
+    assert [warning.filename for warning in given] == [__file__]
     assert optimizer.param_groups[1]["comm_dtype"] == "float32"
-    with pytest.warns(FutureWarning, match="rest is called non_matrix now"):
+    with pytest.warns(FutureWarning, match="rest is called non_matrix now") as given:
         groups = param_groups(linear(), rest="scion")  # type: ignore[call-arg]
+    assert [warning.filename for warning in given] == [__file__]
     assert [group["algorithm"] for group in groups] == ["muon", "scion"]
     with pytest.warns(FutureWarning, match="rest is called non_matrix now"):
         assert OptimizerConfig(rest="scion") == OptimizerConfig(non_matrix="scion")  # type: ignore[call-arg]
