@@ -66,7 +66,7 @@ def save(
         tensors: by name; those of the model begin with "model.".
         state: JSON-ready. Floats come back bit for bit.
         model: so that loading never needs the job.
-        job: the encoded job, for people and for the comparison at a resume.
+        job: the encoded job, to read and to compare with at a resume.
         tokenization: how the run's texts became ids, for whoever prompts, evaluates or exports its model.
 
     Raises DiskFullError when there is no room; then no trace of this checkpoint is left.
@@ -259,7 +259,7 @@ def _check_names(folder: Path, saved: set[str], wanted: set[str]) -> None:
         if names:
             shown = ", ".join(sorted(names)[:5])
             raise CheckpointError(
-                f"{folder} {what} tensor{'s' if len(names) > 1 else ''} {shown} ({len(names)} in all)."
+                f"{folder} {what} tensor{'s' if len(names) > 1 else ''} {shown} ({len(names)} in total)."
             )
 
 

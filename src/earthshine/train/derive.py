@@ -173,7 +173,7 @@ def _frozen_biases(optimizer: OptimizerConfig, model: ModelConfig) -> tuple[int,
 
 
 def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -> tuple[str, ...]:
-    found = [
+    warnings = [
         f"the {human_count(use.tokens)} tokens of {use.path} are read {use.epochs:.1f} times (epochs): beyond "
         f"about {MANY_EPOCHS:.0f}, repeated tokens teach much less than new ones. Prepare more text, or train for less."
         for use in sources
@@ -182,13 +182,13 @@ def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -
     capacity, moe = job.capacity, model.moe
     if capacity.factor and not capacity.can_drop(moe.num_experts, moe.top_k):
         never = moe.num_experts / (moe.top_k if capacity.relative_to == "per_assignment" else 1)
-        found.append(
+        warnings.append(
             f"capacity.factor={capacity.factor:g} can never drop a token: with {moe.num_experts} experts, "
             f"top-{moe.top_k}, an expert has room for every token from a factor of {never:g} on "
             f"(capacity.relative_to={capacity.relative_to!r}). capacity.factor=0 gives the same gradients."
         )
     if job.balance.scope == "micro_batch" and job.sequences_per_micro_batch < job.sequences_per_step:
-        found.append(
+        warnings.append(
             "balance.scope='micro_batch': the gradient depends on sequences_per_micro_batch="
             f"{job.sequences_per_micro_batch}. 'sequence' and 'step' give the same one for any."
         )
@@ -196,8 +196,8 @@ def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -
         clipped = qk_clip_layers(job.optimizer, model)
         frozen = [layer for layer in range(model.num_hidden_layers) if layer not in clipped]
         if frozen:
-            found.append(
+            warnings.append(
                 f"optimizer.freeze keeps queries or keys of layers {', '.join(map(str, frozen))}: QK-Clip leaves these "
                 f"layers alone, and their logits are not in max_attention_logit."
             )
-    return tuple(found)
+    return tuple(warnings)

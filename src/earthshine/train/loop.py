@@ -187,7 +187,7 @@ class _Run:
 def _build(
     job: TrainJob, folder: Path, device: torch.device, point: _ResumePoint, *, trust: bool, allow_config_change: bool
 ) -> _Run:
-    """Model, optimizer and data at the resume point. Nothing is written: what cannot train or be saved fails here."""
+    """Model, optimizer and data at the resume point. Nothing is written: what cannot be trained or saved fails now."""
     checkpoint = point.checkpoint
     derived = derive(job, model=checkpoint.model if checkpoint else None)
     compute = _compute(job, device, checkpoint)

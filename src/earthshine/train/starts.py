@@ -139,9 +139,9 @@ def write_start(run_dir: Path, start: Mapping[str, Any], *, finished: bool) -> N
 
 def _before(run_dir: Path, done: int, saved: dict[str, Any] | None) -> dict[str, Any]:
     """Config, plan and environment of the start that did step `done`; for an older folder, what its files hold."""
-    kept = [s for s in _starts(run_dir) if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
-    if kept:
-        return _parts(kept[-1])
+    starts = [s for s in _starts(run_dir) if isinstance(s.get("first_step"), int) and s["first_step"] <= done]
+    if starts:
+        return _parts(starts[-1])
     files = {"config": CONFIG, "plan": PLAN, "environment": ENV}
     parts = {part: stored(run_dir / name) or {} for part, name in files.items()}
     return parts | ({"config": saved} if saved else {})

@@ -217,13 +217,13 @@ def _with_ends(config: ModelConfig, rule: Tokenization, *, from_scratch: bool) -
 
 
 def _warn_of_other_ids(job: TrainJob, shards: str, tokenizer_sha256: str) -> None:
-    """Say so when a warm start's weights and the data were made with different tokenizers."""
+    """Warn when a warm start's weights and the data were made with different tokenizers."""
     match job.init:
         case FromHuggingFace(path=path):
             warn_of_other_tokenizer(path, shards, tokenizer_sha256)
         case FromCheckpoint(path=path):
-            found = newest(Path(path))
-            if found and found.tokenization and found.tokenization.tokenizer_sha256 != tokenizer_sha256:
+            source = newest(Path(path))
+            if source and source.tokenization and source.tokenization.tokenizer_sha256 != tokenizer_sha256:
                 log(
                     f"warning: {shards} was made with another tokenizer than the data of {path}: unless the two hold "
                     f"the same vocabulary, losses and weights mean nothing."

@@ -1,6 +1,6 @@
 """One step: forward and backward over micro-batches, clipping, the update, and what follows it.
 
-What a step minimises, over all its sequences, whatever the cut into micro-batches:
+What a step minimizes over all its sequences, however they are cut into micro-batches:
 
     (sum of the loss over target tokens) / (their number)
     + balance.coefficient * (sum of the balance loss over sequences and layers) / (number of sequences)
@@ -31,13 +31,13 @@ from earthshine.train.state import TrainState
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What a step minimised, the sum of the three losses. Asking for a number waits for the device.
+    """What a step minimized: the sum of the three losses. Reading a number waits for the device.
 
     loss: nats per target token.
-    balance_loss, z_loss: as they were added, coefficient included, summed over the layers.
+    balance_loss, z_loss: with their coefficients, as they were added, summed over the layers.
     balance: the balance loss without its coefficient, the mean over sequences and layers: 1 at uniform routing.
 
-    They are made of `sums`, `model.transformer.Losses` of each micro-batch; num_layers: those with experts.
+    All follow from `sums`, the `model.transformer.Losses` of each micro-batch. num_layers: those with experts.
     """
 
     sums: Readings
@@ -76,7 +76,7 @@ class Objective:
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What step number `step` was. Asking for a number waits for the device; `read(*readings)` has them all at once.
+    """The numbers of step `step`. Reading one waits for the device; `read(*readings)` fetches them all at once.
 
     grad_norm: before clipping. forward_backward_seconds: a first routing pass included. clipped_logits: the largest
     attention logit and the number of heads clipped, where QK-Clip is on.
@@ -114,16 +114,16 @@ class StepResult:
 
 
 def train_step(state: TrainState, batch: Batch, *, lr: float, micro_batch: int, clip: float) -> StepResult:
-    """Update `state` by the whole step `batch`, in micro-batches of `micro_batch` sequences; count the step.
+    """Update `state` with the whole step `batch`, in micro-batches of `micro_batch` sequences; count the step.
 
-    Waits for no accelerator: what the step was is on the device until it is asked for.
+    Does not wait for an accelerator: the numbers of the step stay on the device until they are read.
 
     Args:
-        lr: learning rate of this step, of every group.
+        lr: learning rate of this step, for every group.
         clip: largest global gradient norm; 0 for no clipping.
 
     On a CPU, where reading a number is free, raises TrainingDivergedError when loss or gradient norm is not finite;
-    then parameters, routers' biases, optimizer and step are still those of before it. On an accelerator
+    then parameters, routers' biases, optimizer and step are still those before it. On an accelerator
     `StepResult.require_finite` finds it, after the update.
     """
     state.optimizer.zero_grad(set_to_none=True)
@@ -175,7 +175,7 @@ def accumulate(model: Transformer, batch: Batch, micro_batch: int) -> Objective:
 
 
 def _routing_counts(model: Transformer, parts: Sequence[Batch]) -> dict[int, Tensor]:
-    """How often the step's tokens choose each expert, (E,) by layer: a forward pass without gradient, by parts."""
+    """How often the step's tokens choose each expert, (E,) by layer: a forward pass without gradients, part by part."""
     total: dict[int, Tensor] = {}
     for part in parts:
         tokens_BS, _, documents_BS = _on_device(model, part)
@@ -185,9 +185,9 @@ def _routing_counts(model: Transformer, parts: Sequence[Batch]) -> dict[int, Ten
 
 
 def _on_device(model: Transformer, part: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens, targets, and the documents' numbers where there is more than one document in a sequence.
+    """Tokens, targets, and document numbers where a sequence has more than one document.
 
-    Those stay on the host, where the model counts them without waiting for the device (`ops.attention.make_mask`).
+    The numbers stay on the host, where the model counts without waiting for the device (`ops.attention.make_mask`).
     """
     device = model.embed.weight.device
     documents_BS = part.documents_BS if bool(part.documents_BS.any()) else None
@@ -195,7 +195,7 @@ def _on_device(model: Transformer, part: Batch) -> tuple[Tensor, Tensor, Tensor 
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The global L2 norm of the gradients, squared and summed in float64: 0-d, where they are."""
+    """The global L2 norm of the gradients, squared and summed in float64: 0-d, on their device."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
 
@@ -204,9 +204,9 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before.
 
-    A norm that is not finite leaves them untouched. Waits for no accelerator: there they are multiplied by 1 where
-    nothing is to be clipped. Differs from torch.nn.utils.clip_grad_norm_, which adds 1e-6 to the norm and sums squares
-    in the gradients' type.
+    A norm that is not finite leaves them untouched. Does not wait for an accelerator: there they are multiplied by 1
+    where nothing is to be clipped. Differs from torch.nn.utils.clip_grad_norm_, which adds 1e-6 to the norm and sums
+    squares in the gradients' dtype.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
     norm = grad_norm(with_gradient)
