@@ -62,10 +62,14 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
             raise ConfigError(f"{where}={data!r} is not one of {', '.join(map(repr, options))}.")
         return data
     if origin is tuple:
-        item = typing.get_args(kind)[0]
+        items = typing.get_args(kind)
         if not isinstance(data, list | tuple):
             raise ConfigError(f"{where}={data!r} must be a list.")
-        return tuple(_decode(item, v, f"{where}[{i}]") for i, v in enumerate(data))
+        if items[-1] is Ellipsis:
+            items = (items[0],) * len(data)
+        if len(items) != len(data):
+            raise ConfigError(f"{where}={data!r} must be a list of {len(items)} elements, not {len(data)}.")
+        return tuple(_decode(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(items, data, strict=True)))
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
