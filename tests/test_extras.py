@@ -22,7 +22,7 @@ TOOLS = {
     "mkdocs-material": ("mkdocs.yml", "name: material"),
     "mkdocstrings": ("mkdocs.yml", "mkdocstrings:"),
     "mypy": ("Makefile", "/mypy"),
-    "pytest-xdist": ("Makefile", "-m pytest"),
+    "pytest-xdist": ("Makefile", "--dist loadfile"),
     "ruff": ("Makefile", "/ruff"),
 }
 
