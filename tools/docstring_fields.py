@@ -32,7 +32,12 @@ def listed(text: str, names: set[str]) -> str:
 
 
 class DocstringFields(griffe.Extension):
-    """Rewrites the docstrings of classes and functions as they are loaded."""
+    """Rewrites the docstrings of classes and functions as they are loaded, and shows an option's default alone."""
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        value = attr.value
+        if isinstance(value, griffe.ExprCall) and str(value.function) == "_option":  # optim.config's field with limits
+            attr.value = value.arguments[0]
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         init = cls.members.get("__init__")

@@ -60,7 +60,8 @@ _ALGORITHMS: dict[str, type[GroupStep]] = {step.algorithm: step for step in (Muo
 
 
 class Muon(torch.optim.Optimizer):
-    """The optimizer of this file's docstring. Raises ConfigError for what it cannot take.
+    """Muon for hidden matrices and AdamW, or Scion, for the rest; the equations: `optim.rules`. Raises ConfigError for
+    what it cannot take.
 
     params: parameters, (name, parameter) pairs, or dicts of them with algorithm="muon", "adamw" or "scion" and, where
         a parameter is not one matrix, "matrices": a specification of `optim.logical_matrices` per parameter
