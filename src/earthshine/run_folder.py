@@ -31,6 +31,7 @@ TENSORBOARD, REPORT = "tensorboard", "report.html"
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"  # in a checkpoint, written last
 _STEP = "step-"
+STEP_FOLDERS = f"{_STEP}*"  # a pattern of the checkpoints in CHECKPOINTS
 
 EVAL = "eval"
 HELDOUT_BEFORE, HELDOUT_AFTER = "heldout-before.json", "heldout-after.json"  # at step 0 and at the end
@@ -48,7 +49,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def step_folders(run_dir: Path) -> list[Path]:
     """The folders of finished checkpoints, newest first; nothing is read."""
-    folders = [p for p in (run_dir / CHECKPOINTS).glob(f"{_STEP}*") if p.is_dir() and _number(p).isdecimal()]
+    folders = [p for p in (run_dir / CHECKPOINTS).glob(STEP_FOLDERS) if p.is_dir() and _number(p).isdecimal()]
     return sorted(folders, key=lambda p: int(_number(p)), reverse=True)
 
 

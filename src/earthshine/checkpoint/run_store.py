@@ -24,7 +24,7 @@ from earthshine.data.tokenization import Tokenization
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.files import free_bytes, require_space, write_json
 from earthshine.model.config import ModelConfig
-from earthshine.run_folder import CHECKPOINTS, checkpoint_folders, step_folder, step_folders
+from earthshine.run_folder import CHECKPOINTS, STEP_FOLDERS, checkpoint_folders, step_folder, step_folders
 from earthshine.staging import discard, remove_leftovers, staged_directory
 
 MODEL_PREFIX = "model."
@@ -91,7 +91,7 @@ def check_can_save(run_dir: Path, tensors: Mapping[str, Tensor], *, saves: int, 
     """
     manifests.signing_key()
     parent = run_dir / CHECKPOINTS
-    for path in (parent, *parent.glob("step-*")):
+    for path in (parent, *parent.glob(STEP_FOLDERS)):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file where a checkpoint's folder belongs: move it away.")
     where = parent if parent.exists() else run_dir
@@ -200,7 +200,7 @@ def _discard_old(run_dir: Path, keep: int, newest: Path) -> None:
 
 
 def _remove_leftovers(run_dir: Path) -> None:
-    remove_leftovers(run_dir / CHECKPOINTS, "step-*")
+    remove_leftovers(run_dir / CHECKPOINTS, STEP_FOLDERS)
 
 
 def _open(manifest: Manifest) -> Checkpoint:

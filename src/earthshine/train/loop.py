@@ -369,7 +369,9 @@ def _record(run: _Run, *, routing: bool = True) -> None:
         whole = [[int(n) for n in values] for values in routed.values]
         loads = dict(zip(counts, whole[: len(counts)], strict=True))
         lost = {layer: n for layer, (n,) in zip(dropped, whole[len(counts) :], strict=True)}
-        record |= routing_record(loads, lost if job.capacity.factor else None) | _balance(job, last.objective)
+        record |= routing_record(loads, lost if job.capacity.factor else None)
+    if state.model.config.is_moe:
+        record |= _balance(job, last.objective)
     if last.clipped_logits is not None:
         (record["max_attention_logit"],), (heads_clipped,) = last.clipped_logits.values
         record["heads_clipped"] = int(heads_clipped)
