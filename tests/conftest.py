@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _threads)))  # before anything imports torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `tiny_gguf`
+sys.path.insert(0, str(Path(__file__).parent))  # for `tiny_gguf`, `dense_dir`
 
 # What takes longest is started first, so that no worker is left alone with it at the end (`--dist loadfile` hands out
 # whole files, in this order with `--no-loadscope-reorder`).

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from earthshine.checkpoint.load import load_model
 from earthshine.checkpoint.safetensors_store import Store
 from earthshine.errors import ConfigError, DiskFullError, OutputExistsError, WeightsError
 from earthshine.staging import staging_path
@@ -281,3 +282,14 @@ def test_a_source_that_changes_while_it_is_read_is_refused(dense_dir, tmp_path):
     with pytest.raises(WeightsError, match="was changed while it was converted"):
         upcycle(source, tmp_path / "out", SMALL_SHARDS, after_shard=touch)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_zero_shared_expert_gets_no_gradient(dense_dir, tmp_path):
+    upcycle(dense_dir(), tmp_path / "out", UpcycleConfig(experts=4, layers=(1,)))
+    model = load_model(tmp_path / "out")
+    tokens_BS = torch.randint(0, 64, (3, 40), generator=torch.Generator().manual_seed(0))
+    model.loss_sum(tokens_BS[:, :-1], tokens_BS[:, 1:]).backward()
+    for name, parameter in model.named_parameters():
+        if "router" not in name:  # with equal experts its gradient is zero but for rounding
+            assert parameter.grad is not None
+            assert bool(parameter.grad.any()) != ("shared" in name), name
