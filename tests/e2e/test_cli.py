@@ -110,7 +110,7 @@ def test_version(run):
         (["generate"], "generate needs MODEL, --prompt. See"),
         (["upcycle", "a"], "upcycle needs OUT_DIR. See"),
         (["eval", "a", "--shards", "b", "--seq-len", "few"], "--seq-len: 'few' is not an integer."),
-        (["eval", "a", "--shards"], "--shards: expected one argument."),
+        (["eval", "a", "--shards"], "--shards: expected one argument; "),
         (["export", "a", "b", "--dtype", "float8"], "Did you mean 'float32'?"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

@@ -137,7 +137,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose complaints are ConfigErrors."""
 
     def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
+        option, _, what = message.removeprefix("argument ").partition(": ")
+        if what == "expected one argument":
+            what += f"; a value that begins with - is written {option}=-VALUE"
+        message = f"{option}: {what}" if what else option
         raise ConfigError(f"{message}{'' if message[-1] in '.?' else '.'} See {self.prog} --help.")
 
 

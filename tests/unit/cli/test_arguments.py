@@ -70,6 +70,7 @@ def test_everything_by_default_and_everything_given() -> None:
         ("", "cook needs DISH. See earthshine cook --help."),
         ("soup --ovn o", "cook has no option '--ovn'. Did you mean '--oven'? See earthshine cook --help."),
         ("--ov=o", "cook has no option '--ov'."),
+        ("soup --oven -top", "--oven: expected one argument; a value that begins with - is written --oven=-VALUE. See"),
         ("soup --heat warm", "--heat: 'warm' is not a number. See earthshine cook --help."),
         ("soup --size big", "--size: 'big' is not one of its values."),
         ("soup --size smal", "--size: 'smal' is not one of its values. Did you mean 'small'? See"),
