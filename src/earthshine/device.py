@@ -1,4 +1,4 @@
-"""Which device, which compute type, how fast and how large: measured on this machine, now.
+"""Which device, which compute dtype, how fast and how large: measured on this machine, now.
 
 The only place that names a kind of accelerator. Imports torch, so no config file imports it.
 """
@@ -31,12 +31,12 @@ DTYPES: dict[str, torch.dtype] = {
 # from one start of a run to the next. Real cases are far from it: 2 to 16 where it is native, 0.02 where emulated.
 BF16_MIN_SPEEDUP = 1.3
 
-_PROBE_SIZE = 256  # where the search for a product that is large enough begins
+_PROBE_SIZE = 256  # where the search for a matmul that is large enough begins
 _CPU_PEAK_SIZE, _PEAK_SIZE = 1024, 8192
 _BUDGET_SECONDS = 0.2
-_LONGEST_SECONDS = 0.3  # of a single product on an accelerator
+_LONGEST_SECONDS = 0.3  # of a single matmul on an accelerator
 _LAUNCH_SECONDS = 5e-3  # more than any launch and wait: these take 6 to 100 us, on a busy host a millisecond
-_FAST_SECONDS = 1e-3  # a device that takes less for a 1,024-square product is as fast as an accelerator
+_FAST_SECONDS = 1e-3  # a device that takes less for a 1,024-square matmul is as fast as an accelerator
 _CPU_FLAGS = (
     "avx2",
     "fma",
@@ -53,11 +53,11 @@ _CPU_FLAGS = (
 
 @dataclass(frozen=True)
 class ComputeChoice:
-    """The type that matrix products run in, why, and the rate measured for it."""
+    """The dtype that matmuls run in, why, and the rate measured for it."""
 
     dtype: torch.dtype
     reason: str
-    peak_flops: float  # FLOP/s of a square product in `dtype` on the device
+    peak_flops: float  # FLOP/s of a square matmul in `dtype` on the device
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -83,11 +83,11 @@ def pick_device(name: str = "auto") -> torch.device:
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def make_products_repeatable(device: torch.device) -> bool:
-    """Let cuBLAS give the same bits in each run: it reads an environment variable, set here, at its first product.
+def make_matmuls_repeatable(device: torch.device) -> bool:
+    """Let cuBLAS give the same bits in each run: it reads an environment variable, set here, at its first matmul.
 
     False where it may have read it already, because the device was in use before. Nothing to do on a CPU. Raises
-    ConfigError when the variable has a value that torch.use_deterministic_algorithms refuses in the first product.
+    ConfigError when the variable has a value that torch.use_deterministic_algorithms refuses in the first matmul.
     """
     if device.type != "cuda":
         return True
@@ -95,7 +95,7 @@ def make_products_repeatable(device: torch.device) -> bool:
     value = os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")
     if value not in (":4096:8", ":16:8"):
         raise ConfigError(
-            f"{_CUBLAS_WORKSPACE}={value!r} in the environment lets products differ from run to run; unset it, or set "
+            f"{_CUBLAS_WORKSPACE}={value!r} in the environment lets matmuls differ from run to run; unset it, or set "
             f"it to :4096:8 (or :16:8, which takes less memory)."
         )
     return not late
@@ -210,7 +210,7 @@ def has_flash_attention(device: torch.device, dtype: torch.dtype, width: int) ->
     return width <= (256 if roomy else 192)
 
 
-def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+def has_grouped_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `torch.nn.functional.grouped_mm` has a kernel here: bf16 on NVIDIA's Hopper and Blackwell (9.x, 10.x).
 
     Elsewhere it is a loop that copies the groups' sizes to the host, once for each of its calls.
@@ -218,8 +218,8 @@ def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cpu" and dtype == torch.bfloat16 and capability(device)[0] in (9, 10)
 
 
-def _time_product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], float]:
-    """A function that times one (size x size) product, in seconds; the first, cold, product is already done.
+def _time_matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], float]:
+    """A function that times one (size x size) matmul, in seconds; the first, cold, matmul is already done.
 
     On an accelerator it is the mean of a batch of about 20 ms between two waits for the device, which would otherwise
     be most of what is timed.
@@ -242,14 +242,14 @@ def _time_product(device: torch.device, dtype: torch.dtype, size: int) -> Callab
 
 
 def _large_enough(device: torch.device, dtype: torch.dtype, limit: int) -> tuple[int, float]:
-    """The smallest size, doubled from 256, whose product takes so long that launching it does not count; its seconds.
+    """The smallest size, doubled from 256, whose matmul takes so long that launching it does not count; its seconds.
 
-    A product of twice the size has 8 times the operations. Where it does not take at least 6 times as long, a constant
+    A matmul of twice the size has 8 times the operations. Where it does not take at least 6 times as long, a constant
     is being timed: the launch.
     """
-    size, seconds = _PROBE_SIZE, _time_product(device, dtype, _PROBE_SIZE)()
+    size, seconds = _PROBE_SIZE, _time_matmul(device, dtype, _PROBE_SIZE)()
     while size < limit and seconds < _LAUNCH_SECONDS:
-        twice = _time_product(device, dtype, 2 * size)()
+        twice = _time_matmul(device, dtype, 2 * size)()
         if twice >= 6 * seconds:
             break
         size, seconds = 2 * size, twice
@@ -257,10 +257,10 @@ def _large_enough(device: torch.device, dtype: torch.dtype, limit: int) -> tuple
 
 
 def gemm_peak(device: torch.device | str, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a square matrix product, measured now in about 0.2 s; remembered for this process and thread count.
+    """FLOP/s of a square matmul, measured now in about 0.2 s; remembered for this process and thread count.
 
     size: None for 1,024 on a CPU, and 8,192 on an accelerator, or wherever 1,024 takes less than a millisecond.
-    The product is made smaller where `dtype` is so slow that one of that size would not fit the budget.
+    The matmul is made smaller where `dtype` is so slow that one of that size would not fit the budget.
     """
     return _gemm_peak(str(device), dtype, size, torch.get_num_threads(), torch.get_float32_matmul_precision())
 
@@ -276,7 +276,7 @@ def _gemm_peak(device_name: str, dtype: torch.dtype, size: int | None, threads: 
     longest = _BUDGET_SECONDS / 3 if device.type == "cpu" else _LONGEST_SECONDS
     while size > _PROBE_SIZE and probe * (size / probe_size) ** 3 > longest:
         size //= 2
-    once = _time_product(device, dtype, size)
+    once = _time_matmul(device, dtype, size)
     seconds: list[float] = []
     deadline = time.perf_counter() + _BUDGET_SECONDS
     while len(seconds) < 3 or (time.perf_counter() < deadline and len(seconds) < 200):
@@ -288,17 +288,17 @@ def _gemm_peak(device_name: str, dtype: torch.dtype, size: int | None, threads: 
 
 @functools.cache
 def _bf16_speedup(device_name: str) -> float:
-    """How many times faster a product is in bf16 than in fp32: the best of each, taken in turns for 0.2 s.
+    """How many times faster a matmul is in bf16 than in fp32: the best of each, taken in turns for 0.2 s.
 
-    On one thread: two that wait for each other on a busy machine can make either type look 10 times slower.
+    On one thread: two that wait for each other on a busy machine can make either dtype look 10 times slower.
     """
     device = torch.device(device_name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         size, _ = _large_enough(device, torch.float32, _PEAK_SIZE)
-        fp32 = _time_product(device, torch.float32, size)
-        bf16 = _time_product(device, torch.bfloat16, size)
+        fp32 = _time_matmul(device, torch.float32, size)
+        bf16 = _time_matmul(device, torch.bfloat16, size)
         pairs = [(fp32(), bf16()) for _ in range(5)]
         deadline = time.perf_counter() + _BUDGET_SECONDS
         while time.perf_counter() < deadline and len(pairs) < 200:
@@ -309,7 +309,7 @@ def _bf16_speedup(device_name: str) -> float:
 
 
 def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeChoice:
-    """Decide the compute type: "float32" and "bfloat16" are obeyed; "auto" is bf16 on an accelerator that has it in
+    """Decide the compute dtype: "float32" and "bfloat16" are obeyed; "auto" is bf16 on an accelerator that has it in
     hardware, and elsewhere only where it is measured to be faster.
 
     Raises ConfigError for any other request.
@@ -330,7 +330,7 @@ def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeC
         dtype = torch.bfloat16 if faster else torch.float32
         verb = "is" if faster else "is only"
         threads = " on one thread" if device.type == "cpu" else ""
-        reason = f"bf16 {verb} {speedup:.2g}x as fast as fp32 here (square products{threads})"
+        reason = f"bf16 {verb} {speedup:.2g}x as fast as fp32 here (square matmuls{threads})"
         if not faster:
             reason += f", below the {BF16_MIN_SPEEDUP}x asked for"
     return ComputeChoice(dtype, reason, gemm_peak(device, dtype))
@@ -389,7 +389,7 @@ def total_memory_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def _cpu() -> tuple[str, list[str]]:
-    """The processor's name, and those of its features that decide how fast products are."""
+    """The processor's name, and those of its features that decide how fast matmuls are."""
     name, flags = platform.processor() or platform.machine(), set()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -23,7 +23,7 @@ def divisors(n: int) -> str:
 
 
 class EarthshineError(Exception):
-    """Base of all errors meant for people; exit code 1 (the run failed)."""
+    """Base of all errors that a user can act on; exit code 1 (the run failed)."""
 
     exit_code = 1
 

@@ -28,7 +28,7 @@ def feed(monkeypatch):
             timed.append((dtype, size))
             return lambda: latency + 2 * size**3 / rates[dtype]
 
-        monkeypatch.setattr(devices, "_time_product", time_product)
+        monkeypatch.setattr(devices, "_time_matmul", time_product)
         return timed
 
     yield use
@@ -89,7 +89,7 @@ def test_other_makers_accelerators_are_not_taken_for_nvidias(kind):
     device = torch.device(kind)
     assert devices.capability(device) == (0, 0) and not devices.has_native_bf16(device)
     assert not devices.has_flash_attention(device, torch.bfloat16, 64)
-    assert not devices.has_grouped_product(device, torch.bfloat16)
+    assert not devices.has_grouped_matmul(device, torch.bfloat16)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
@@ -115,7 +115,7 @@ def test_a_device_that_is_not_here_stands_for_a_current_one(gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert devices.has_native_bf16(torch.device("cuda")) and not devices.has_native_bf16(CPU)
     assert devices.has_flash_attention(torch.device("cuda"), torch.bfloat16, 256)
-    assert not devices.has_grouped_product(torch.device("cuda"), torch.bfloat16)
+    assert not devices.has_grouped_matmul(torch.device("cuda"), torch.bfloat16)
 
 
 def test_an_accelerators_peak_is_of_8192_and_less_only_where_that_takes_too_long(feed, gpu):
@@ -142,17 +142,17 @@ def test_products_on_an_accelerator_are_timed_in_batches(monkeypatch):
     monkeypatch.setattr(devices, "_synchronize", lambda device: between.append(0))
     monkeypatch.setattr(devices.time, "perf_counter", iter(range(1000)).__next__)
     with Products():
-        once = devices._time_product(torch.device("meta"), torch.bfloat16, 64)
+        once = devices._time_matmul(torch.device("meta"), torch.bfloat16, 64)
         assert between[::2] == [1, 1]  # the cold one, and the one that says how many are a batch: here a second each
         monkeypatch.setattr(devices.time, "perf_counter", (n * 1e-4 for n in range(1000)).__next__)
-        once = devices._time_product(torch.device("meta"), torch.bfloat16, 64)
+        once = devices._time_matmul(torch.device("meta"), torch.bfloat16, 64)
         assert once() == pytest.approx(1e-4 / 100) and between[-2] == 100
 
 
 def test_the_choice_is_measured_on_one_thread_and_leaves_the_threads_as_they_were(feed, monkeypatch):
     feed(float32=1e11, bfloat16=2.5e11)
-    fed, seen = devices._time_product, []
-    monkeypatch.setattr(devices, "_time_product", lambda *a: seen.append(torch.get_num_threads()) or fed(*a))
+    fed, seen = devices._time_matmul, []
+    monkeypatch.setattr(devices, "_time_matmul", lambda *a: seen.append(torch.get_num_threads()) or fed(*a))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -189,12 +189,12 @@ def test_newton_schulz_dtype_by_device(monkeypatch):
 
 def test_gemm_peak_is_the_rate_of_the_median_product_and_is_remembered(monkeypatch):
     seconds = itertools.cycle([2e-4, 1e-3, 3e-4])  # one of three disturbed
-    monkeypatch.setattr(devices, "_time_product", lambda device, dtype, size: lambda: next(seconds))
+    monkeypatch.setattr(devices, "_time_matmul", lambda device, dtype, size: lambda: next(seconds))
     monkeypatch.setattr(devices, "_BUDGET_SECONDS", 0.0)
     devices._gemm_peak.cache_clear()
     peak = devices.gemm_peak(CPU, torch.float64, size=128)
     assert peak == 2 * 128**3 / 3e-4
-    monkeypatch.setattr(devices, "_time_product", lambda device, dtype, size: pytest.fail("measured again"))
+    monkeypatch.setattr(devices, "_time_matmul", lambda device, dtype, size: pytest.fail("measured again"))
     assert devices.gemm_peak("cpu", torch.float64, size=128) == peak
     devices._gemm_peak.cache_clear()
 
@@ -203,7 +203,7 @@ def test_gemm_peak_is_the_rate_of_the_median_product_and_is_remembered(monkeypat
 def test_one_product_is_timed_by_the_clock(monkeypatch, name):
     ticks = itertools.count()
     monkeypatch.setattr(devices.time, "perf_counter", lambda: 0.5 * next(ticks))
-    once = devices._time_product(CPU, devices.DTYPES[name], 16)
+    once = devices._time_matmul(CPU, devices.DTYPES[name], 16)
     assert (once(), next(ticks)) == (0.5, 4)  # one cold and one timed, two looks at the clock each
 
 
@@ -215,7 +215,7 @@ def test_gemm_peak_shrinks_the_product_of_a_slow_type(monkeypatch):
         sizes.append(size)
         return lambda: 1e-9 * size**3
 
-    monkeypatch.setattr(devices, "_time_product", slow)
+    monkeypatch.setattr(devices, "_time_matmul", slow)
     assert devices._gemm_peak.__wrapped__("cpu", torch.float16, 4096, 1, "highest") == pytest.approx(2e9)
     assert sizes[-1] == 256
 
@@ -229,15 +229,15 @@ def test_cublas_is_told_to_repeat_itself_before_its_first_product(monkeypatch, s
     if set_to is None:
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
-    assert devices.make_products_repeatable(torch.device("cuda")) == in_time
+    assert devices.make_matmuls_repeatable(torch.device("cuda")) == in_time
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (set_to or ":4096:8")
 
 
 def test_a_cublas_setting_that_does_not_repeat_is_refused_and_a_cpu_needs_none(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG=':0:0' .* unset it"):
-        devices.make_products_repeatable(torch.device("cuda"))
-    assert devices.make_products_repeatable(CPU)
+        devices.make_matmuls_repeatable(torch.device("cuda"))
+    assert devices.make_matmuls_repeatable(CPU)
 
 
 def test_pick_device():

@@ -54,7 +54,7 @@ def make_cache(
     config: ModelConfig, batch: int, max_positions: int, dtype: torch.dtype, device: torch.device | str
 ) -> Cache:
     """An empty cache. A position is a key and a value for each key-value head, or, with latent attention, the
-    normalised latent and the rotated key that all heads share: `kv_lora_rank + qk_rope_head_dim` numbers.
+    normalized latent and the rotated key that all heads share: `kv_lora_rank + qk_rope_head_dim` numbers.
     """
     mla = config.mla
     heads, width = config.num_key_value_heads, 2 * config.head_dim
@@ -65,7 +65,7 @@ def make_cache(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245), with biases (Qwen2) or normalised queries and keys (Qwen3)."""
+    """Grouped-query attention (arXiv:2305.13245), with biases (Qwen2) or normalized queries and keys (Qwen3)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -126,9 +126,9 @@ class Attention(nn.Module):
     def _project(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, (B, S, width) each.
 
-        As one product where the rows are many: it runs at a higher rate than three narrow ones, forward and backward,
+        As one matmul where the rows are many: it runs at a higher rate than three narrow ones, forward and backward,
         and putting the weights together costs a copy of them. One by one also where some of them are frozen: one
-        product has one gradient.
+        matmul has one gradient.
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         same = len({proj.weight.requires_grad for proj in projections}) == 1
@@ -144,7 +144,7 @@ class Attention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), as DeepSeek-V3 and Moonlight have it.
 
-    Keys and values of all heads are linear in one normalised latent per position; beside it, all heads share one key
+    Keys and values of all heads are linear in one normalized latent per position; beside it, all heads share one key
     with rotary positions. Weights are as DeepSeek stores them: rows of `q_proj` (or `q_b_proj`) are, head by head, N
     without and 2R with rotation; those of `kv_a_proj_with_mqa` the latent and the shared key; those of `kv_b_proj`,
     head by head, keys and values.
@@ -227,7 +227,7 @@ class LatentAttention(nn.Module):
         """Keys and values of every head.
 
         The concatenation is the only place where the shared key is repeated for each head: kernels want a head's key in
-        one row, and one product over C costs less than two over N and 2R whose scores are then added. It also brings
+        one row, and one matmul over C costs less than two over N and 2R whose scores are then added. It also brings
         the keys into the order (B, H, P, C); values stay a view of the projection's output.
         """
         kv_BHP = self.kv_b_proj(latent_BPL).unflatten(-1, (-1, sum(self.key_value_widths))).transpose(1, 2)
@@ -247,7 +247,7 @@ class LatentAttention(nn.Module):
 
         A head's part of `kv_b_proj` moves to the query's and to the output's side, (W k) q = k (W^T q), so that nothing
         is computed for each cached position and head but its score (arXiv:2405.04434, section 2.1.2). Queries of all
-        heads are rows of one product; `causal_attention` would not do that with its mask, and would repeat the rows.
+        heads are rows of one matmul; `causal_attention` would not do that with its mask, and would repeat the rows.
         """
         (_, heads, num_queries, _), num_keys = q_BHSC.shape, rows_BP.shape[1]
         weight_HEL = to_compute(self.kv_b_proj.weight, q_BHSC).unflatten(0, (heads, -1))

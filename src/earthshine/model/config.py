@@ -46,7 +46,7 @@ class MLAConfig:
     kv_lora_rank: width of the latent that keys and values are made of, and that the cache keeps.
     q_lora_rank: width of the queries' latent; 0 for one full projection.
     qk_nope_head_dim, qk_rope_head_dim: widths of each head's part without and with rotary positions.
-    rope_interleaved: rotary pairs are neighbours (2i, 2i+1), as DeepSeek stores them, not halves (i, i + width/2).
+    rope_interleaved: rotary pairs are neighbors (2i, 2i+1), as DeepSeek stores them, not halves (i, i + width/2).
     """
 
     kv_lora_rank: int = 0
@@ -92,7 +92,7 @@ class ModelConfig:
 
     head_dim: width of a head's queries and keys; with latent attention, that of both parts together.
     qkv_bias: the projections to queries, keys and values have a bias (Qwen2). qk_norm: each head's queries and keys
-        are RMS-normalised before rotation (Qwen3).
+        are RMS-normalized before rotation (Qwen3).
     init_std: standard deviation of normally drawn weights when training from scratch (`model.transformer`).
     model_type: the Hugging Face family to write, where several hold the architecture; "" for the usual one.
     Raises ConfigError where the fields contradict each other.

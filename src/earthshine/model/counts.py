@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a `ModelConfig`, without building the model. No torch.
 
-FLOPs are 2 per multiply-accumulate of the matrix products that the function needs: element-wise work, the embedding
+FLOPs are 2 per multiply-accumulate of the matmuls that the function needs: element-wise work, the embedding
 lookup and what is computed a second time to save memory are not counted.
 """
 
@@ -71,9 +71,9 @@ def forward_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = True
 def backward_flops_per_token(
     c: ModelConfig, seq_len: int, *, causal: bool = True, frozen: Collection[str] = ()
 ) -> float:
-    """FLOPs of one token's backward pass: for every product of the forward pass the gradients of its two factors.
+    """FLOPs of one token's backward pass: for every matmul of the forward pass the gradients of its two factors.
 
-    frozen: names of parameters that are not trained. The product with a gradient that nobody needs is not computed:
+    frozen: names of parameters that are not trained. The matmul with a gradient that nobody needs is not computed:
         that of a frozen weight, and that of an input below which nothing is trained.
     """
     return _Backward(c, seq_len, causal, frozen).flops
@@ -96,7 +96,7 @@ def recomputed_flops_per_token(c: ModelConfig, seq_len: int, *, frozen: Collecti
 
 
 class _Backward:
-    """The products of a backward pass, found by walking the forward pass: what needs a gradient, and what does not.
+    """The matmuls of a backward pass, found by walking the forward pass: what needs a gradient, and what does not.
 
     flops: per token. first_block: the lowest block that the backward pass reaches; the number of blocks for none.
     Each method returns whether what it stands for, an output, needs a gradient; `needs` says so of the input.
@@ -120,9 +120,9 @@ class _Backward:
         self._forward["head.weight"] = 2.0 * c.vocab_size * c.hidden_size
         if tied and "embed.weight" in self._trained:
             self._trained = self._trained | {"head.weight"}
-        self._product("head", needs)
+        self._matmul("head", needs)
 
-    def _product(self, name: str, needs: bool) -> bool:
+    def _matmul(self, name: str, needs: bool) -> bool:
         """y = W x + b."""
         trained = name if name in self._forward else f"{name}.weight"
         needs_weight = trained in self._trained
@@ -140,34 +140,34 @@ class _Backward:
         if layer not in self._c.moe.layers:
             return self._swiglu(f"{where}.ffn", normed, "gate_proj", "up_proj", "down_proj") or needs
         moe = self._c.moe
-        needs_output = self._product(f"{where}.moe.router", normed)
+        needs_output = self._matmul(f"{where}.moe.router", normed)
         needs_output |= self._swiglu(f"{where}.moe.experts", normed, "w_gate_EFD", "w_up_EFD", "w_down_EDF")
         if moe.shared_intermediate_size:
             needs_output |= self._swiglu(f"{where}.moe.shared", normed, "gate_proj", "up_proj", "down_proj")
             if moe.shared_gated:
-                needs_output |= self._product(f"{where}.moe.shared_gate", normed)
+                needs_output |= self._matmul(f"{where}.moe.shared_gate", normed)
         return needs_output or needs
 
     def _swiglu(self, where: str, needs: bool, gate: str, up: str, down: str) -> bool:
-        hidden = [self._product(f"{where}.{name}", needs) for name in (gate, up)]
-        return self._product(f"{where}.{down}", any(hidden))
+        hidden = [self._matmul(f"{where}.{name}", needs) for name in (gate, up)]
+        return self._matmul(f"{where}.{down}", any(hidden))
 
     def _attention(self, where: str, needs: bool) -> bool:
-        q, k, v = (self._product(f"{where}.{name}_proj", needs) for name in "qkv")
+        q, k, v = (self._matmul(f"{where}.{name}_proj", needs) for name in "qkv")
         q, k = self._norm(f"{where}.q_norm", q), self._norm(f"{where}.k_norm", k)
         return self._attended(where, q, k, v)
 
     def _latent_attention(self, where: str, needs: bool) -> bool:
         if self._c.mla.q_lora_rank:
-            latent = self._norm(f"{where}.q_a_norm", self._product(f"{where}.q_a_proj", needs))
-            q = self._product(f"{where}.q_b_proj", latent)
+            latent = self._norm(f"{where}.q_a_norm", self._matmul(f"{where}.q_a_proj", needs))
+            q = self._matmul(f"{where}.q_b_proj", latent)
         else:
-            q = self._product(f"{where}.q_proj", needs)
-        latent = self._product(f"{where}.kv_a_proj_with_mqa", needs)
-        v = self._product(f"{where}.kv_b_proj", self._norm(f"{where}.kv_a_norm", latent))
+            q = self._matmul(f"{where}.q_proj", needs)
+        latent = self._matmul(f"{where}.kv_a_proj_with_mqa", needs)
+        v = self._matmul(f"{where}.kv_b_proj", self._norm(f"{where}.kv_a_norm", latent))
         return self._attended(where, q, latent or v, v)
 
     def _attended(self, where: str, q: bool, k: bool, v: bool) -> bool:
         """Of the scores, q and k; of their softmax and v, that of the probabilities comes before q's and k's."""
         self.flops += self._scores * (q + k) + self._values * (v + (q or k))
-        return self._product(f"{where}.o_proj", q or k or v)
+        return self._matmul(f"{where}.o_proj", q or k or v)

@@ -109,7 +109,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a parsed Hugging Face `config.json`.
 
-    A renormalised softmax over all experts is the softmax over the chosen ones, so `norm_topk_prob` is read as the gate
+    A renormalized softmax over all experts is the softmax over the chosen ones, so `norm_topk_prob` is read as the gate
     "topk_softmax". `num_nextn_predict_layers` (multi-token prediction) is not read: those layers stand beside the model
     and do not change its logits; transformers leaves them out as well. Their tensors: see `checkpoint.accounting`.
 

@@ -29,7 +29,7 @@ READ_BY: dict[str, tuple[Family, ...]] = {
     "topk_method": ("deepseek_v3",),
     "moe_layer_freq": ("deepseek_v3",),
 }
-TENSOR_SLICES = "pretraining_tp"  # once a way to compute the same product in slices; no class reads it any more
+TENSOR_SLICES = "pretraining_tp"  # once a way to compute the same matmul in slices; no class reads it any more
 
 
 def changes_nothing(hf: dict[str, Any], values: dict[str, Any]) -> list[str]:

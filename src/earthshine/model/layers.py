@@ -1,6 +1,6 @@
-"""The building blocks: linear maps, norms, the feed-forward network, and the one cast to the compute type.
+"""The building blocks: linear maps, norms, the feed-forward network, and the one cast to the compute dtype.
 
-Parameters are float32 (or float64 when asked for); activations carry the compute type, and every product casts its
+Parameters are float32 (or float64 when asked for); activations carry the compute dtype, and every matmul casts its
 weight to it here. Shapes: D model width, F feed-forward width.
 """
 
@@ -18,7 +18,7 @@ def to_compute(weight: Tensor, like: Tensor) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Routers, softmax, norms and losses are computed in float32 or wider whatever the compute type."""
+    """Routers, softmax, norms and losses are computed in float32 or wider whatever the compute dtype."""
     return x.to(at_least_float32_dtype(x.dtype))
 
 

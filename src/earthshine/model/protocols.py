@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Dispatcher(Protocol):
-    """Carries rows to the ranks that hold their experts, and back. E experts in all, L of them here."""
+    """Carries rows to the ranks that hold their experts, and back. E experts in total, L of them here."""
 
     def dispatch(self, x_RD: Tensor, counts_E: Tensor, capacity: int) -> tuple[Tensor, Tensor, int]:
         """Rows sorted by expert -> the rows for this rank's experts, sorted, their counts_L, and the most rows that

@@ -43,7 +43,7 @@ def serving_notes(config: ModelConfig) -> list[str]:
         )
     if family == "deepseek_v3" and not config.mla.rope_interleaved:
         both = "vLLM's and SGLang's DeepSeek-V3"
-        notes.append(f"{both} rotate neighbouring pairs, and here the pairs are of halves: neither serves it")
+        notes.append(f"{both} rotate neighboring pairs, and here the pairs are of halves: neither serves it")
     if config.tie_word_embeddings:
         who = "vLLM's DeepSeek-V3" if family == "deepseek_v3" else "SGLang's copy of this class"
         notes.append(f"{who} does not tie the output matrix to the embedding, as here")

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
 
     Args:
         config: the architecture.
-        compute_dtype: dtype of activations and products; parameters stay float32 (use `.double()` together with
+        compute_dtype: dtype of activations and matmuls; parameters stay float32 (use `.double()` together with
             torch.float64 for a float64 model).
         experts_backend: see `ops.grouped_experts.swiglu_experts`.
         training: balance, capacity and recomputation; without effect in evaluation.
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def hidden(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Final normalised hidden states (B, S, D) in the compute dtype. Positions go on from the cache's length.
+        """Final normalized hidden states (B, S, D) in the compute dtype. Positions continue from the cache's length.
 
         They do not start anew in a document: rotary attention sees differences of positions only.
         """
@@ -268,7 +268,7 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
-    """Initialise for training from scratch: weights N(0, init_std), norms 1, biases 0, and the projections that write
+    """Initialize for training from scratch: weights N(0, init_std), norms 1, biases 0, and the projections that write
     to the residual stream scaled by 1/sqrt(2 * layers) (GPT-2: Radford et al. 2019, section 2.3).
 
     Each parameter's numbers are a function of (seed, name) alone.

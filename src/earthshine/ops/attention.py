@@ -88,9 +88,9 @@ def choose_backend(
 ) -> tuple[Backend, str]:
     """The kernel that "auto" takes for heads of `widths` (queries and keys, values), and why.
 
-    On an accelerator none of them holds the scores, as SDPA's math kernel does: 8.6 GB a layer for Llama-3-8B at 8,192
-    positions, and what SDPA takes where a mask meets grouped heads. "sdpa" repeats the keys and values of grouped heads
-    where only the memory-efficient kernel is left. In float64 there is none but the math kernel.
+    On an accelerator none of them holds the scores, as SDPA's math kernel does (8.6 GB per layer for Llama-3-8B at
+    8,192 positions), which SDPA takes where a mask meets grouped heads. "sdpa" repeats the keys and values of grouped
+    heads where only the memory-efficient kernel is left. In float64 there is none but the math kernel.
 
     On a CPU SDPA has no fused kernel for values of another width: it holds the whole square then. Whether there are
     gradients plays no part: a pass without them must route tokens as the one with them does.
@@ -242,7 +242,7 @@ def max_logits(
 
 
 def _block_rows(width: int) -> int:
-    """Fewer rows waste less of the square; products of wide heads pay for more (`benchmarks/attention.py`)."""
+    """Fewer rows waste less of the square; matmuls of wide heads pay for more (`benchmarks/attention.py`)."""
     return 64 if width < 64 else 128
 
 
@@ -365,7 +365,7 @@ class _RowBlocks(torch.autograd.Function):
         acc_dtype = at_least_float32_dtype(q_NLSC.dtype)
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]  # not all, where projections are frozen
         grad_q_NLSC, grad_k_NSC, grad_v_NSV = torch.empty_like(q_NLSC), None, None
-        # The last block meets all keys: its products begin the sums over blocks.
+        # The last block meets all keys: its matmuls begin the sums over blocks.
         for start, weights in reversed(list(zip(range(0, S, ctx.block_rows), saved, strict=True))):
             end = min(start + ctx.block_rows, S)
             grad_rows = grad_BHSV[:, :, start:end].reshape(N, L * (end - start), -1)

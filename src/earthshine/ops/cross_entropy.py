@@ -30,7 +30,7 @@ def cross_entropy_sum(
     """The sum over tokens of -log softmax(w h)[target], in nats, skipping targets of -100.
 
     Logits are made `chunk_tokens` rows at a time, and each chunk's gradient with them, so the cost is that of the
-    plain loss (three products) with memory of one chunk; None for 256 on a CPU, where a chunk of logits should stay in
+    plain loss (three matmuls) with memory of one chunk; None for 256 on a CPU, where a chunk of logits should stay in
     the cache, and 1024 elsewhere. Softmax and sums are in at least float32.
 
     Args:

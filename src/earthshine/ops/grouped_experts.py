@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from earthshine.device import has_grouped_product
+from earthshine.device import has_grouped_matmul
 from earthshine.ops.routing import count_tokens
 from earthshine.ops.swiglu import swiglu_segments
 
@@ -103,7 +103,7 @@ def swiglu_experts(
     Backends: "loop" is one expert after the other, the oracle; "padded" is a batched matmul over `capacity` rows of
     every expert (of the fullest one where 0), whose shapes do not depend on the routing; "grouped" on an accelerator is
     torch's grouped matmul (widths in multiples of 16 bytes), which waits for the device in each of its calls where
-    there is no kernel (`device.has_grouped_product`), and on a CPU, where that is a loop too, `swiglu_segments`;
+    there is no kernel (`device.has_grouped_matmul`), and on a CPU, where that is a loop too, `swiglu_segments`;
     "auto" is `choose_backend`.
 
     Args:
@@ -134,7 +134,7 @@ def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend,
         return "grouped", "on a CPU a matmul per expert runs at the rate of any batched one, and pads nothing"
     if capacity:
         return "padded", "with a capacity all shapes are known beforehand"
-    if not has_grouped_product(x_RD.device, x_RD.dtype):
+    if not has_grouped_matmul(x_RD.device, x_RD.dtype):
         return "loop", f"torch has no grouped matmul in {str(x_RD.dtype).removeprefix('torch.')} for this device"
     if any(n * x_RD.element_size() % 16 for n in w_EFD.shape[1:]):
         return "loop", f"torch's grouped matmul wants widths of multiples of 16 bytes, not {list(w_EFD.shape[1:])}"

@@ -1,6 +1,6 @@
-"""Steepest directions of a gradient under a norm: what Muon's orthogonalisation is for the spectral norm.
+"""Steepest directions of a gradient under a norm: what Muon's orthogonalization is for the spectral norm.
 
-For a norm the direction that a step takes is the minimiser of <G, X> over its unit ball, without the minus sign:
+For a norm the direction that a step takes is the minimizer of <G, X> over its unit ball, without the minus sign:
 lmo(G) = argmax over ||X|| <= 1 of <G, X> (Scion, arXiv:2502.07529, equation 3 and its tables of norms). All depend on G
 by its direction alone, not by its size. A zero matrix, row or vector, where any X would do, gives zero.
 
@@ -29,12 +29,12 @@ def schatten(G_BMN: Tensor, p: float) -> Tensor:
     NaN, alone in its batch. Raises ConfigError for p outside (1, inf].
     """
     if not p > 1:
-        raise ConfigError(f"schatten_p={p} must be above 1: use 2 (the gradient, normalised) to inf (Muon).")
+        raise ConfigError(f"schatten_p={p} must be above 1: use 2 (the gradient, normalized) to inf (Muon).")
     G_BMN = G_BMN.to(at_least_float32_dtype(G_BMN.dtype))
     if G_BMN.numel() == 0:
         return G_BMN.clone()
     finite_B11 = G_BMN.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    # LAPACK stops at a NaN. One matrix at a time, as it does itself: in a batch its last bits depend on the neighbours.
+    # LAPACK stops at a NaN. One matrix at a time, as it does itself: in a batch its last bits depend on the neighbors.
     clean_BMN = torch.where(finite_B11, G_BMN, 0).reshape(-1, *G_BMN.shape[-2:])
     O_BMN = torch.stack([_schatten(G_MN, p) for G_MN in clean_BMN]).view(G_BMN.shape)
     return torch.where(finite_B11, O_BMN, math.nan)
@@ -65,7 +65,7 @@ def sign(G_MN: Tensor, *, normalized: bool = False) -> Tensor:
     """Signs of the elements; sign(0) = 0. Of the max norm; with `normalized`, sign(G) / N.
 
     Scion takes sign(G) / d_in for the output layer [V, D], d_in = D = N: the norm from RMS to infinity, max over i, j
-    of d_in |W_ij|. Takes [..., M, N]; G's own type.
+    of d_in |W_ij|. Takes [..., M, N]; G's own dtype.
     """
     return G_MN.sign().div_(G_MN.shape[-1]) if normalized else G_MN.sign()
 

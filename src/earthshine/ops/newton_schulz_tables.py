@@ -60,7 +60,7 @@ _RESTARTS_BELOW_FP32: dict[Coefficients, tuple[int, ...]] = {
     COEFFICIENTS["you5"]: (2, 4),
     COEFFICIENTS["deepseek_v4"]: (2, 4, 6, 8),
 }
-# From fp32 on: the product of a^2 over the steps since the last restart, times the type's epsilon, stays below this.
+# From fp32 on: the product of a^2 over the steps since the last restart, times the dtype's epsilon, stays below this.
 # A singular value of 0 leaves an eigenvalue of the Gram matrix of about -epsilon, which grows by a^2 per step and
 # diverges when it nears 1; at this bound the error is below 0.015 on the same matrices (ten steps of keller5: 1e28).
 _GROWTH_LIMIT = 0.012
@@ -93,7 +93,7 @@ def coefficient_steps(coefficients: str | Sequence[Sequence[float]], steps: int 
 def gram_restarts(table: Coefficients, epsilon: float) -> tuple[int, ...]:
     """After how many steps the gram form starts again, X <- Q X with a fresh R = X X^T, to stay accurate.
 
-    table: of `coefficient_steps`. epsilon: of the type (torch.finfo(dtype).eps).
+    table: of `coefficient_steps`. epsilon: of the dtype (torch.finfo(dtype).eps).
     """
     if epsilon > _FP32_EPSILON:
         return _RESTARTS_BELOW_FP32.get(table, tuple(range(1, len(table))))
@@ -109,12 +109,12 @@ def gram_restarts(table: Coefficients, epsilon: float) -> tuple[int, ...]:
 def newton_schulz_flops(
     M: int, N: int, steps: int = 5, form: Form = "standard", blocks: int = 1, restarts: int = 0
 ) -> int:
-    """Floating-point operations (2 per multiply-add) of one matrix's products.
+    """Floating-point operations (2 per multiply-add) of one matrix's matmuls.
 
     blocks as in `resolve_form`; restarts: how many the gram form makes.
     """
     S, L = min(M, N), max(M, N)
-    # p block rows compute (p + 1) / 2p of a symmetric product.
+    # p block rows compute (p + 1) / 2p of a symmetric matmul.
     square, gram = S**3 * (blocks + 1) // blocks, S * S * L * (blocks + 1) // blocks
     if form == "gram":
         segments = restarts + 1

@@ -19,7 +19,7 @@ def rotate(x_BSHC: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool 
     Args:
         x_BSHC: queries or keys.
         cos_SR, sin_SR: the tables of `model.attention.rope_table`.
-        interleaved: pairs are neighbours (2i, 2i+1), as DeepSeek stores them, not (i, i + R), as Hugging Face's Llama.
+        interleaved: pairs are neighbors (2i, 2i+1), as DeepSeek stores them, not (i, i + R), as Hugging Face's Llama.
             Numbers stay in their places: products of queries and keys do not depend on the order that both share.
     """
     out: Tensor = _Rotate.apply(x_BSHC, cos_SR, sin_SR, interleaved)  # type: ignore[no-untyped-call]
@@ -27,7 +27,7 @@ def rotate(x_BSHC: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool 
 
 
 class _Rotate(torch.autograd.Function):
-    """One function, because autograd would keep and add up a tensor for each of the four products.
+    """One function, because autograd would keep and add up a tensor for each of the four multiplications.
 
     The gradient is the rotation by the opposite angles, which needs nothing of x.
     """

@@ -33,7 +33,7 @@ class RoutingStats(NamedTuple):
 def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Mixtral's gate: the `top_k` largest logits, then their softmax (arXiv:2401.04088, section 2.1).
 
-    Algebraically equal to a softmax over all experts, renormalised over the chosen ones (which is how transformers'
+    Algebraically equal to a softmax over all experts, renormalized over the chosen ones (which is how transformers'
     modeling_mixtral.py computes it), but chosen on logits: two probabilities can round to equality where their logits
     differ. Equal logits go to the smaller index.
 
@@ -51,7 +51,7 @@ def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def softmax_topk(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """A softmax over all experts, then its `top_k` largest values (Switch Transformer, arXiv:2101.03961, eq. 1 and 2).
 
-    Without renormalisation this is transformers' modeling_qwen2_moe.py with norm_topk_prob=False; with it, it equals
+    Without renormalization this is transformers' modeling_qwen2_moe.py with norm_topk_prob=False; with it, it equals
     `topk_softmax`. The choice is on logits here too. Arguments and results as there.
     """
     if renormalize:
@@ -110,7 +110,7 @@ def _largest(x_TE: Tensor, k: int) -> Tensor:
 
 def gate_scaling(num_experts: int, top_k: int, num_samples: int = 1 << 17) -> float:
     """The factor that gives the routed experts' sum the size of one expert's output (Moonlight, arXiv:2502.16982,
-    appendix C): the mean of 1/||p||_2 over random N(0, 1) logits, p being their `top_k` sigmoids, renormalised.
+    appendix C): the mean of 1/||p||_2 over random N(0, 1) logits, p being their `top_k` sigmoids, renormalized.
 
     2.446 for 64 experts, 6 of them chosen. A seeded mean of `num_samples`, so the same number in every call.
     """

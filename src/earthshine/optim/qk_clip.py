@@ -1,19 +1,17 @@
 """QK-Clip: shrink queries and keys of attention heads whose logits grew too large (Kimi K2, arXiv:2507.20534).
 
-After the optimizer's step, for each head h with S_h, the largest logit of the step's training batches:
+After the optimizer's step, for each head h, over all sequences and attended pairs i, j of the step:
 
-    S_h = max over sequences and attended pairs i, j of  scale * q_i^h . k_j^h
-    gamma_h = min(1, tau / S_h)                                                      tau = 100
+    S_h = max scale * q_i^h . k_j^h,   gamma_h = min(1, tau / S_h)                        tau = 100, alpha = 1/2
 
-    one key per query head    W_q^h *= gamma_h^alpha,   W_k^h *= gamma_h^(1 - alpha)                 alpha = 1/2
-    grouped queries           W_k^g *= gamma_g^(1 - alpha),   W_q^h *= gamma_h / gamma_g^(1 - alpha),
+    one key per query head    W_q^h *= gamma_h^alpha,   W_k^h *= gamma_h^(1 - alpha)
+    grouped queries (ours)    W_k^g *= gamma_g^(1 - alpha),   W_q^h *= gamma_h / gamma_g^(1 - alpha),
                               gamma_g = min over the heads h that share key g
     latent attention          W_q^h without rotation *= gamma_h^alpha, its keys in kv_b *= gamma_h^(1 - alpha),
                               W_q^h with rotation *= gamma_h, the key that all heads share stays
 
-Rows of the projections and their biases are scaled, so that every logit of the head becomes gamma_h times what it was;
-a head below tau is not touched, nor is the optimizer's state. The grouped form is ours; the paper's one key per head is
-its special case. `train` clips by `optimizer.qk_clip_threshold`; in another loop:
+Every logit of the head, biases included, becomes gamma_h times what it was. `train` clips by
+`optimizer.qk_clip_threshold`; in another loop:
 
     clip = QKClip(model)
     optimizer.register_step_post_hook(clip)

@@ -24,7 +24,7 @@ from earthshine.device import (
     choose_compute_dtype,
     environment,
     gemm_peak,
-    make_products_repeatable,
+    make_matmuls_repeatable,
     peak_memory_bytes,
     read,
 )
@@ -122,7 +122,7 @@ def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     accelerators = [] if device.type == "cpu" else [device]
-    if not make_products_repeatable(device):
+    if not make_matmuls_repeatable(device):
         log(
             "warning: the accelerator was in use before training began: if cuBLAS had read its settings by then, a "
             "resumed run may differ in the last bits. Set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
