@@ -4,7 +4,7 @@ It is made with the optimizer, from a checked group: the local shards, and what 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,7 +18,9 @@ from earthshine.optim.logical_matrices import Spec
 from earthshine.optim.measure import Measure
 from earthshine.optim.options import PER_PARAMETER, STATIC, initial_options, name_of
 from earthshine.optim.rounding import NARROW, Noise, elements
+from earthshine.optim.sharding import traffic
 from earthshine.optim.sharding.local_shards import LocalShards
+from earthshine.optim.sharding.zero1 import Zero1Shards
 
 
 @dataclass
@@ -47,14 +49,18 @@ class GroupStep(ABC):
     algorithm: ClassVar[str]
     per_row: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, group: Mapping[str, Any], process_group: Any, bucket_bytes: int) -> None:
+    def __init__(self, group: Mapping[str, Any], process_group: Any, reduce_gradients: bool, bucket_bytes: int) -> None:
         self.group, self.params = group, list(group["params"])
         self.options = initial_options(group)
         self.per_parameter = {key: copy(group.get(key)) for key in PER_PARAMETER}
         self._planned = {key: group.get(key) for key in ("algorithm", *STATIC)}
         self._seen = [_traits(p) for p in self.params]
         names = [name_of(group, i) for i in range(len(self.params))]
-        self.shards = LocalShards(self.params, self._specs(), names, process_group, bucket_bytes)
+        self.shards = (
+            LocalShards(self.params, self._specs(), names)
+            if process_group is None
+            else Zero1Shards(self.params, self._specs(), names, process_group, reduce_gradients, bucket_bytes)
+        )
         self._stochastic = group["rounding"] == "stochastic"
         self.state_keys = self._state_keys()
         narrow = [i for i, p in enumerate(self.params) if self._stochastic and p.dtype in NARROW]
@@ -94,9 +100,33 @@ class GroupStep(ABC):
         """The shape of a kind of state as a checkpoint has it."""
         return () if key == "step" else self.shards.state_shape(i, key in self.per_row)
 
-    def predicted_bytes(self, reduce: bool) -> dict[str, int]:
-        """Bytes that a step sends from this rank, by purpose. reduce: whether gradients are averaged here."""
-        return self.shards.predicted_bytes(reduce)
+    def to_dtensor(self, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The state of each parameter as a checkpoint holds it. Collective with a process group."""
+        return self._moved(self.shards.to_dtensor, states)
+
+    def from_dtensor(self, saved: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The reverse of `to_dtensor`: this process's local shards."""
+        return self._moved(self.shards.from_dtensor, saved)
+
+    def _moved(
+        self,
+        move: Callable[[Mapping[int, Tensor], bool], Mapping[int, Tensor]],
+        states: Sequence[Mapping[str, Tensor]],
+    ) -> list[dict[str, Tensor]]:
+        moved = [dict(state) for state in states]
+        for key in self.state_keys:
+            if key != "step":
+                for i, tensor in move({i: s[key] for i, s in enumerate(states)}, key in self.per_row).items():
+                    moved[i][key] = tensor
+        return moved
+
+    def saved_zeros(self, i: int, key: str, state: Tensor) -> Tensor:
+        """Zeros as a checkpoint would hold them, for a kind of state of parameter i."""
+        return torch.zeros_like(state) if key == "step" else self.shards.saved_zeros(i, state, key in self.per_row)
+
+    def predicted_bytes(self) -> dict[str, int]:
+        """Bytes that a step sends from this rank to others, by purpose."""
+        return traffic.of_shards(self.shards)
 
     def is_current(self) -> bool:
         """Whether the group's parameters are those that this was made for, where and as they were.

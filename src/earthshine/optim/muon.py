@@ -173,7 +173,7 @@ class Muon(torch.optim.Optimizer):
             if plan is not None:
                 realign(group, before, plan.per_parameter)
                 check_group(group)
-            plan = _ALGORITHMS[group["algorithm"]](group, self._process_group, self._bucket_bytes)
+            plan = _ALGORITHMS[group["algorithm"]](group, self._process_group, self._reduce, self._bucket_bytes)
             self.state.update(self._states(group, plan, before))
             self._drop_others(before)
             self._plans[index] = plan
@@ -265,12 +265,12 @@ class Muon(torch.optim.Optimizer):
             plan.shards.check_gradients()
         self._last, self._readings = [], None
         for group, plan in zip(self.param_groups, plans, strict=True):
-            grads, sent = plan.shards.gradients(self._reduce)
+            grads, sent = plan.shards.gradients()
             self._stepped |= bool(grads)
             options = {**group, "lr": float(group["lr"])}  # a tensor of a device: waited for once
             with _without_autocast(plan.shards.params):
                 numbers = plan.step(options, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
-            numbers.sent |= {"reduce_gradients": sent, "gather_parameters": plan.shards.gather()}
+            numbers.sent |= {"reduce_gradients": sent, "gather_parameters": plan.shards.gather_weights()}
             self._last.append(numbers)
         return loss
 
@@ -282,7 +282,7 @@ class Muon(torch.optim.Optimizer):
         """
         total: dict[str, int] = {}
         for index in range(len(self.param_groups)):
-            for key, n in self._plan(index).predicted_bytes(self._reduce).items():
+            for key, n in self._plan(index).predicted_bytes().items():
                 total[key] = total.get(key, 0) + n
         return {key: n for key, n in total.items() if n}
 
@@ -334,26 +334,11 @@ class Muon(torch.optim.Optimizer):
             self._plan(index)
         self._drop_others(self.state)
         state_dict = super().state_dict()
-        if self._process_group is not None:
+        if self._process_group is not None:  # else state is saved as it is
             for index, saved in enumerate(state_dict["param_groups"]):
-                for key, moved in self._moved(index, "to_dtensor", None).items():
-                    for i, tensor in moved.items():
-                        number = saved["params"][i]
-                        state_dict["state"][number] = state_dict["state"][number] | {key: tensor}
+                states = self._plan(index).to_dtensor([state_dict["state"][number] for number in saved["params"]])
+                state_dict["state"] |= zip(saved["params"], states, strict=True)
         return state_dict
-
-    def _moved(
-        self, index: int, way: str, saved: Sequence[Mapping[str, Tensor]] | None
-    ) -> dict[str, dict[int, Tensor]]:
-        """Each kind of state of a group's ZeRO-1 parameters, moved by `LocalShards.to_dtensor` or `from_dtensor`."""
-        group, plan = self.param_groups[index], self._plan(index)
-        states = saved if saved is not None else [self.state[p] for p in group["params"]]
-        moved = {}
-        for key in plan.state_keys:
-            if key != "step":
-                whole = {i: state[key] for i, state in enumerate(states)}
-                moved[key] = getattr(plan.shards, way)(whole, key in plan.per_row)
-        return moved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of `state_dict()`, lr, and what the loop has set since construction, as schedules do.
@@ -379,7 +364,7 @@ class Muon(torch.optim.Optimizer):
             [self._checked_state(index, i, states.get(number)) for i, number in enumerate(saved["params"])]
             for index, saved in enumerate(groups)
         ]
-        arrived = [self._arrived(index, states) for index, states in enumerate(checked)]
+        arrived = [self._plan(index).from_dtensor(states) for index, states in enumerate(checked)]
         for index, values in enumerate(taken):
             self._take_over(index, arrived[index])
             for key, value in values.items():
@@ -389,21 +374,11 @@ class Muon(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _arrived(self, index: int, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """This process's shards of a group's saved state."""
-        shards = self._plan(index).shards
-        moved = self._moved(index, "from_dtensor", states) if shards.zero1 else {}
-        return [
-            {key: moved.get(key, {}).get(i, shards.local_state(value)) for key, value in state.items()}
-            for i, state in enumerate(states)
-        ]
-
     @torch.no_grad()
     def _take_over(self, index: int, arrived: list[dict[str, Tensor]]) -> None:
-        shards = self._plan(index).shards
         for p, saved in zip(self.param_groups[index]["params"], arrived, strict=True):
             for key, live in self.state[p].items():
-                shards.local_state(live).copy_(saved[key])
+                local(live).copy_(saved[key])
 
     def _set(self, index: int, key: str, value: Any) -> None:
         """A saved entry of a group; a tensor by value, because schedulers fill tensors in place."""
@@ -438,7 +413,7 @@ class Muon(torch.optim.Optimizer):
                         f"the saved optimizer state {key} of parameter {name_of(group, i)} is placed otherwise than "
                         f"the parameter: load through torch.distributed.checkpoint, which moves it to where it belongs."
                     )
-                checked[key] = torch.zeros_like(live) if live.shape == expected else torch.zeros(expected)
+                checked[key] = plan.saved_zeros(i, key, live)
         return checked
 
 

@@ -20,8 +20,10 @@ from earthshine.optim.group_step import GroupStep, StepNumbers
 from earthshine.optim.logical_matrices import Spec
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise
+from earthshine.optim.sharding import traffic
 from earthshine.optim.sharding.batches import Batch, MatrixPlan, Place, Rect, Segment, Transfer
 from earthshine.optim.sharding.exchange import Message
+from earthshine.optim.sharding.layout import local
 
 
 class MuonStep(GroupStep):
@@ -30,8 +32,8 @@ class MuonStep(GroupStep):
     algorithm = "muon"
     per_row = ("row_second_moment",)
 
-    def __init__(self, group: Mapping[str, Any], process_group: Any, bucket_bytes: int) -> None:
-        super().__init__(group, process_group, bucket_bytes)
+    def __init__(self, group: Mapping[str, Any], process_group: Any, reduce_gradients: bool, bucket_bytes: int) -> None:
+        super().__init__(group, process_group, reduce_gradients, bucket_bytes)
         self._plan = MatrixPlan(group, self.shards, bucket_bytes)
 
     def _specs(self) -> list[Spec]:
@@ -41,8 +43,8 @@ class MuonStep(GroupStep):
         keys = ("momentum_sum", *self.per_row) if self.group["normuon_beta2"] else ("momentum_sum",)
         return (*keys, "step") if self._stochastic else keys
 
-    def predicted_bytes(self, reduce: bool) -> dict[str, int]:
-        return super().predicted_bytes(reduce) | {"orthogonalize": self._plan.predicted_bytes()}
+    def predicted_bytes(self) -> dict[str, int]:
+        return super().predicted_bytes() | {"orthogonalize": traffic.of_matrices(self._plan)}
 
     def step(
         self, options: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
@@ -103,12 +105,12 @@ class _Run:
     ) -> None:
         self.plan, self.group, self.noises, shards = plan, group, noises, plan.shards
         self.grads = {i: shards.view2d(i, g) for i, g in grads.items()}
-        self.sums = {i: shards.view2d(i, shards.local_state(states[i]["momentum_sum"])) for i in grads}
+        self.sums = {i: shards.view2d(i, local(states[i]["momentum_sum"])) for i in grads}
         self.weights = {i: shards.view2d(i, shards.weight(i)) for i in grads}
         self.moments: dict[int, Tensor] = {}
         if plan.moments:
             # Of every parameter: copies of a row's moment must stay alike where only some holders have a gradient.
-            rows = {i: shards.local_state(state["row_second_moment"]) for i, state in states.items()}
+            rows = {i: local(state["row_second_moment"]) for i, state in states.items()}
             self.moments = {i: shards.view2d(i, v, per_row=True) for i, v in rows.items()}
         # Per batch, the Frobenius norm of each matrix's update, and (scale, elements) of each.
         self.norms: list[tuple[Tensor, list[tuple[float, int]]]] = []

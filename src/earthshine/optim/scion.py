@@ -23,8 +23,9 @@ from earthshine.ops import lmo
 from earthshine.optim import rules
 from earthshine.optim.group_step import GroupStep, StepNumbers
 from earthshine.optim.measure import Measure
-from earthshine.optim.sharding.exchange import check_agreement, process_group
-from earthshine.optim.sharding.layout import read_layout
+from earthshine.optim.sharding import traffic
+from earthshine.optim.sharding.exchange import all_reduce_bytes, check_agreement, process_group
+from earthshine.optim.sharding.layout import local
 from earthshine.optim.sharding.local_shards import ensure_group
 
 
@@ -33,15 +34,14 @@ class ScionStep(GroupStep):
 
     algorithm = "scion"
 
-    def __init__(self, group: Mapping[str, Any], process_group: Any, bucket_bytes: int) -> None:
-        super().__init__(group, process_group, bucket_bytes)
+    def __init__(self, group: Mapping[str, Any], process_group: Any, reduce_gradients: bool, bucket_bytes: int) -> None:
+        super().__init__(group, process_group, reduce_gradients, bucket_bytes)
         # Ranks -> the "rms" parameters that they share.
         self._spread: dict[tuple[int, ...], list[int]] = {}
         for i, kind in enumerate(group["lmo"]):
-            p, name = self.params[i], self.shards.names[i]
-            layout = read_layout(p, (), name)
-            ensure_group(p, layout)
-            ranks = self.shards.zero1_ranks(i) or layout.ranks
+            layout = self.shards.layout(i)
+            ensure_group(self.params[i], layout)
+            ranks = layout.ranks
             if kind == "rms" and len(ranks) > 1:
                 self._spread.setdefault(ranks, []).append(i)
             if kind == "row_rms":
@@ -65,15 +65,14 @@ class ScionStep(GroupStep):
     def _state_keys(self) -> tuple[str, ...]:
         return ("momentum_sum", "step") if self._stochastic else ("momentum_sum",)
 
-    def predicted_bytes(self, reduce: bool) -> dict[str, int]:
-        norms = sum(_bytes(len(ranks), len(members)) for ranks, members in self._spread.items())
-        return super().predicted_bytes(reduce) | {"norms": norms}
+    def predicted_bytes(self) -> dict[str, int]:
+        return super().predicted_bytes() | {"norms": traffic.of_norms(self._spread)}
 
     def step(
         self, options: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
     ) -> StepNumbers:
         shards, lr, noises = self.shards, float(options["lr"]), self._noises(states, grads)
-        sums = {i: shards.local_state(states[i]["momentum_sum"]) for i in states}
+        sums = {i: local(states[i]["momentum_sum"]) for i in states}
         for i, grad in grads.items():
             stored, acc_dtype = sums[i], at_least_float32_dtype(sums[i].dtype)
             sums[i] = stored.to(acc_dtype).mul_(options["momentum"]).add_(grad.reshape(stored.shape))
@@ -112,10 +111,5 @@ class ScionStep(GroupStep):
             local_squares = torch.stack([torch.linalg.vector_norm(sums[i].float()).square() for i in members])
             dist.all_reduce(local_squares, group=process_group(ranks))
             squares |= dict(zip(members, local_squares.unbind(), strict=True))
-            sent += _bytes(len(ranks), len(members))
+            sent += all_reduce_bytes(len(ranks), local_squares.numel() * local_squares.element_size())
         return squares, sent
-
-
-def _bytes(ranks: int, values: int) -> int:
-    """What a ring all-reduce of fp32 values sends from each rank."""
-    return 2 * (ranks - 1) * 4 * values // ranks

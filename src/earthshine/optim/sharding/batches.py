@@ -148,9 +148,8 @@ class MatrixPlan:
             logical_matrices(tuple(p.shape), spec, name)
             for p, spec, name in zip(shards.params, group["matrices"], shards.names, strict=True)
         ]
-        self.shard_groups = plan_ownership(
-            shards.layouts, matrices, self.cost, max_bucket_bytes, self.acc_dtype.itemsize
-        )
+        layouts = [shards.layout(i) for i in range(len(matrices))]
+        self.shard_groups = plan_ownership(layouts, matrices, self.cost, max_bucket_bytes, self.acc_dtype.itemsize)
         types = (self.ns_dtype, self.acc_dtype, self.comm_dtype)  # ns_dtype="auto" is a measurement on a CPU
         options = repr([types, *((key, group[key]) for key in sorted(group) if key not in _NOT_COMPARED)])
         for plan in self.shard_groups:
@@ -179,16 +178,6 @@ class MatrixPlan:
     def imbalance(self) -> float:
         """The largest load over the mean, of the worst shard group."""
         return max((plan.imbalance for plan in self.shard_groups if len(plan.ranks) > 1), default=1.0)
-
-    def predicted_bytes(self) -> int:
-        """Bytes that a step sends from this rank to others, by the plan."""
-        total = sum(plan.elements_sent(plan.position) for plan in self.shard_groups) * self.comm_dtype.itemsize
-        for t in self.transfers:  # statistics are fp32; the moments among them come back
-            me = t.shard_group.position
-            total += 4 * (sum(t.stats_sends) - t.stats_sends[me])
-            if self.moments:
-                total += 4 * (sum(t.stats_receives) - t.stats_receives[me])
-        return total
 
     def _local_batches(self, plan: ShardGroupPlan) -> Iterator[Batch]:
         """Whole matrices by (S, L), cut to fit the cache; neighbors in one local shard become one rectangle."""

@@ -96,3 +96,13 @@ class Message:
 def send_order(ranks: Sequence[int]) -> list[int]:
     """Positions of `ranks` in the order of their process group: messages are packed and arrive so."""
     return sorted(range(len(ranks)), key=lambda k: ranks[k])
+
+
+def ring_bytes(ranks: int, nbytes: int) -> int:
+    """What an all-gather or a reduce-scatter of parts of `nbytes` sends from each rank, by a ring."""
+    return (ranks - 1) * nbytes
+
+
+def all_reduce_bytes(ranks: int, nbytes: int) -> int:
+    """What an all-reduce of `nbytes` sends from each rank, by a ring."""
+    return 2 * (ranks - 1) * nbytes // ranks

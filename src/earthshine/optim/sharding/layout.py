@@ -11,11 +11,9 @@ columns of the two-dimensional view of `optim.logical_matrices`; copies (HSDP's 
 
 import math
 import sys
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise, product
+from itertools import product
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -94,37 +92,6 @@ def read_layout(p: Tensor, spec: Spec, name: str) -> Layout:
             f"distribute_tensor, fully_shard or parallelize_module, whose division this optimizer reads."
         )
     return _layout(shape, flatten, tuple(cuts), ranks, position)
-
-
-def partition_rows(views: Sequence[tuple[int, int]], ranks: Sequence[int], position: int) -> list[Layout]:
-    """Layouts that divide replicated parameters, for ZeRO-1: the views' rows in order as one list, cut in len(ranks).
-
-    Boundary k of N is the row that starts nearest to k/N of all elements (the earlier of two as near): parts are as
-    even as whole rows allow. This is the partition of the flat buffer in Algorithm 1 of arXiv:2502.16982, at rows.
-    """
-    if not views:
-        return []
-    parts = len(ranks)
-    before = list(accumulate((rows * cols for rows, cols in views), initial=0))
-    bounds = []  # between the parts: (view, row of it)
-    for k in range(1, parts):
-        index = min(bisect_right(before, k * before[-1] // parts) - 1, len(views) - 1)
-        cols = views[index][1] or 1  # without columns any row is as good
-        # (k total / parts - before) / cols, rounded; in whole numbers, as every process must cut at the same row.
-        twice = 2 * (k * before[-1] - before[index] * parts)
-        bounds.append((index, max(0, -((cols * parts - twice) // (2 * cols * parts)))))
-    return [_part(view, i, tuple(ranks), position, bounds) for i, view in enumerate(views)]
-
-
-def _part(
-    view: tuple[int, int], index: int, ranks: tuple[int, ...], position: int, bounds: list[tuple[int, int]]
-) -> Layout:
-    """The layout of view number `index`."""
-    first, last = bisect_left(bounds, (index,)), bisect_left(bounds, (index + 1,))
-    edges = [0, *(row for _, row in bounds[first:last]), view[0]]
-    spans = tuple(merge([span]) for span in pairwise(edges))
-    rows = ((),) * first + spans + ((),) * (len(ranks) - 1 - last)
-    return Layout(view, ranks, position, rows, (((0, view[1]),),) * len(ranks))
 
 
 def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":

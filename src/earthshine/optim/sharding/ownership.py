@@ -94,36 +94,6 @@ class ShardGroupPlan:
             self._pieces[key] = blocks(matrix, layout.rows[position], layout.cols[position])
         return self._pieces[key]
 
-    def elements(self, task: Task, position: int) -> int:
-        """How many elements of the task's matrix `position` holds."""
-        matrix, layout = self._matrices[task.param][task.index], self._layouts[task.param]
-        return _elements(matrix, layout.rows[position], layout.cols[position])
-
-    def sends(self, bucket: Bucket, position: int) -> tuple[int, ...]:
-        """Elements that `position` hands each position, itself too, on the way out; gets from it on the way back."""
-        counts = [0] * len(self.ranks)
-        for task in bucket.tasks:
-            counts[task.owner] += self.elements(task, position)
-        return tuple(counts)
-
-    def receives(self, bucket: Bucket, position: int) -> tuple[int, ...]:
-        """Elements that `position` gets from each position, itself too, on the way out; hands it on the way back."""
-        counts = [0] * len(self.ranks)
-        for task in bucket.tasks:
-            if task.owner == position:
-                for holder in task.holders:
-                    counts[holder] += self.elements(task, holder)
-        return tuple(counts)
-
-    def elements_sent(self, position: int) -> int:
-        """Elements that leave `position` for other processes in a step, out and back; what it keeps is not counted."""
-        total = 0
-        for bucket in self.buckets:
-            for task in bucket.tasks:
-                held = self.elements(task, position)
-                total += task.M * task.N - held if task.owner == position else held
-        return total
-
 
 def plan_ownership(
     layouts: Sequence[Layout],

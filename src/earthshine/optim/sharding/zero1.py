@@ -1,19 +1,22 @@
-"""ZeRO-1 for parameters that every rank holds whole: each rank keeps the optimizer state of its rows.
+"""ZeRO-1 for parameters that every rank holds whole: each rank keeps the optimizer state of its share of the rows.
 
 Moonlight's Distributed Muon (arXiv:2502.16982, Algorithm 1): gradients are reduce-scattered, momentum is updated on
-this rank's shard, matrices that a boundary cuts are completed, every rank updates its shard, and the parameters are
-gathered. The shards are consecutive rows of the parameters' 2-D views, as even in elements as whole rows allow, so at
-most ranks - 1 matrices are cut. (The completed matrices travel by `exchange`, as those of any sharded layout do;
-each is orthogonalized once, by one of its holders, instead of by all of them.)
+this rank's rows, matrices that a boundary cuts are completed, every rank updates its rows, and the parameters are
+gathered. A rank's part is consecutive rows of the parameters' 2-D views, as even in elements as whole rows allow, so at
+most ranks - 1 matrices are cut (`partition_rows`). The completed matrices travel by `exchange`, as those of any sharded
+layout do; each is orthogonalized once, by one of its holders, instead of by all of them.
 
-A shard of a parameter is a run of consecutive elements, because its rows are. Elements travel in pieces of bounded
-size, padded to the longest shard, which is at most a few rows more than the others.
+A local shard is a range of consecutive elements, because its rows are. Elements travel in pieces of bounded size,
+padded to the longest part, which is at most a few rows more than the others.
 
-State leaves and enters as DTensors that are Shard(0) over the process group, as FSDP2 would hold it: so a checkpoint
-does not depend on where these boundaries are, and resumes on any layout.
+State is saved as DTensors that are Shard(0) over the process group, as FSDP2 would hold it: so a checkpoint does not
+depend on where these boundaries are, and resumes on any layout.
 """
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -22,13 +25,164 @@ from torch import Tensor
 
 from earthshine.device import at_least_float32_dtype
 from earthshine.errors import CheckpointError, ConfigError
-from earthshine.optim.sharding.layout import Layout, partition_rows
+from earthshine.optim.logical_matrices import Spec
+from earthshine.optim.ranges import merge, overlaps
+from earthshine.optim.sharding.exchange import all_reduce_bytes, check_agreement, register_group, ring_bytes
+from earthshine.optim.sharding.layout import Layout, is_dtensor
+from earthshine.optim.sharding.local_shards import LocalShard, LocalShards
+
+# [position][tensor]: the elements [start, stop) of it that are there.
+_Division = list[list[tuple[int, int]]]
+
+
+def partition_rows(views: Sequence[tuple[int, int]], ranks: Sequence[int], position: int) -> list[Layout]:
+    """Layouts that divide replicated parameters, for ZeRO-1: the views' rows in order as one list, cut in len(ranks).
+
+    Boundary k of N is the row that starts nearest to k/N of all elements (the earlier of two as near): parts are as
+    even as whole rows allow. This is the partition of the flat buffer in Algorithm 1 of arXiv:2502.16982, at rows.
+    """
+    if not views:
+        return []
+    parts = len(ranks)
+    before = list(accumulate((rows * cols for rows, cols in views), initial=0))
+    bounds = []  # between the parts: (view, row of it)
+    for k in range(1, parts):
+        index = min(bisect_right(before, k * before[-1] // parts) - 1, len(views) - 1)
+        cols = views[index][1] or 1  # without columns any row is as good
+        # (k total / parts - before) / cols, rounded; in whole numbers, as every process must cut at the same row.
+        twice = 2 * (k * before[-1] - before[index] * parts)
+        bounds.append((index, max(0, -((cols * parts - twice) // (2 * cols * parts)))))
+    return [_part(view, i, tuple(ranks), position, bounds) for i, view in enumerate(views)]
+
+
+def _part(
+    view: tuple[int, int], index: int, ranks: tuple[int, ...], position: int, bounds: list[tuple[int, int]]
+) -> Layout:
+    """The layout of view number `index`."""
+    first, last = bisect_left(bounds, (index,)), bisect_left(bounds, (index + 1,))
+    edges = [0, *(row for _, row in bounds[first:last]), view[0]]
+    spans = tuple(merge([span]) for span in pairwise(edges))
+    rows = ((),) * first + spans + ((),) * (len(ranks) - 1 - last)
+    return Layout(view, ranks, position, rows, (((0, view[1]),),) * len(ranks))
+
+
+class Zero1Shard(LocalShard):
+    """This rank's rows of a plain parameter, as a flat tensor [elements]: the one numbered `index` of a partition."""
+
+    def __init__(self, shard: LocalShard, partition: "Partition", index: int) -> None:
+        self.param, self.name, self.view, self.is_dtensor = shard.param, shard.name, shard.view, False
+        self.layout = partition.layouts[index]
+        self._partition, self._elements = partition, slice(*partition.elements[partition.position][index])
+
+    def local_shard(self, tensor: Tensor) -> Tensor:
+        return (tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1))[self._elements]
+
+    def new_state(self, dtype: torch.dtype, per_row: bool) -> Tensor:
+        rows, cols = self.shape2d
+        size = rows if per_row and cols else rows * cols
+        return torch.zeros(size, dtype=dtype, device=self.param.device)
+
+    def saved_zeros(self, state: Tensor, per_row: bool) -> Tensor:
+        return torch.zeros(self.state_shape(per_row))
+
+    def state_fits(self, state: Tensor, saved: Tensor) -> bool:
+        return self._partition.can_take(saved)
+
+
+class Zero1Shards(LocalShards):
+    """The local shards of a group whose plain parameters are divided over `process_group`; DTensors are as they are.
+
+    reduce_gradients: average them here. piece_bytes: the most that one piece on its way takes on a rank.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        specs: Sequence[Spec],
+        names: Sequence[str],
+        process_group: Any,
+        reduce_gradients: bool,
+        piece_bytes: int,
+    ) -> None:
+        super().__init__(params, specs, names)
+        self.process_group, self.reduce_gradients = process_group, reduce_gradients
+        # What every rank keeps whole.
+        self.scalars = [i for i, p in enumerate(params) if not p.ndim]
+        # Each with the parameters that it divides.
+        self.partitions: list[tuple[Partition, list[int]]] = []
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, shard in enumerate(self._shards):
+            if not shard.is_dtensor and shard.param.ndim:
+                _check_contiguous(shard)
+                kinds.setdefault((shard.param.dtype, shard.param.device), []).append(i)
+        for (dtype, device), members in kinds.items():
+            shards = [self._shards[i] for i in members]
+            partition = Partition([s.param for s in shards], [s.view for s in shards], process_group, piece_bytes)
+            register_group(partition.ranks, process_group)
+            what = [(s.name, tuple(s.param.shape), s.view) for s in shards]
+            check_agreement(partition.ranks, repr((dtype, piece_bytes, what)), device)
+            self.partitions.append((partition, members))
+            for index, i in enumerate(members):
+                self._shards[i] = Zero1Shard(shards[index], partition, index)
+
+    def gradients(self) -> tuple[dict[int, Tensor], int]:
+        """The local shards of the gradients, and the bytes sent for them: their mean where it is taken here."""
+        if not self.reduce_gradients:
+            return super().gradients()
+        placed = self._placed_gradients()
+        reduced: dict[int, Tensor] = {}
+        sent = 0
+        for partition, members in self.partitions:
+            parts, n = partition.reduce([placed.pop(i, None) for i in members])
+            sent += n
+            reduced |= {i: part for i, part in zip(members, parts, strict=True) if part is not None}
+        for i in self.scalars:
+            sent += self._reduce_scalar(i, placed)
+        return reduced | {i: self.local_shard(i, grad) for i, grad in placed.items()}, sent
+
+    def _reduce_scalar(self, i: int, placed: dict[int, Tensor]) -> int:
+        """A scalar is not divided: every rank takes the mean of its gradients. Returns the bytes sent."""
+        p, ranks = self.params[i], dist.get_world_size(self.process_group)
+        # The sum, and how many ranks have a gradient.
+        both = torch.zeros(2, dtype=at_least_float32_dtype(p.dtype), device=p.device)
+        if i in placed:
+            both[0], both[1] = placed[i], 1
+        dist.all_reduce(both, group=self.process_group)
+        if both[1] > 0:
+            placed[i] = both[0] / ranks
+        return all_reduce_bytes(ranks, 2 * both.element_size())
+
+    def gather_weights(self) -> int:
+        return sum(part.gather([self.params[i].detach() for i in members]) for part, members in self.partitions)
+
+    def to_dtensor(self, states: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
+        """As a checkpoint holds them: Shard(0) over the process group. Collective."""
+        moved = dict(states)
+        for partition, members in self.partitions:
+            shapes = [self.state_shape(i, per_row) for i in members]
+            moved |= zip(members, partition.to_dtensor([states[i] for i in members], shapes), strict=True)
+        return moved
+
+    def from_dtensor(self, saved: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
+        shards = super().from_dtensor(saved, per_row)
+        for partition, members in self.partitions:
+            shapes = [self.state_shape(i, per_row) for i in members]
+            shards |= zip(members, partition.from_dtensor([saved[i] for i in members], shapes), strict=True)
+        return shards
+
+
+def _check_contiguous(shard: LocalShard) -> None:
+    if not shard.param.is_contiguous():
+        raise ConfigError(
+            f"{shard.name} is not contiguous in memory (strides {list(shard.param.stride())}): with a process_group "
+            f"its rows are cut as they lie; make it contiguous before Muon sees it."
+        )
 
 
 class Partition:
-    """The shards of `params` (replicated, of one type and device) over the ranks of `group`.
+    """Which elements of `params` (replicated, of one dtype and device) each rank of `group` keeps.
 
-    views: the 2-D view of each parameter, to whose rows the shards are rounded.
+    views: the 2-D view of each parameter; its rows are never cut.
     piece_bytes: the most that one gathered piece takes on a rank.
     """
 
@@ -44,50 +198,36 @@ class Partition:
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.position = dist.get_rank(group)
         self.layouts: list[Layout] = partition_rows(views, self.ranks, self.position)
-        # Elements [start, stop) of parameter i that position k owns.
-        self.shards = [[_elements(layout, k) for layout in self.layouts] for k in range(len(self.ranks))]
-        self.longest = max(sum(stop - start for start, stop in shard) for shard in self.shards)
-        self._dtype, self.device = params[0].dtype, params[0].device
-        self._acc_dtype = at_least_float32_dtype(self._dtype)  # of gradients that are summed
+        # [position][parameter]: the elements [start, stop) of it that the position keeps.
+        self.elements = [[_elements(layout, k) for layout in self.layouts] for k in range(len(self.ranks))]
+        self.longest = max(sum(stop - start for start, stop in part) for part in self.elements)
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self.acc_dtype = at_least_float32_dtype(self.dtype)  # of gradients that are summed
         self._step = max(1, piece_bytes // (len(self.ranks) * params[0].element_size()))
         # Per piece and position: (offset in the piece, parameter, first element of it, last + 1).
         self._spans: list[list[list[tuple[int, int, int, int]]]] = [
             [[] for _ in self.ranks] for _ in range(0, self.longest, self._step)
         ]
-        for k, shard in enumerate(self.shards):
-            self._cut(k, shard)
+        for k, part in enumerate(self.elements):
+            self._cut(k, part)
 
-    def _cut(self, k: int, shard: Sequence[tuple[int, int]]) -> None:
+    def _cut(self, k: int, part: Sequence[tuple[int, int]]) -> None:
         done = 0
-        for index, (low, high) in enumerate(shard):
+        for index, (low, high) in enumerate(part):
             while low < high:
                 piece, offset = divmod(done, self._step)
                 n = min(high - low, self._step - offset)
                 self._spans[piece][k].append((offset, index, low, low + n))
                 low, done = low + n, done + n
 
-    def accepts(self, saved: Tensor) -> bool:
-        """Whether saved state is whole, or divided as `ShardedState.to_dtensor` does it."""
-        from torch.distributed.tensor import DTensor, Shard
-
-        if not isinstance(saved, DTensor):
+    def can_take(self, saved: Tensor) -> bool:
+        """Whether saved state is whole, or divided as `to_dtensor` does it."""
+        if not is_dtensor(saved):
             return True
+        from torch.distributed.tensor import Shard
+
         ranks = tuple(saved.device_mesh.mesh.flatten().tolist())
         return tuple(saved.placements) == (Shard(0),) and ranks == self.ranks
-
-    def local_shard(self, index: int, tensor: Tensor) -> Tensor:
-        """The shard of parameter `index`, of a whole tensor like it: a view [elements]."""
-        start, stop = self.shards[self.position][index]
-        return tensor.view(-1)[start:stop] if tensor.is_contiguous() else tensor.reshape(-1)[start:stop]
-
-    def predicted_bytes(self, reduce: bool) -> dict[str, int]:
-        """Bytes that leave a rank per step, as an all-gather by ring sends them: (ranks - 1) times its shard."""
-        others = len(self.ranks) - 1
-        found = {"gather_parameters": others * self.longest * self._dtype.itemsize}
-        if reduce:
-            flags = 2 * others * len(self.layouts) // len(self.ranks)
-            found["reduce_gradients"] = others * self.longest * self._acc_dtype.itemsize + flags
-        return found
 
     def _sizes(self) -> Iterator[tuple[int, int, list[list[tuple[int, int, int, int]]]]]:
         """Each piece: its first element, its last + 1, and its spans per position."""
@@ -103,37 +243,120 @@ class Partition:
         n, device = len(self.ranks), self.device
         present = torch.tensor([grad is not None for grad in grads], dtype=torch.uint8, device=device)
         dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.group)
-        sent = 2 * (n - 1) * len(grads) // n
-        shard = torch.empty(self.longest, dtype=self._acc_dtype, device=device)
+        sent = all_reduce_bytes(n, len(grads))
+        mean = torch.empty(self.longest, dtype=self.acc_dtype, device=device)
         flat_grads = [None if grad is None else grad.reshape(-1) for grad in grads]
         for start, stop, spans in self._sizes():
-            whole = torch.zeros(n, stop - start, dtype=self._acc_dtype, device=device)
+            whole = torch.zeros(n, stop - start, dtype=self.acc_dtype, device=device)
             for k in range(n):
                 for offset, index, low, high in spans[k]:
                     grad = flat_grads[index]
                     if grad is not None:
                         whole[k, offset : offset + high - low] = grad[low:high]
-            dist.reduce_scatter_single(shard[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
-            sent += (n - 1) * (stop - start) * self._acc_dtype.itemsize
-        shard.div_(n)
-        sizes = [stop - start for start, stop in self.shards[self.position]]
-        parts = shard[: sum(sizes)].split(sizes)
+            dist.reduce_scatter_single(mean[start:stop], whole.view(-1), op=dist.ReduceOp.SUM, group=self.group)
+            sent += ring_bytes(n, (stop - start) * self.acc_dtype.itemsize)
+        mean.div_(n)
+        sizes = [stop - start for start, stop in self.elements[self.position]]
+        parts = mean[: sum(sizes)].split(sizes)
         return [part if on else None for part, on in zip(parts, present.tolist(), strict=True)], sent
 
     def gather(self, params: Sequence[Tensor]) -> int:
-        """Every rank's shard of the parameters into all of them, in place. Returns the bytes sent."""
+        """Every rank's rows of the parameters into all of them, in place. Returns the bytes sent."""
         n, sent = len(self.ranks), 0
         for start, stop, spans in self._sizes():
-            own = torch.zeros(stop - start, dtype=self._dtype, device=self.device)
+            local = torch.zeros(stop - start, dtype=self.dtype, device=self.device)
             for offset, index, low, high in spans[self.position]:
-                own[offset : offset + high - low] = flat(params[index])[low:high]
-            whole = own.new_empty(n, stop - start)
-            dist.all_gather_single(whole.view(-1), own, group=self.group)
-            sent += (n - 1) * own.numel() * own.element_size()
+                local[offset : offset + high - low] = flat(params[index])[low:high]
+            whole = local.new_empty(n, stop - start)
+            dist.all_gather_single(whole.view(-1), local, group=self.group)
+            sent += ring_bytes(n, local.numel() * local.element_size())
             for k in range(n):
                 for offset, index, low, high in spans[k] if k != self.position else ():
                     flat(params[index])[low:high] = whole[k, offset : offset + high - low]
         return sent
+
+    def to_dtensor(self, shards: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """DTensors of `shapes`, Shard(0), from this rank's flat shards of them: one all-to-all. Collective."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh = DeviceMesh.from_group(self.group, self.device.type)
+        rows = self._redistribute(shards, self._state_elements(shapes), self._chunks(shapes))
+        return [
+            DTensor.from_local(
+                flat_rows.view(flat_rows.numel() // max(1, prod(shape[1:])), *shape[1:]),
+                mesh,
+                [Shard(0)],
+                run_check=False,
+                shape=torch.Size(shape),
+                stride=torch.empty(shape, device="meta").stride(),
+            )
+            for flat_rows, shape in zip(rows, shapes, strict=True)
+        ]
+
+    def from_dtensor(self, saved: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """This rank's flat shards of saved tensors: DTensors as `to_dtensor` makes them, or whole plain tensors."""
+        elements = self._state_elements(shapes)
+        if not any(map(is_dtensor, saved)):
+            return [t.reshape(-1)[slice(*span)] for t, span in zip(saved, elements[self.position], strict=True)]
+        rows = []
+        for tensor in saved:
+            if not is_dtensor(tensor) or not self.can_take(tensor):
+                raise CheckpointError(
+                    "saved state of ZeRO-1 parameters must be whole tensors, or DTensors with Shard(0) over the "
+                    "process group as state_dict() gives them: load it through torch.distributed.checkpoint."
+                )
+            rows.append(tensor.to_local().reshape(-1))
+        return self._redistribute(rows, self._chunks(shapes), elements)
+
+    def _state_elements(self, shapes: Sequence[tuple[int, ...]]) -> _Division:
+        """This partition of state tensors, which have as many rows as the views of their parameters and may have fewer
+        columns (one value per row).
+        """
+        per_row = [
+            (max(1, layout.view[1]), prod(shape) // max(1, layout.view[0]))
+            for layout, shape in zip(self.layouts, shapes, strict=True)
+        ]
+        return [
+            [(low // cols * n, high // cols * n) for (low, high), (cols, n) in zip(part, per_row, strict=True)]
+            for part in self.elements
+        ]
+
+    def _chunks(self, shapes: Sequence[tuple[int, ...]]) -> _Division:
+        """Dimension 0 as torch.chunk and Shard(0) divide it."""
+        parts = len(self.ranks)
+        return [
+            [
+                (min(k * -(-n // parts), n) * prod(rest), min((k + 1) * -(-n // parts), n) * prod(rest))
+                for n, *rest in shapes
+            ]
+            for k in range(parts)
+        ]
+
+    def _redistribute(self, tensors: Sequence[Tensor], have: _Division, want: _Division) -> list[Tensor]:
+        """This rank's flat parts of some tensors by one division of them to those by another: one all-to-all."""
+        me, n, first = self.position, len(self.ranks), tensors[0]
+        outgoing = [_common(have[me], want[k]) for k in range(n)]
+        incoming = [_common(have[k], want[me]) for k in range(n)]
+        sends, receives = ([sum(size for *_, size in parts) for parts in both] for both in (outgoing, incoming))
+        parts = [tensors[i][start : start + size] for to_k in outgoing for i, start, _, size in to_k]
+        arrived = first.new_empty(sum(receives))
+        dist.all_to_all_single(arrived, torch.cat([first[:0], *parts]), receives, sends, group=self.group)
+        moved = [first.new_empty(stop - start) for start, stop in want[me]]
+        at = 0
+        for i, _, start, size in (part for from_k in incoming for part in from_k):
+            moved[i][start : start + size] = arrived[at : at + size]
+            at += size
+        return moved
+
+
+def _common(held: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """(tensor, offset in the part held, offset in the part wanted, length) of what both have of each tensor."""
+    return [
+        (i, *both)
+        for i, (have, want) in enumerate(zip(held, wanted, strict=True))
+        for both in overlaps(merge([have]), merge([want]))
+    ]
 
 
 def _elements(layout: Layout, position: int) -> tuple[int, int]:
@@ -146,124 +369,3 @@ def _elements(layout: Layout, position: int) -> tuple[int, int]:
 def flat(tensor: Tensor) -> Tensor:
     """A contiguous tensor as one dimension, the same memory."""
     return tensor.detach().view(-1)
-
-
-class ShardedState:
-    """Moves state of a partition between this rank's shards and DTensors that are Shard(0) over the same ranks.
-
-    Each call is one all-to-all of the whole state: it is for checkpoints, not for steps. Collective.
-    """
-
-    def __init__(self, partition: Partition) -> None:
-        from torch.distributed.device_mesh import DeviceMesh
-
-        self._partition = partition
-        self._mesh = DeviceMesh.from_group(partition.group, partition.device.type)
-
-    def to_dtensor(self, shards: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """DTensors of `shapes` from this rank's flat shards of them."""
-        from torch.distributed.tensor import DTensor, Shard
-
-        part = self._partition
-        ours = [self._rows(i, shapes[i]) for i in range(len(shapes))]
-        theirs = [[_chunk(shape, k, len(part.ranks)) for shape in shapes] for k in range(len(part.ranks))]
-        locals_ = _redistribute(shards, ours, theirs, part)
-        found: list[Tensor] = []
-        for i, shape in enumerate(shapes):
-            start, stop = theirs[part.position][i]
-            inner = shape[1:]
-            per_row = _size(inner)
-            local = locals_[i].view((stop - start) // max(per_row, 1), *inner)
-            stride = torch.empty(shape, device="meta").stride()
-            found.append(
-                DTensor.from_local(
-                    local, self._mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
-                )
-            )
-        return found
-
-    def from_dtensor(self, saved: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """This rank's flat shards of saved tensors: DTensors as `to_dtensor` makes them, or whole plain tensors."""
-        from torch.distributed.tensor import DTensor
-
-        part = self._partition
-        ours = [self._rows(i, shapes[i]) for i in range(len(shapes))]
-        if not any(isinstance(t, DTensor) for t in saved):
-            mine = [ours[i][part.position] for i in range(len(shapes))]
-            return [t.reshape(-1)[start:stop] for t, (start, stop) in zip(saved, mine, strict=True)]
-        locals_ = []
-        for tensor in saved:
-            if not isinstance(tensor, DTensor) or not part.accepts(tensor):
-                raise CheckpointError(
-                    "saved state of ZeRO-1 parameters must be whole tensors, or DTensors with Shard(0) over the "
-                    "process group as state_dict() gives them: load it through torch.distributed.checkpoint."
-                )
-            locals_.append(tensor.to_local().reshape(-1))
-        n = len(part.ranks)
-        theirs = [[_chunk(shape, k, n) for k in range(n)] for shape in shapes]
-        return _redistribute(locals_, theirs, [[ours[i][k] for i in range(len(shapes))] for k in range(n)], part)
-
-    def _rows(self, index: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Per position, its shard of parameter `index` as elements of a state tensor of `shape`, which has as many
-        rows as the parameter's view and may have fewer columns (one value per row)."""
-        part = self._partition
-        rows, cols = part.layouts[index].view
-        scale = _size(shape) // max(1, rows)
-        return [(lo // max(cols, 1) * scale, hi // max(cols, 1) * scale) for lo, hi in (s[index] for s in part.shards)]
-
-
-def _redistribute(
-    mine: Sequence[Tensor],
-    have: Sequence[Sequence[tuple[int, int]]],
-    want: Sequence[Sequence[tuple[int, int]]],
-    part: Partition,
-) -> list[Tensor]:
-    """Flat pieces from one division of some tensors to another, by one all-to-all.
-
-    mine: this rank's piece of each tensor. have: [tensor][position] -> elements. want: [position][tensor] -> elements.
-    """
-    me, n = part.position, len(part.ranks)
-    dtype, device = mine[0].dtype, mine[0].device
-    sends, outgoing = [], []
-    for k in range(n):
-        pieces = []
-        for i, tensor in enumerate(mine):
-            low, high = _common(have[i][me], want[k][i])
-            pieces.append(tensor[low - have[i][me][0] : high - have[i][me][0]])
-        sends.append(sum(p.numel() for p in pieces))
-        outgoing += pieces
-    receives = []
-    for k in range(n):
-        overlaps = [_common(have[i][k], want[me][i]) for i in range(len(mine))]
-        receives.append(sum(high - low for low, high in overlaps))
-    arrived = torch.empty(sum(receives), dtype=dtype, device=device)
-    dist.all_to_all_single(arrived, torch.cat(outgoing), receives, sends, group=part.group)
-    found = [torch.empty(want[me][i][1] - want[me][i][0], dtype=dtype, device=device) for i in range(len(mine))]
-    at = 0
-    for k in range(n):
-        for i, tensor in enumerate(found):
-            low, high = _common(have[i][k], want[me][i])
-            start = want[me][i][0]
-            tensor[low - start : high - start] = arrived[at : at + high - low]
-            at += high - low
-    return found
-
-
-def _common(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    """The common part of two ranges; an empty range inside the first where there is none."""
-    low, high = max(a[0], b[0]), min(a[1], b[1])
-    return (low, high) if low < high else (a[0], a[0])
-
-
-def _chunk(shape: tuple[int, ...], position: int, n: int) -> tuple[int, int]:
-    """Elements of dimension 0's chunk `position` of n, as torch.chunk and Shard(0) divide it."""
-    per_row = _size(shape[1:])
-    size = -(-shape[0] // n)
-    return min(position * size, shape[0]) * per_row, min((position + 1) * size, shape[0]) * per_row
-
-
-def _size(shape: Sequence[int]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

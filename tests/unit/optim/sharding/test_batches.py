@@ -17,9 +17,10 @@ from earthshine.optim import muon_step
 from earthshine.optim.logical_matrices import LogicalMatrix, Spec, logical_matrices, view_shape
 from earthshine.optim.muon_step import step_matrices
 from earthshine.optim.ranges import Ranges
-from earthshine.optim.sharding import batches
+from earthshine.optim.sharding import batches, traffic
 from earthshine.optim.sharding.batches import Batch, MatrixPlan, Rect
-from earthshine.optim.sharding.layout import Layout, _spread, partition_rows
+from earthshine.optim.sharding.layout import Layout, _spread
+from earthshine.optim.sharding.zero1 import partition_rows
 
 Cuts = tuple[tuple[int, int, int], ...]  # degree, dimension, split of each sharded mesh dimension
 OPTIONS: dict[str, Any] = {
@@ -56,14 +57,14 @@ class Held:
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], layouts: Sequence[Layout], dtype: torch.dtype) -> None:
         self.params = [torch.empty(shape, dtype=dtype) for shape in shapes]
-        self.layouts, self.names = list(layouts), [f"p{i}" for i in range(len(shapes))]
+        self._layouts, self.names = list(layouts), [f"p{i}" for i in range(len(shapes))]
         self.weights: dict[int, Tensor] = {}
 
     def weight(self, i: int) -> Tensor:
         return self.weights[i]
 
-    def local_state(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def layout(self, i: int) -> Layout:
+        return self._layouts[i]
 
     def view2d(self, i: int, share: Tensor, per_row: bool = False) -> Tensor:
         return share
@@ -123,7 +124,7 @@ def test_every_element_is_in_one_rectangle_and_every_matrix_in_a_batch_of_its_si
     monkeypatch.setattr(batches, "matrices_per_batch", lambda *_: capacity)
     layouts = [whole(shape, spec) for shape, spec in zip(SHAPES, SPECS, strict=True)]
     plan = plan_of(SHAPES, SPECS, layouts)
-    assert (plan.transfers, plan.predicted_bytes(), plan.imbalance) == ((), 0, 1.0)
+    assert (plan.transfers, traffic.of_matrices(plan), plan.imbalance) == ((), 0, 1.0)
     counts = {i: torch.zeros(layout.view) for i, layout in enumerate(layouts)}
     numbers = {i: torch.arange(float(c.numel())).view(c.shape) + 1000 * i for i, c in counts.items()}
     found: list[Tensor] = []
@@ -320,7 +321,7 @@ def test_what_one_position_sends_is_what_the_other_expects(
         for matrix in logical_matrices(shape, spec)
     ]
     assert sorted(m.tolist() for m in matrices) == sorted(m.tolist() for m in expected)
-    assert [plan.predicted_bytes() for plan in plans] == bytes_sent
+    assert [traffic.of_matrices(plan) for plan in plans] == bytes_sent
 
 
 def away(counts: Sequence[int], position: int) -> list[int]:
@@ -337,14 +338,14 @@ def test_predicted_bytes_by_hand(agreements: list[str]) -> None:
     case = sharded([((4, 6), ("matrix",), ((2, 0, 1),))], (0, 1))
     owner = case.plans(1 << 20)[0].transfers[0].sends.index(12)
     for plan in case.plans(1 << 20):
-        assert plan.predicted_bytes() == 12 * 4
+        assert traffic.of_matrices(plan) == 12 * 4
         assert plan.transfers[0].sends[owner] == 12
     # Idle flags go out only, one per rectangle; moments of two rows go out and come back.
-    flags = [plan.predicted_bytes() - 48 for plan in case.plans(1 << 20, skip_idle=True)]
-    moments = [plan.predicted_bytes() - 48 for plan in case.plans(1 << 20, normuon_beta2=0.9)]
+    flags = [traffic.of_matrices(plan) - 48 for plan in case.plans(1 << 20, skip_idle=True)]
+    moments = [traffic.of_matrices(plan) - 48 for plan in case.plans(1 << 20, normuon_beta2=0.9)]
     assert (flags[owner], flags[1 - owner]) == (0, 4)
     assert moments == [8, 8]
-    assert [plan.predicted_bytes() for plan in case.plans(1 << 20, comm_dtype="bfloat16")] == [24, 24]
+    assert [traffic.of_matrices(plan) for plan in case.plans(1 << 20, comm_dtype="bfloat16")] == [24, 24]
 
 
 def test_positions_with_other_options_do_not_agree(agreements: list[str]) -> None:
@@ -438,7 +439,7 @@ def run_steps(
             thread.join()
     if failures:
         raise failures[0]
-    assert sent == [[plan.predicted_bytes()] * len(grads) for plan in plans]
+    assert sent == [[traffic.of_matrices(plan)] * len(grads) for plan in plans]
     return [plan.shards.weights for plan in plans], states, sent  # type: ignore[attr-defined]
 
 
