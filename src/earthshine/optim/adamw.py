@@ -12,7 +12,7 @@ from earthshine.optim import rules
 from earthshine.optim.group_step import GroupStep, StepNumbers
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import write_
-from earthshine.optim.sharding.layout import local
+from earthshine.optim.sharding.layout import to_local
 
 # The fused CPU kernel computes what fills whole vectors with fused multiply-adds and the rest of a tensor without: an
 # element's bits would depend on where a shard ends. No vector is longer (16 fp32 of AVX-512, two at a time for bf16).
@@ -40,7 +40,7 @@ class AdamWStep(GroupStep):
         shards, noises = self.shards, self._noises(states, grads)
         members = sorted(grads)
         weights = [shards.weight(i) for i in members]
-        moments = [[local(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
+        moments = [[to_local(states[i][key]) for i in members] for key in ("exp_avg", "exp_avg_sq")]
         steps = [states[i]["step"] for i in members]
         rows = list(zip(weights, [grads[i] for i in members], *moments, steps, strict=True))
         _update([row for row in rows if row[0].dtype.itemsize >= 4], options)

@@ -54,7 +54,7 @@ from earthshine.optim.options import (
 )
 from earthshine.optim.rules import ScaleRule, scale_name
 from earthshine.optim.scion import ScionStep
-from earthshine.optim.sharding.layout import is_dtensor, local
+from earthshine.optim.sharding.layout import is_dtensor, to_local
 
 _ALGORITHMS: dict[str, type[GroupStep]] = {step.algorithm: step for step in (MuonStep, ScionStep, AdamWStep)}
 
@@ -378,7 +378,7 @@ class Muon(torch.optim.Optimizer):
     def _take_over(self, index: int, arrived: list[dict[str, Tensor]]) -> None:
         for p, saved in zip(self.param_groups[index]["params"], arrived, strict=True):
             for key, live in self.state[p].items():
-                local(live).copy_(saved[key])
+                to_local(live).copy_(saved[key])
 
     def _set(self, index: int, key: str, value: Any) -> None:
         """A saved entry of a group; a tensor by value, because schedulers fill tensors in place."""
@@ -427,7 +427,7 @@ def _holds_anything(state: Any, everywhere: bool = False) -> bool:
     if everywhere and is_dtensor(state):
         count: Any = (state != 0).sum()
         return bool(count.full_tensor())
-    return bool(local(state).any())
+    return bool(to_local(state).any())
 
 
 def _without_autocast(params: list[Tensor]) -> AbstractContextManager[None]:

@@ -23,7 +23,7 @@ from earthshine.optim.rounding import NEAREST, Noise
 from earthshine.optim.sharding import traffic
 from earthshine.optim.sharding.batches import Batch, MatrixPlan, Place, Rect, Segment, Transfer
 from earthshine.optim.sharding.exchange import Message
-from earthshine.optim.sharding.layout import local
+from earthshine.optim.sharding.layout import to_local
 
 
 class MuonStep(GroupStep):
@@ -105,12 +105,12 @@ class _Run:
     ) -> None:
         self.plan, self.group, self.noises, shards = plan, group, noises, plan.shards
         self.grads = {i: shards.view2d(i, g) for i, g in grads.items()}
-        self.sums = {i: shards.view2d(i, local(states[i]["momentum_sum"])) for i in grads}
+        self.sums = {i: shards.view2d(i, to_local(states[i]["momentum_sum"])) for i in grads}
         self.weights = {i: shards.view2d(i, shards.weight(i)) for i in grads}
         self.moments: dict[int, Tensor] = {}
         if plan.moments:
             # Of every parameter: copies of a row's moment must stay alike where only some holders have a gradient.
-            rows = {i: local(state["row_second_moment"]) for i, state in states.items()}
+            rows = {i: to_local(state["row_second_moment"]) for i, state in states.items()}
             self.moments = {i: shards.view2d(i, v, per_row=True) for i, v in rows.items()}
         # Per batch, the Frobenius norm of each matrix's update, and (scale, elements) of each.
         self.norms: list[tuple[Tensor, list[tuple[float, int]]]] = []

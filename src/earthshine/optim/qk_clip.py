@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from earthshine.device import Readings, at_least_float32_dtype
 from earthshine.errors import ConfigError, TrainingDivergedError
-from earthshine.optim.sharding.layout import read_layout
+from earthshine.optim.sharding.layout import read_layout, to_local
 
 _REQUIRED = ("kind", "heads", "key_heads", "rows", "query", "key")
 
@@ -296,6 +296,6 @@ def _scale_rows(name: str, weight: Tensor, factor_R: Tensor) -> None:
     """weight[r] *= factor_R[r] in place, on the rows that this process holds."""
     layout = read_layout(weight, ("flatten", 1), name)
     factor_R = torch.cat([factor_R[:0], *(factor_R[start:stop] for start, stop in layout.rows[layout.position])])
-    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
-    factor_R = factor_R.to(local.device, at_least_float32_dtype(local.dtype))
-    local.mul_(factor_R.view(-1, *[1] * (local.ndim - 1)))
+    shard = to_local(weight)
+    factor_R = factor_R.to(shard.device, at_least_float32_dtype(shard.dtype))
+    shard.mul_(factor_R.view(-1, *[1] * (shard.ndim - 1)))

@@ -25,7 +25,7 @@ from earthshine.optim.group_step import GroupStep, StepNumbers
 from earthshine.optim.measure import Measure
 from earthshine.optim.sharding import traffic
 from earthshine.optim.sharding.exchange import all_reduce_bytes, check_agreement, process_group
-from earthshine.optim.sharding.layout import local
+from earthshine.optim.sharding.layout import to_local
 from earthshine.optim.sharding.local_shards import ensure_group
 
 
@@ -72,7 +72,7 @@ class ScionStep(GroupStep):
         self, options: Mapping[str, Any], states: Mapping[int, Mapping[str, Tensor]], grads: Mapping[int, Tensor]
     ) -> StepNumbers:
         shards, lr, noises = self.shards, float(options["lr"]), self._noises(states, grads)
-        sums = {i: local(states[i]["momentum_sum"]) for i in states}
+        sums = {i: to_local(states[i]["momentum_sum"]) for i in states}
         for i, grad in grads.items():
             stored, acc_dtype = sums[i], at_least_float32_dtype(sums[i].dtype)
             sums[i] = stored.to(acc_dtype).mul_(options["momentum"]).add_(grad.reshape(stored.shape))

@@ -102,7 +102,7 @@ def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """A DTensor's local tensor, or the tensor itself. Call without gradients."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 

@@ -15,7 +15,7 @@ from earthshine.errors import ConfigError
 from earthshine.optim.logical_matrices import Spec, view_shape
 from earthshine.optim.ranges import length
 from earthshine.optim.sharding.exchange import create_group, register_group
-from earthshine.optim.sharding.layout import Layout, is_dtensor, local, read_layout
+from earthshine.optim.sharding.layout import Layout, is_dtensor, read_layout, to_local
 
 
 class LocalShard:
@@ -43,7 +43,7 @@ class LocalShard:
 
     def local_shard(self, tensor: Tensor) -> Tensor:
         """This process's shard of a tensor that is like the parameter: its weight or its gradient."""
-        return local(tensor)
+        return to_local(tensor)
 
     def weight(self) -> Tensor:
         return self.local_shard(self.param.detach())
@@ -161,7 +161,7 @@ class LocalShards:
 
     def from_dtensor(self, saved: Mapping[int, Tensor], per_row: bool) -> dict[int, Tensor]:
         """The reverse of `to_dtensor`: this process's local shards. May be collective."""
-        return {i: local(tensor) for i, tensor in saved.items()}
+        return {i: to_local(tensor) for i, tensor in saved.items()}
 
 
 def _check_gradient(shard: LocalShard, grad: Tensor) -> None:
