@@ -12,7 +12,7 @@ from earthshine.errors import CheckpointError, ConfigError
 from earthshine.optim.muon import Muon
 from earthshine.optim.rounding import elements, random_bits, stochastic
 from earthshine.optim.sharding.layout import Layout
-from earthshine.upcycle import recipe
+from earthshine.upcycle import tensor_rules
 
 TYPES = [torch.bfloat16, torch.float16]
 ALL_BITS = torch.arange(1 << 16, dtype=torch.int32)
@@ -48,7 +48,7 @@ def test_bits_are_those_of_upcycling() -> None:
     index = torch.tensor([0, 1, 2, 12_345, 2**40, 2**62])
     for key in (0, 1, 0xFEDCBA9876543210):
         ours = random_bits(index, key).numpy().view(np.uint64)
-        np.testing.assert_array_equal(ours, recipe.random_bits(index.numpy().astype(np.uint64), key))
+        np.testing.assert_array_equal(ours, tensor_rules.random_bits(index.numpy().astype(np.uint64), key))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
