@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from earthshine.checkpoint.name_tables import IGNORED, LAYER, TIED_COPY, Entry, Place, entries
+from earthshine.checkpoint.name_tables import IGNORED, LAYER, TIED_COPY, Entry, Location, entries
 from earthshine.checkpoint.safetensors_store import Store, row_blocks
 from earthshine.console import log
 from earthshine.errors import WeightsError, nearest
@@ -22,7 +22,7 @@ class TensorMatch:
     stays unused, with the reason."""
 
     entries: list[Entry]
-    places: dict[str, Place]
+    locations: dict[str, Location]
     unused: dict[str, str]
 
 
@@ -37,12 +37,12 @@ def match_tensors(store: Store, config: ModelConfig) -> TensorMatch:
     floating-point dtype of at least 16 bits.
     """
     demanded = entries(config)
-    places = {e.hf: place for e in demanded for place in reversed(e.places) if place.name in store}
-    missing = [e.hf for e in demanded if e.hf not in places]
+    locations = {e.hf: location for e in demanded for location in reversed(e.locations) if location.name in store}
+    missing = [e.hf for e in demanded if e.hf not in locations]
     consumed: Counter[str] = Counter()
     for entry in demanded:
-        if entry.hf in places:
-            consumed[places[entry.hf].name] += math.prod(entry.shape)
+        if entry.hf in locations:
+            consumed[locations[entry.hf].name] += math.prod(entry.shape)
     unused = {}
     for name in store.names():
         if name in consumed:
@@ -58,20 +58,20 @@ def match_tensors(store: Store, config: ModelConfig) -> TensorMatch:
         raise WeightsError(
             f"{store.directory} has no tensor {missing[0]}, which its config.json demands.{_tied(missing)}"
         )
-    for place in places.values():
-        info = store.info(place.name)
-        if info.shape != place.shape:
+    for location in locations.values():
+        info = store.info(location.name)
+        if info.shape != location.shape:
             raise WeightsError(
-                f"{store.directory}: tensor {place.name} has shape {list(info.shape)}, "
-                f"but its config.json demands {list(place.shape)}."
+                f"{store.directory}: tensor {location.name} has shape {list(info.shape)}, "
+                f"but its config.json demands {list(location.shape)}."
             )
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
             raise WeightsError(
-                f"{store.directory}: tensor {place.name} is {info.dtype}: weights must be float16 to float64."
+                f"{store.directory}: tensor {location.name} is {info.dtype}: weights must be float16 to float64."
             )
-        if consumed[place.name] != math.prod(info.shape):
-            raise WeightsError(f"{store.directory} has parts of tensor {place.name} a second time, per expert.")
-    return TensorMatch(demanded, places, unused)
+        if consumed[location.name] != math.prod(info.shape):
+            raise WeightsError(f"{store.directory} has parts of tensor {location.name} a second time, per expert.")
+    return TensorMatch(demanded, locations, unused)
 
 
 def _tied(missing: list[str]) -> str:

@@ -93,9 +93,9 @@ def export(
         _check_tokenizer(rule, files, tokenizer_dir or origin or source)
         files = _ending_as_trained(rule, files)
     if not has_tokenizer(files):
-        there = origin or source
-        said = f"there is none beside {there}" if there.exists() else f"{there} does not exist (any more)"
-        log(f"{out_dir} gets no tokenizer: {said}; name a folder that holds one (--tokenizer).")
+        model_dir = origin or source
+        reason = f"there is none beside {model_dir}" if model_dir.exists() else f"{model_dir} does not exist (any more)"
+        log(f"{out_dir} gets no tokenizer: {reason}; name a folder that holds one (--tokenizer).")
     files = _keep_class(files, config, Path(tokenizer_dir) if tokenizer_dir is not None else origin)
     texts = _texts(config, files, _common_facts(config, out_dir, dtype) | facts)
     beside: dict[str, str | bytes] = {**files, **texts}
@@ -138,7 +138,7 @@ def _ending_as_trained(rule: RunRule, files: dict[str, bytes]) -> dict[str, byte
 def _as_served(
     config: ModelConfig, tensors: list[OutputTensor], dtype: torch.dtype
 ) -> tuple[ModelConfig, list[OutputTensor]]:
-    """The same function in the form that is served by most; what is not served is logged.
+    """The same function in the form that most serving programs read; what they do not read is logged.
 
     vLLM's Qwen2-MoE always has a bias on queries, keys and values: where there is none, zeros are written.
     """
@@ -158,12 +158,12 @@ def _zeros(entry: Entry, dtype: torch.dtype) -> OutputTensor:
 def _files(origin: Path | None, named: dict[str, bytes] | None) -> dict[str, bytes]:
     """The files beside the model at `origin`; its tokenizer is replaced, whole, by that of a folder that was named.
 
-    What is not the tokenizer's, the generation config and licenses, stays where that folder has none.
+    The generation config and the licenses stay where that folder has none.
     """
-    own = tokenizer_and_license_files(origin)
+    files = tokenizer_and_license_files(origin)
     if named is None:
-        return own
-    return {name: text for name, text in own.items() if not is_tokenizer_file(name)} | named
+        return files
+    return {name: text for name, text in files.items() if not is_tokenizer_file(name)} | named
 
 
 def _keep_class(files: dict[str, bytes], config: ModelConfig, folder: Path | None) -> dict[str, bytes]:
@@ -188,7 +188,7 @@ def _from_directory(source: Path, dtype: torch.dtype, trust: bool) -> Source:
     log_unused(source, match.unused)
 
     def rows_of(entry: Entry) -> Iterator[Tensor]:
-        for _, part in read_blocks(store, entry, match.places[entry.hf]):
+        for _, part in read_blocks(store, entry, match.locations[entry.hf]):
             check_fits(entry.hf, part, entry.dtype(dtype))
             yield part.to(entry.dtype(dtype))
 

@@ -1,6 +1,6 @@
 """A GGUF file of a Llama -> a Hugging Face directory.
 
-Weights are de-quantised to float32 by the `gguf` package; the tokenizer is rebuilt by transformers.
+Weights are dequantized to float32 by the `gguf` package; the tokenizer is rebuilt by transformers.
 """
 
 import json
@@ -133,8 +133,10 @@ def _tensors(path: Path, reader: Any, config: ModelConfig) -> Iterator[tuple[str
         if pattern not in _NAMES:
             raise WeightsError(f"{path} holds the tensor {tensor.name}, which nothing in a Llama consumes.")
         try:
-            wide = tensor.data.dtype == np.float64  # which dequantize does not know
-            stored = torch.from_numpy(np.array(tensor.data if wide else dequantize(tensor.data, tensor.tensor_type)))
+            is_float64 = tensor.data.dtype == np.float64  # which dequantize does not know
+            stored = torch.from_numpy(
+                np.array(tensor.data if is_float64 else dequantize(tensor.data, tensor.tensor_type))
+            )
         except NotImplementedError as e:
             raise UnsupportedModelError(f"{path}: tensor {tensor.name} cannot be read: {e}.") from e
         if not stored.isfinite().all():

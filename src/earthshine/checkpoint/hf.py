@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Unpack
 import torch
 from torch import Tensor
 
-from earthshine.checkpoint.name_tables import Entry, Place, entries
+from earthshine.checkpoint.name_tables import Entry, Location, entries
 from earthshine.checkpoint.safetensors_store import Store, check_finite, check_fits, row_blocks
 from earthshine.checkpoint.safetensors_writer import (
     FileRecord,
@@ -45,12 +45,12 @@ def read_config(directory: str | Path) -> ModelConfig:
     return config
 
 
-def read_blocks(store: Store, entry: Entry, place: Place) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+def read_blocks(store: Store, entry: Entry, location: Location) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
     """A tensor's rows in order, as stored, with their slices. Raises WeightsError for a NaN or an infinity."""
-    for rows in row_blocks(entry.shape, store.info(place.name).dtype.itemsize):
-        part = store.read(place.name, place.within(rows))
-        check_finite(place.name, part)
-        yield rows, part if place.expert < 0 else part.squeeze(0)
+    for rows in row_blocks(entry.shape, store.info(location.name).dtype.itemsize):
+        part = store.read(location.name, location.within(rows))
+        check_finite(location.name, part)
+        yield rows, part if location.expert < 0 else part.squeeze(0)
 
 
 def save_model(

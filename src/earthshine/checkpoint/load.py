@@ -64,7 +64,7 @@ def load_model(
     assert set(state) == {e.ours for e in match.entries}, "the name tables do not cover the model"
     for entry in match.entries:
         target = state[entry.ours] if entry.expert < 0 else state[entry.ours][entry.expert]
-        for rows, part in read_blocks(store, entry, match.places[entry.hf]):
+        for rows, part in read_blocks(store, entry, match.locations[entry.hf]):
             check_fits(entry.hf, part, target.dtype)
             target[rows].copy_(part)
     return model

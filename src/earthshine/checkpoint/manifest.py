@@ -6,7 +6,7 @@
         tensors/         torch.distributed.checkpoint
 
 The digest and the hashes find damage. The signature is an HMAC by a key of this user on this machine, so that a folder
-that came from elsewhere is recognised: its tensors' index is a pickle, which can run code when it is read.
+that came from elsewhere is recognized: its tensors' index is a pickle, which can run code when it is read.
 """
 
 import contextlib

@@ -72,7 +72,7 @@ _MOE = {
     "mlp.shared_expert{s}.down_proj.weight": ("moe.shared.down_proj.weight", "DS"),
     "mlp.shared_expert_gate.weight": ("moe.shared_gate.weight", "1D"),
 }
-_FLOAT32 = "moe.router.bias_E"  # moves by 1e-3 a step, which bfloat16 would round away
+_FLOAT32 = "moe.router.bias_E"  # moves by 1e-3 per step, which bfloat16 would round away
 # How transformers 5 holds a layer's experts, and writes them when asked not to convert: one stack, gate before up.
 _STACKED = {
     "moe.experts.w_gate_EFD": ("mlp.experts.gate_up_proj", 0, 2),
@@ -89,7 +89,7 @@ TIED_COPY = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a tensor's values stand: all of a stored tensor, or rows of one expert in a stack (E, rows, columns)."""
 
     name: str
@@ -112,8 +112,8 @@ class Entry:
 
     hf, ours: its name, and that of our parameter or buffer.
     expert: which expert of that; -1 for all of it.
-    float32: it is stored in float32 whatever the type of the model.
-    places: where other programs may have it, the usual place first.
+    float32: it is stored in float32 whatever the dtype of the model.
+    locations: where a directory may have it, the usual one first.
     """
 
     hf: str
@@ -121,11 +121,11 @@ class Entry:
     expert: int
     shape: tuple[int, ...]
     float32: bool = False
-    places: tuple[Place, ...] = ()
+    locations: tuple[Location, ...] = ()
 
-    def dtype(self, asked: torch.dtype) -> torch.dtype:
-        """In which type it is stored in a model of the type `asked`."""
-        return torch.float32 if self.float32 else asked
+    def dtype(self, of_model: torch.dtype) -> torch.dtype:
+        """The dtype in which it is stored in a model of the dtype `of_model`."""
+        return torch.float32 if self.float32 else of_model
 
 
 def entries(config: ModelConfig) -> list[Entry]:
@@ -137,12 +137,12 @@ def entries(config: ModelConfig) -> list[Entry]:
     around = dict(_AROUND)
     if config.tie_word_embeddings:
         around.pop("lm_head.weight")
-    found = [_entry("model.embed_tokens.weight", *around.pop("model.embed_tokens.weight"), sizes)]
+    table = [_entry("model.embed_tokens.weight", *around.pop("model.embed_tokens.weight"), sizes)]
     for layer in range(config.num_hidden_layers):
         for hf, (ours, letters) in _layer_table(config, layer).items():
             for expert in range(config.moe.num_experts) if "{e}" in hf else (-1,):
-                found.append(_layer_entry(layer, hf.format(e=expert), ours, letters, sizes, expert))
-    return [*found, *(_entry(hf, ours, letters, sizes) for hf, (ours, letters) in around.items())]
+                table.append(_layer_entry(layer, hf.format(e=expert), ours, letters, sizes, expert))
+    return [*table, *(_entry(hf, ours, letters, sizes) for hf, (ours, letters) in around.items())]
 
 
 def _layer_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, str]]:
@@ -187,15 +187,15 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 def _entry(hf: str, ours: str, letters: str, sizes: dict[str, int]) -> Entry:
     shape = tuple(sizes[letter] for letter in letters)
-    return Entry(hf, ours, -1, shape, places=(Place(hf, shape),))
+    return Entry(hf, ours, -1, shape, locations=(Location(hf, shape),))
 
 
 def _layer_entry(layer: int, hf: str, ours: str, letters: str, sizes: dict[str, int], expert: int) -> Entry:
     at, shape = f"model.layers.{layer}.", tuple(sizes[letter] for letter in letters)
     names = dict.fromkeys((hf, hf.replace("block_sparse_moe.", "mlp.")))  # transformers 5 calls a Mixtral's MoE mlp
-    places = [Place(at + name, shape) for name in names]
+    locations = [Location(at + name, shape) for name in names]
     if ours in _STACKED:
         name, part, parts = _STACKED[ours]
         stack = (sizes["E"], parts * shape[0], shape[1])
-        places.append(Place(at + name, stack, expert, part * shape[0]))
-    return Entry(at + hf, f"blocks.{layer}.{ours}", expert, shape, ours == _FLOAT32, tuple(places))
+        locations.append(Location(at + name, stack, expert, part * shape[0]))
+    return Entry(at + hf, f"blocks.{layer}.{ours}", expert, shape, ours == _FLOAT32, tuple(locations))

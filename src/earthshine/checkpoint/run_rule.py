@@ -36,9 +36,9 @@ class RunRule:
 
 def run_rule(model: str | Path) -> RunRule | None:
     """That of a run folder or a checkpoint; None for a Hugging Face directory, or where no manifest can be read."""
-    found = newest(Path(model))
-    if found is None:
+    manifest = newest(Path(model))
+    if manifest is None:
         return None
-    data = found.job.get("data")
+    data = manifest.job.get("data")
     within = data.get("document_attention", True) if isinstance(data, dict) else True
-    return RunRule(Path(model), found.tokenization, within is not False)
+    return RunRule(Path(model), manifest.tokenization, within is not False)

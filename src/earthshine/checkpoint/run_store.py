@@ -121,16 +121,16 @@ def latest(path: Path, *, trust: bool = False) -> Checkpoint | None:
     problems = []
     for folder in checkpoint_folders(Path(path)):
         try:
-            found = manifests.read(folder)
-            if folder.parent.name == CHECKPOINTS and folder != step_folder(folder.parent.parent, found.step):
-                raise CheckpointError(f"its manifest is of step {found.step}: the folder was renamed.")
-            manifests.check_files(found)
+            manifest = manifests.read(folder)
+            if folder.parent.name == CHECKPOINTS and folder != step_folder(folder.parent.parent, manifest.step):
+                raise CheckpointError(f"its manifest is of step {manifest.step}: the folder was renamed.")
+            manifests.check_files(manifest)
         except CheckpointError as e:
             problems.append(str(e))
             log(f"warning: checkpoint {folder.name} is damaged and is skipped: {e}")
             continue
-        manifests.require_trust(found, trust)
-        return _open(found)
+        manifests.require_trust(manifest, trust)
+        return _open(manifest)
     if problems:
         raise CheckpointError(
             f"{path} has no valid checkpoint: {' '.join(problems)} Delete {CHECKPOINTS}/ there to begin again."

@@ -44,7 +44,7 @@ MIN_RUN_BYTES = 4096  # a strided read shorter than a page costs as much as the 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `offset` is absolute within `file`."""
+    """What a header says about one tensor; `offset` is absolute within `file`."""
 
     name: str
     dtype: torch.dtype
@@ -145,10 +145,10 @@ class Store:
                 raise WeightsError(f"{index}: shard {file!r} must be a file name in the same directory.")
             for name, info in read_header(index.parent / file).items():
                 if weight_map.get(name) != file:
-                    said = f"says that {weight_map[name]} holds it" if name in weight_map else "does not list it"
+                    index_says = f"says that {weight_map[name]} holds it" if name in weight_map else "does not list it"
                     raise WeightsError(
-                        f"{index.parent / file} holds {name}, but {index.name} {said}: index and weight files are not "
-                        f"of the same download. Fetch both again."
+                        f"{index.parent / file} holds {name}, but {index.name} {index_says}: index and weight files "
+                        f"are not of the same download. Fetch both again."
                     )
                 tensors[name] = info
         missing = sorted(set(weight_map) - set(tensors))
@@ -164,7 +164,7 @@ class Store:
         return name in self._tensors
 
     def info(self, name: str) -> TensorInfo:
-        """Type, shape and place of a tensor. Raises WeightsError when there is no such tensor."""
+        """Dtype, shape and location of a tensor. Raises WeightsError when there is no such tensor."""
         if name not in self._tensors:
             raise WeightsError(f"{self.directory} has no tensor {name}.")
         return self._tensors[name]

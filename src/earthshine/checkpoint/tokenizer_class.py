@@ -79,8 +79,8 @@ class Reading:
                 f"warning: transformers reads the tokenizer with {self.after}, where it took {self.before} for the "
                 f"{self.model_type}: some texts may get other ids; `earthshine verify hf` shows which"
             )
-        kept = f", for which tokenizer_class={self.written} was written" if self.written else ""
-        return f"transformers reads the tokenizer with {self.after}, as before{kept}"
+        reason = f", for which tokenizer_class={self.written} was written" if self.written else ""
+        return f"transformers reads the tokenizer with {self.after}, as before{reason}"
 
 
 def class_of(model_type: str | None, declared: str, byte_level: bool) -> str:
@@ -154,14 +154,14 @@ def num_ids(tokenizer_json: bytes) -> int:
 def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
     """tokenizer_config.json; empty when there is none, or none that can be read (which then travels as it is)."""
     try:
-        found = parse_json(files.get(TOKENIZER_CONFIG, b"{}"))
+        settings = parse_json(files.get(TOKENIZER_CONFIG, b"{}"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _own_code(settings: dict[str, Any]) -> str:
-    found = settings.get("auto_map")
-    found = found.get("AutoTokenizer") if isinstance(found, dict) else found
-    names = [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
+    auto_map = settings.get("auto_map")
+    classes = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    names = [name for name in (classes if isinstance(classes, list) else [classes]) if isinstance(name, str)]
     return names[-1] if names else ""

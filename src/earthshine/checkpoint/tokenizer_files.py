@@ -121,8 +121,8 @@ def _code(root: Path) -> list[str]:
             settings = read_json(root / name)
         except (OSError, ValueError):
             continue
-        found = settings.get("auto_map") if isinstance(settings, dict) else None
-        kinds = found.items() if isinstance(found, dict) else [("AutoTokenizer", found)]
+        auto_map = settings.get("auto_map") if isinstance(settings, dict) else None
+        kinds = auto_map.items() if isinstance(auto_map, dict) else [("AutoTokenizer", auto_map)]
         for value in (value for kind, value in kinds if not kind.startswith(("AutoModel", "AutoConfig"))):
             for reference in value if isinstance(value, list) else [value]:
                 if isinstance(reference, str) and "--" not in reference:  # that would be another repository's

@@ -28,13 +28,13 @@ _LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 def control_tokens(backend: "Backend", folder: Path) -> dict[int, str]:
     """Id -> spelling of the tokens that are marked special, and of those that the files beside name as such."""
-    found = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    contents = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         for content in _named(folder / name):
             number = backend.token_to_id(content)
             if number is not None:
-                found[number] = content
-    return {i: content for i, content in found.items() if content}
+                contents[number] = content
+    return {i: content for i, content in contents.items() if content}
 
 
 def _named(file: Path) -> list[str]:

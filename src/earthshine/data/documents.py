@@ -1,8 +1,8 @@
 """Documents out of files: which files, what is in them, and in what pieces they go to workers. Torch-free.
 
-JSON holds one document per line or record, parquet one per row, any other file is one document; `formats` recognises
+JSON holds one document per line or record, parquet one per row, any other file is one document; `formats` recognizes
 them by their contents, compressed or not. The order is that of the arguments, folders sorted by name, links followed.
-Files that are hidden (in folders), binary or empty are skipped: counted, and said by the caller. `Skipped.fix` marks
+Files that are hidden (in folders), binary or empty are skipped and counted; the caller logs them. `Skipped.fix` marks
 what looks like data and is not read.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from earthshine.data.formats import TO_UTF8, Format, damaged, plain, reading, recognise
+from earthshine.data.formats import TO_UTF8, Format, damaged, plain, reading, recognize
 from earthshine.errors import ConfigError, DataError, MissingDependencyError, nearest
 
 TASK_BYTES = 1 << 19  # of input in one task: half a second of work or less, so that workers end together
@@ -35,7 +35,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file, line or row that is no document, and why; and where it looks like data, how it could be read."""
+    """A file, line or row that is not a document, and why; and where it looks like data, how it could be read."""
 
     name: str
     reason: str
@@ -43,7 +43,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Task:
+class EncodingTask:
     """What a worker tokenizes at once. One of: files (whole, a document each), lines (of a JSON-lines file), rows.
 
     name: the file, for messages. first: number of its first line or row, from 1. unit: what a row is. input_bytes: how
@@ -64,7 +64,7 @@ def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
 
     Raises ConfigError for an input that does not exist.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     seen: set[str] = set()  # real paths, of folders too: links may lead in a circle
     aside: Counter[str] = Counter()
     for given in map(Path, inputs):
@@ -76,10 +76,10 @@ def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
                 aside["named twice"] += 1
             elif file.is_file() or not file.exists():  # a dangling link is reported later, as unreadable
                 seen.add(real)
-                found.append(file)
+                files.append(file)
             else:
                 aside["not a regular file"] += 1
-    return found, aside
+    return files, aside
 
 
 def _walk(folder: Path, aside: Counter[str], seen: set[str]) -> Iterator[Path]:
@@ -131,24 +131,24 @@ def refuse(skipped: Sequence[Skipped]) -> None:
     )
 
 
-def make_tasks(files: Sequence[Path], text_key: str, formats: Iterable[Format] | None = None) -> Iterator[Task]:
+def make_tasks(files: Sequence[Path], text_key: str, formats: Iterable[Format] | None = None) -> Iterator[EncodingTask]:
     """Cut the files' contents into tasks, in order; holds one task's input at a time.
 
-    formats: of the files, where they were recognised before. Raises DataError for a damaged file.
+    formats: of the files, where they were recognized before. Raises DataError for a damaged file.
     """
     group: list[str | Skipped] = []
     group_bytes = 0
-    for file, form in zip(files, formats or (recognise(f, text_key) for f in files), strict=True):
+    for file, form in zip(files, formats or (recognize(f, text_key) for f in files), strict=True):
         if form.kind in ("text", "none"):
             size = size_of(file)
             if group and (group_bytes + size > TASK_BYTES or len(group) == _TASK_FILES):
-                yield Task(group_bytes, files=tuple(group))
+                yield EncodingTask(group_bytes, files=tuple(group))
                 group, group_bytes = [], 0
             group.append(str(file) if form.kind == "text" else Skipped(str(file), form.reason, form.fix))
             group_bytes += size
             continue
         if group:
-            yield Task(group_bytes, files=tuple(group))
+            yield EncodingTask(group_bytes, files=tuple(group))
             group, group_bytes = [], 0
         match form.kind:
             case "lines":
@@ -158,10 +158,10 @@ def make_tasks(files: Sequence[Path], text_key: str, formats: Iterable[Format] |
             case "rows":
                 yield from _row_tasks(file, text_key)
     if group:
-        yield Task(group_bytes, files=tuple(group))
+        yield EncodingTask(group_bytes, files=tuple(group))
 
 
-def _line_tasks(file: Path) -> Iterator[Task]:
+def _line_tasks(file: Path) -> Iterator[EncodingTask]:
     """Whole lines, about TASK_BYTES a task; a longer line is a task of its own."""
     first, seen, rest = 1, 0, bytearray()
     with reading(file), open(file, "rb") as raw:
@@ -172,12 +172,12 @@ def _line_tasks(file: Path) -> Iterator[Task]:
                 rest += block
                 continue
             lines, rest = b"".join((rest, whole, newline)), bytearray(tail)
-            yield Task(raw.tell() - seen, name=str(file), first=first, lines=lines)
+            yield EncodingTask(raw.tell() - seen, name=str(file), first=first, lines=lines)
             first, seen = first + lines.count(b"\n"), raw.tell()
-        yield Task(raw.tell() - seen, name=str(file), first=first, lines=bytes(rest))
+        yield EncodingTask(raw.tell() - seen, name=str(file), first=first, lines=bytes(rest))
 
 
-def _record_tasks(file: Path, text_key: str) -> Iterator[Task]:
+def _record_tasks(file: Path, text_key: str) -> Iterator[EncodingTask]:
     """The texts of records that may span lines. They are parsed here: where one ends is known only then."""
     first, size, seen = 1, 0, 0
     rows: list[str | None] = []
@@ -186,9 +186,9 @@ def _record_tasks(file: Path, text_key: str) -> Iterator[Task]:
             rows.append(_text_of(record, f"{file}, record {first + len(rows)}", text_key))
             size += len(rows[-1] or "")
             if size >= TASK_BYTES:
-                yield Task(raw.tell() - seen, name=str(file), first=first, rows=tuple(rows), unit="record")
+                yield EncodingTask(raw.tell() - seen, name=str(file), first=first, rows=tuple(rows), unit="record")
                 first, seen, size, rows = first + len(rows), raw.tell(), 0, []
-        yield Task(raw.tell() - seen, name=str(file), first=first, rows=tuple(rows), unit="record")
+        yield EncodingTask(raw.tell() - seen, name=str(file), first=first, rows=tuple(rows), unit="record")
 
 
 def _records(file: Path, stream: BinaryIO) -> Iterator[Any]:
@@ -227,7 +227,7 @@ def _records(file: Path, stream: BinaryIO) -> Iterator[Any]:
         raise damaged(file, "the array that it holds is not closed")
 
 
-def _row_tasks(file: Path, text_key: str) -> Iterator[Task]:
+def _row_tasks(file: Path, text_key: str) -> Iterator[EncodingTask]:
     try:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]
@@ -248,9 +248,9 @@ def _row_tasks(file: Path, text_key: str) -> Iterator[Task]:
             first, counted = 1, 0
             for batch in table.iter_batches(batch_size=512, columns=[text_key]):
                 for rows in _split_rows(batch.column(0).to_pylist()):
-                    share = round((first - 1 + len(rows)) * per_row) - counted
-                    yield Task(share, name=str(file), first=first, rows=rows)
-                    first, counted = first + len(rows), counted + share
+                    input_bytes = round((first - 1 + len(rows)) * per_row) - counted
+                    yield EncodingTask(input_bytes, name=str(file), first=first, rows=rows)
+                    first, counted = first + len(rows), counted + input_bytes
     except (pyarrow.ArrowException, OSError) as e:
         raise damaged(file, e) from e
 
@@ -266,7 +266,7 @@ def _split_rows(rows: list[str | None]) -> Iterator[tuple[str | None, ...]]:
         yield tuple(rows[start:])
 
 
-def texts(task: Task, text_key: str) -> Iterator[Document | Skipped]:
+def texts(task: EncodingTask, text_key: str) -> Iterator[Document | Skipped]:
     """The documents of a task, in order. Raises DataError for one that is damaged."""
     if task.files:
         for file in task.files:
@@ -286,7 +286,7 @@ def _usable(text: str | None, where: str) -> Document | Skipped:
         return Skipped(where, "empty")
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which is no character
+    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which is not a character
         return Skipped(where, "not Unicode")
     return Document(where, text)
 
@@ -304,7 +304,7 @@ def _parse_line(line: bytes, where: str, text_key: str) -> str | None:
 def _text_of(data: Any, where: str, text_key: str) -> str | None:
     """The text of a parsed record."""
     if not isinstance(data, dict) or text_key not in data:
-        hint = nearest(text_key, data) if isinstance(data, dict) else " It is no object."
+        hint = nearest(text_key, data) if isinstance(data, dict) else " It is not an object."
         raise DataError(f"{where} has no key '{text_key}' (text_key).{hint}")
     text = data[text_key]
     if text is not None and not isinstance(text, str):

@@ -90,9 +90,6 @@ class Format:
     fix: str = ""
 
 
-_UNREADABLE = Format("none", "unreadable", "make it readable, or restore what it links to")
-
-
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
     """Turn what reading a file can raise into a DataError that names it."""
@@ -196,7 +193,7 @@ def _recoded(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
     yield decoder.decode(b"", final=True).encode()
 
 
-def recognise(file: Path, text_key: str) -> Format:
+def recognize(file: Path, text_key: str) -> Format:
     """What is in a file. Raises DataError for one that is damaged already at its start, or whose disk is."""
     try:
         stored = open(file, "rb")  # noqa: SIM115 - closed below; only the opening is tried
@@ -231,9 +228,9 @@ def _of_head(file: Path, head: bytes, stream: BinaryIO, packed: bool, text_key: 
         if _is_utf16(head):
             return Format("none", "UTF-16 without a byte order mark", TO_UTF8)
         return Format("none", "binary", "get it again: its name promises other contents" if inner in _DATA else "")
-    found = _json(head, stream, whole, inner, text_key)
-    if found:
-        return found
+    json_format = _json(head, stream, whole, inner, text_key)
+    if json_format:
+        return json_format
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head, final=whole)
     except UnicodeDecodeError:

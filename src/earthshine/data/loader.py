@@ -23,7 +23,7 @@ from earthshine.data.shards import TokenShards
 from earthshine.data.tokenization import Tokenization, of_sources
 from earthshine.errors import CheckpointError, ConfigError, DataError
 
-IGNORED = -100  # a target that is no target, as in torch.nn.functional.cross_entropy
+IGNORED = -100  # marks a position without a target, as in torch.nn.functional.cross_entropy
 
 SampleId = tuple[int, int, int]
 
@@ -202,7 +202,7 @@ class Loader:
         return of_sources([s.tokenization for s in self.shards])
 
     def notes(self) -> list[str]:
-        """What a user should know of the data before the first step, as lines of a log."""
+        """What a user should know about the data before the first step, as lines of a log."""
         notes = [note for shards in self.shards for note in shards.notes()]
         if len({shards.tokenization.bos_ids for shards in self.shards}) > 1:
             notes.append(
@@ -225,7 +225,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume where `state_dict` was taken; sequences_per_step may differ.
 
-        Raises CheckpointError when the state is of another seed or seq_len or is no loader state, DataError when a
+        Raises CheckpointError when the state is of another seed or seq_len or is not a loader's state, DataError when a
         source holds other data than then: the same positions would be other samples.
         """
         current = self.state_dict()

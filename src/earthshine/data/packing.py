@@ -36,7 +36,7 @@ def cut(num_tokens: int, seq_len: int) -> tuple[int, int]:
 class Packing:
     """Documents laid end to end and cut into windows.
 
-    Holds the order and the cumulative lengths of the documents: 16 bytes a document, nothing per token.
+    Holds the order and the cumulative lengths of the documents: 16 bytes per document, none per token.
     num_windows, left_out: see `cut`.
     """
 
@@ -64,7 +64,7 @@ class Packing:
 class Epoch:
     """One epoch of one source: `sample(i)` says what sample i is made of, 0 <= i < num_samples.
 
-    Holds one number per document and window more than `Packing`: in all 24 bytes a document, 8 a sample.
+    Holds one number per document and window more than `Packing`: 24 bytes per document and 8 per sample in total.
     """
 
     def __init__(self, lengths_N: NDArray[np.integer], *, seq_len: int, seed: int, source: int, epoch: int) -> None:

@@ -1,10 +1,10 @@
 """Text, JSON or parquet -> token shards. Torch-free.
 
 One process reads, cuts the input into tasks and writes; the others parse and tokenize. Processes rather than the
-threads inside `tokenizers`: those parallelise encoding alone, while reading, parsing and turning its results into
+threads inside `tokenizers`: those parallelize encoding alone, while reading, parsing and turning its results into
 arrays stay on one core. They are spawned, not forked, because a fork in a process with threads (torch's, rayon's) may
 hang. Tasks do not depend on the number of workers and results are written in the order of the tasks, so neither does a
-byte of the output. In memory: at most _TASKS_PER_WORKER tasks a worker with their results, about 100 bytes per
+byte of the output. In memory: at most _TASKS_PER_WORKER tasks per worker with their results, about 100 bytes per
 character of the piece being encoded, the offsets of one shard, the list of files, and one longest document.
 """
 
@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from earthshine.console import human_count, human_seconds, log, printable, progress
 from earthshine.data.documents import (
     Document,
+    EncodingTask,
     Skipped,
-    Task,
     find_files,
     make_tasks,
     refuse,
@@ -38,7 +38,7 @@ from earthshine.data.documents import (
     size_of,
     texts,
 )
-from earthshine.data.formats import recognise
+from earthshine.data.formats import recognize
 from earthshine.data.long_text import encode_in_pieces
 from earthshine.data.shards import ShardWriter, token_dtype
 from earthshine.data.tokenization import Tokenization
@@ -67,7 +67,7 @@ class Encoded:
 
 
 class Encoder:
-    """Task -> Encoded."""
+    """EncodingTask -> Encoded."""
 
     def __init__(self, tokenizer: Path, eod: str | int | None, text_key: str, special_tokens: bool = False) -> None:
         self.tokenizer = load_tokenizer(tokenizer, eod)
@@ -76,29 +76,29 @@ class Encoder:
         self._text_key = text_key
         self._dtype = token_dtype(self.tokenizer.vocab_size)
 
-    def __call__(self, task: Task) -> Encoded:
+    def __call__(self, task: EncodingTask) -> Encoded:
         parts: list[NDArray[Any]] = []
         lengths: list[int] = []
         sizes: list[int] = []
         in_pieces = 0
         beginning, end = (np.array(ids, dtype=self._dtype) for ids in (self.tokenizer.bos_ids, [self.eod]))
-        found = list(texts(task, self._text_key))
-        skipped = [item for item in found if isinstance(item, Skipped)]
-        documents = [item for item in found if isinstance(item, Document)]
+        items = list(texts(task, self._text_key))
+        skipped = [item for item in items if isinstance(item, Skipped)]
+        documents = [item for item in items if isinstance(item, Document)]
         ids = self._encode([document.text for document in documents if len(document.text) <= _PIECE_CHARS])
         for document in documents:
             pieces = [next(ids)] if len(document.text) <= _PIECE_CHARS else self._encode_long(document.text)
-            own = [piece for piece in pieces if len(piece)]
-            if not own:  # a normalizer may leave nothing of a text
+            pieces = [piece for piece in pieces if len(piece)]
+            if not pieces:  # a normalizer may leave nothing of a text
                 skipped.append(Skipped(document.name, "no tokens"))
                 continue
             # A text may spell its own beginning and end where special tokens are tokens: neither stands there twice.
-            if not (self.special_tokens and np.array_equal(own[0][: len(beginning)], beginning)):
-                own.insert(0, beginning)
-            if not (self.special_tokens and own[-1][-1] == self.eod):
-                own.append(end)
-            parts += own
-            lengths.append(sum(map(len, own)))
+            if not (self.special_tokens and np.array_equal(pieces[0][: len(beginning)], beginning)):
+                pieces.insert(0, beginning)
+            if not (self.special_tokens and pieces[-1][-1] == self.eod):
+                pieces.append(end)
+            parts += pieces
+            lengths.append(sum(map(len, pieces)))
             sizes.append(len(document.text.encode()))
             in_pieces += len(document.text) > _PIECE_CHARS
         tokens = np.concatenate(parts) if parts else end[:0]
@@ -167,7 +167,7 @@ def _end_with_parent(stop: Connection) -> None:
     os._exit(1)
 
 
-def _encode_task(task: Task) -> Encoded:
+def _encode_task(task: EncodingTask) -> Encoded:
     if _encoder is None:
         raise RuntimeError("_encode_task runs in workers only")
     return _encoder(task)
@@ -212,7 +212,7 @@ def prepare(
     warn_of_missing_rows(encoder.tokenizer)
     files, aside = find_files(inputs)
     total_bytes = sum(map(size_of, files))
-    formats = [recognise(file, text_key) for file in files]
+    formats = [recognize(file, text_key) for file in files]
     if not skip_unreadable:
         refuse_unreadable(files, formats)
     tasks = make_tasks(files, text_key, formats)
@@ -283,11 +283,11 @@ def _finish(
     writer: ShardWriter, encoder: Encoder, files: list[Path], skipped: Counter[str], tally: _Tally
 ) -> dict[str, Any]:
     counts = dict(sorted(skipped.items()))
-    said = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+    reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
     if tally.in_pieces:
         log(f"prepare: {tally.in_pieces} documents of more than {_PIECE_CHARS} characters were encoded in pieces.")
-    if said:
-        log(f"prepare: skipped {said}.")
+    if reasons:
+        log(f"prepare: skipped {reasons}.")
     rule = Tokenization(
         tokenizer_sha256=encoder.tokenizer.sha256,
         eod=encoder.eod,
@@ -303,7 +303,7 @@ def _finish(
     )
     if index["documents"] == 0:
         raise DataError(
-            f"inputs hold no document: {len(files)} files were read{f' ({said})' if said else ''}; "
+            f"inputs hold no document: {len(files)} files were read{f' ({reasons})' if reasons else ''}; "
             f"name files with text, or the right text_key."
         )
     _say_counts(encoder, index)
@@ -339,7 +339,9 @@ def _say_counts(encoder: Encoder, index: dict[str, Any]) -> None:
         log(f"prepare: {spelling:,} documents spell special tokens, which {how}; prompts are encoded alike.")
 
 
-def _encode_all(tasks: Iterator[Task], encoder: Encoder, text_key: str, workers: int) -> Generator[Encoded, None, None]:
+def _encode_all(
+    tasks: Iterator[EncodingTask], encoder: Encoder, text_key: str, workers: int
+) -> Generator[Encoded, None, None]:
     """The tasks' results in the tasks' order."""
     if workers == 1:
         with _one_thread():
@@ -369,7 +371,7 @@ def _encode_all(tasks: Iterator[Task], encoder: Encoder, text_key: str, workers:
 
 
 def _in_order(
-    submit: Callable[[Task], "Future[Encoded]"], tasks: Iterator[Task], ahead: int
+    submit: Callable[[EncodingTask], "Future[Encoded]"], tasks: Iterator[EncodingTask], ahead: int
 ) -> Generator[Encoded, None, None]:
     """Results in order, with at most `ahead` tasks under way or waiting to be written."""
     pending: deque[Future[Encoded]] = deque()

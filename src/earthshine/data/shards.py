@@ -34,7 +34,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes one folder of shards, document after document; `finish` completes it. Memory: 16 bytes a document of the
+    """Writes one folder of shards, document after document; `finish` completes it. Memory: 16 bytes per document of the
     open shard. Files are fsynced; making the folder visible is the caller's. A full disk raises DiskFullError.
     """
 
@@ -142,8 +142,8 @@ class TokenShards:
     def __init__(self, path: str | Path, verify: bool = True, vocab_size: int | None = None) -> None:
         """verify: also hash every file (about a second per GB). vocab_size: a model's; ids beyond it are refused.
 
-        Raises DataError for a folder that is no complete set of shards, a file of another size or hash than the index
-        says, or a token id that the model has no embedding for.
+        Raises DataError for an incomplete folder, a file of another size or hash than the index says, or a token id
+        that the model has no embedding for.
         """
         self.path = Path(path)
         self.index, self.fingerprint = read_index(self.path)
@@ -171,7 +171,7 @@ class TokenShards:
         self._first_document = np.cumsum([0] + [s["documents"] for s in self._shards])
 
     def lengths(self) -> NDArray[np.uint32]:
-        """Tokens of each document, its end-of-document token included, in file order: 4 bytes a document."""
+        """Tokens of each document, its end-of-document token included, in file order: 4 bytes per document."""
         lengths = np.empty(self.num_documents, dtype=np.uint32)
         for shard, idx, first in zip(self._shards, self._idx, self._first_document.tolist(), strict=False):
             starts = idx[::2]
@@ -188,16 +188,16 @@ class TokenShards:
         return ", ".join(words + ([f"{dropped:,} characters were left out as unknown (no <unk>)"] if dropped else []))
 
     def notes(self) -> list[str]:
-        """What a user should know of the shards before they are trained or evaluated on, as lines of a log."""
-        lost, found = self.lost(), []
+        """What a user should know about the shards before they are trained or evaluated on, as lines of a log."""
+        lost, notes = self.lost(), []
         if lost:
-            found.append(f"warning: {self.path}: {lost}; what was lost is not learned, and bits per byte are lossy.")
+            notes.append(f"warning: {self.path}: {lost}; what was lost is not learned, and bits per byte are lossy.")
         if not self.tokenization.recorded:
-            found.append(
+            notes.append(
                 f"{self.path} does not record how its texts became ids: as before it was recorded, a document ends at "
                 f"each end token (id {self.eod}), one inside a text included."
             )
-        return found
+        return notes
 
     def document_bytes(self, stop: int) -> int:
         """UTF-8 bytes of the texts of documents 0 to stop - 1."""

@@ -75,9 +75,9 @@ def unlike(rule: Tokenization, others: list[Tokenization]) -> str:
     others = [other for other in others if other.recorded]
     if not rule.recorded or not others:
         return ""
-    found = []
+    differences = []
     if rule.bos_ids not in [other.bos_ids for other in others]:
-        found.append(f"its documents begin with the ids {list(rule.bos_ids)}, not {list(others[0].bos_ids)}")
+        differences.append(f"its documents begin with the ids {list(rule.bos_ids)}, not {list(others[0].bos_ids)}")
     if rule.special_spellings not in [other.special_spellings for other in others]:
-        found.append(f"special tokens spelled in its texts are {rule.special_spellings}")
-    return " and ".join(found)
+        differences.append(f"special tokens spelled in its texts are {rule.special_spellings}")
+    return " and ".join(differences)

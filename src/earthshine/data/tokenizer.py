@@ -204,29 +204,29 @@ class Tokenizer:
             if not 0 <= int(token) < self.vocab_size:
                 raise ConfigError(f"{where}={token} is not an id of {self.path}: ids are 0 to {self.vocab_size - 1}.")
             return int(token)
-        found = self._backend.token_to_id(token)
-        if found is None:
+        number = self._backend.token_to_id(token)
+        if number is None:
             special = [t.content for t in self._backend.get_added_tokens_decoder().values()]
             raise ConfigError(f"{where}={token!r} is not a token of {self.path}.{nearest(token, special[:20])}")
-        return int(found)
+        return int(number)
 
 
 def warn_of_other_tokenizer(model_dir: str | Path, shards: str | Path, tokenizer_sha256: str) -> None:
-    """Say so when token shards were made with another file than the tokenizer.json of a model's directory.
+    """Log a warning when token shards were made with another file than the tokenizer.json of a model's directory.
 
     Ids that mean something else train and evaluate without an error. It is a warning because two files can hold the
     same vocabulary; a directory without a tokenizer says nothing.
     """
-    own = Path(model_dir) / "tokenizer.json"
-    if own.is_file() and sha256_file(own) != tokenizer_sha256:
+    file = Path(model_dir) / "tokenizer.json"
+    if file.is_file() and sha256_file(file) != tokenizer_sha256:
         log(
-            f"warning: {shards} was not made with {own}: unless the two files hold the same vocabulary, "
+            f"warning: {shards} was not made with {file}: unless the two files hold the same vocabulary, "
             f"losses and weights mean nothing."
         )
 
 
 def warn_of_missing_rows(tokenizer: Tokenizer) -> None:
-    """Say so when the model in the tokenizer's folder, where there is one, has fewer rows than the tokenizer ids."""
+    """Log a warning when a model in the tokenizer's folder has fewer rows than the tokenizer has ids."""
     try:
         rows = read_json(tokenizer.path.with_name("config.json"))["vocab_size"]
     except (OSError, ValueError, TypeError, KeyError):

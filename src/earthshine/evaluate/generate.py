@@ -30,7 +30,7 @@ def generate(
     Args:
         temperature: 0 takes the most likely token (ties: the smallest id); otherwise logits are divided by it.
         top_k: sample among the k most likely tokens only; 0 for all.
-        seed: of the sampling; the same seed gives the same text on the same machine.
+        seed: sampling seed; the same seed gives the same text on the same machine.
         eos_ids: ids that end the text; default: those of the model's config.
 
     Raises ConfigError for an empty prompt, an id outside the vocabulary, or more positions than the model has;

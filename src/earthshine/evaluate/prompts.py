@@ -28,12 +28,14 @@ class Prompts:
             raise ConfigError(f"tokenizer: {model} is a run, which holds none; name the one of its data (--tokenizer).")
         path = Path(tokenizer or model)
         self.tokenizer = load_tokenizer(path)
-        own = Path(model) / "tokenizer.json"
+        models_own = Path(model) / "tokenizer.json"
         if rule:
             fix = "Give the tokenizer that its data was prepared with (--tokenizer)."
             rule.require_tokenizer(self.tokenizer.sha256, f"tokenizer={self.tokenizer.path}", fix)
-        elif own.is_file() and sha256_file(own) != self.tokenizer.sha256:
-            log(f"warning: {path} is not {own}: unless the two hold the same vocabulary, the text means nothing.")
+        elif models_own.is_file() and sha256_file(models_own) != self.tokenizer.sha256:
+            log(
+                f"warning: {path} is not {models_own}: unless the two hold the same vocabulary, the text means nothing."
+            )
         if recorded:
             self.tokenizer = load_tokenizer(path, recorded.eod)  # so that no spelling in a text becomes it
         known = recorded if recorded and recorded.recorded else None

@@ -1,4 +1,4 @@
-"""`UpcycleConfig`: how a dense model becomes a mixture of experts. No torch."""
+"""`UpcycleConfig`: how a dense model becomes an MoE. No torch import."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ class UpcycleConfig:
 
     experts, top_k: experts per converted layer, and how many of them each token passes through (at least 2).
     layers: which feed-forward networks become MoE layers; empty means all.
-    router_std: standard deviation of the router's normally drawn rows. Not zero: equal logits would send every token
+    router_std: standard deviation of the router's initial weights. Not zero: equal logits would send every token
         to the first top_k experts.
-    seed: of everything drawn.
+    seed: seed for the router's initial weights.
     shared_intermediate_size: width of the shared expert, where the output class demands one: Qwen2-MoE, of a Qwen2, or
         of some layers of a Llama or Mistral. It is written as zeros: it adds nothing, and its gradient is zero.
     max_shard_gib: size of the output's files, in GiB; also the unit in which a killed conversion resumes.
@@ -37,7 +37,7 @@ class UpcycleConfig:
             )
         if self.top_k == 1:
             raise ConfigError(
-                "upcycle.top_k=1 would leave the router without a gradient for ever: the gate is a softmax over the "
+                "upcycle.top_k=1 would leave the router without a gradient forever: the gate is a softmax over the "
                 "chosen experts, and over a single one it is 1 whatever the router says. Take at least 2."
             )
         if len(set(self.layers)) != len(self.layers):

@@ -158,8 +158,8 @@ class UpcyclePlan:
 
     def _beside(self) -> str:
         """What travels beside the weights, who reads the tokenizer, and what the serving programs do not read."""
-        said = self.reading.sentence if self.reading else "no tokenizer"
-        lines = [f"beside the weights: {', '.join(self.files) or 'nothing'}", f"tokenizer: {said}"]
+        tokenizer = self.reading.sentence if self.reading else "no tokenizer"
+        lines = [f"beside the weights: {', '.join(self.files) or 'nothing'}", f"tokenizer: {tokenizer}"]
         return "\n".join([*lines, *(f"serving: {note}" for note in serving_notes(self.target_config) or [SERVED])])
 
     def to_json(self) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def plan_upcycle(dense_dir: str | Path, options: UpcycleConfig | None = None) ->
     target_config = upcycled_config(source_config, options)
     store = Store(dense_dir)
     match = match_tensors(store, source_config)
-    sources = {e.ours: match.places[e.hf].name for e in match.entries}
+    sources = {e.ours: match.locations[e.hf].name for e in match.entries}
     demanded = tuple(entries(target_config))
     targets = tuple(_target(entry, sources, store, options) for entry in demanded)
     files = tokenizer_and_license_files(dense_dir)

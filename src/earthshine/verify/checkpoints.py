@@ -44,12 +44,12 @@ def verify_checkpoint(run: str | Path, *, replay: bool = False, trust: bool = Fa
 
 def _rows(folder: Path, trust: bool) -> list[dict[str, Any]]:
     try:
-        found = manifests.read(folder)
-        manifests.check_files(found)
+        manifest = manifests.read(folder)
+        manifests.check_files(manifest)
     except CheckpointError as e:
         return [row(f"{folder.name}: damaged", 1, 0, str(e))]
-    hashes = row(f"{folder.name}: files that differ from the manifest", 0, 0, f"{len(found.files)} files")
-    if not (found.trusted or trust):
+    hashes = row(f"{folder.name}: files that differ from the manifest", 0, 0, f"{len(manifest.files)} files")
+    if not (manifest.trusted or trust):
         return [hashes, row(f"{folder.name}: not made here", 1, 0, "not read; --trust if you know where it is from")]
     checkpoint = run_store.latest(folder, trust=trust)
     assert checkpoint is not None

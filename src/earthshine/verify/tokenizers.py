@@ -35,16 +35,16 @@ TEXTS = (
 def tokenizer_rows(path: Path) -> list[dict[str, Any]]:
     """Rows about the tokenizer of a directory; none for a directory without one.
 
-    An upcycled directory's manifest says how its source was read: the same files, under that `model_type`, must give
+    An upcycled directory's record says how its source was read: the same files, under that `model_type`, must give
     the same ids. Where there is no such record, what AutoTokenizer makes of them is logged when it differs from
     tokenizer.json itself, which is what training here reads. A directory's own code is not run.
     """
     files = tokenizer_and_license_files(path)
-    manifest = _manifest(path)
-    rows = _unchanged(path, manifest)
+    record = _record(path)
+    rows = _unchanged(path, record)
     if not has_tokenizer(files):
         return rows
-    reading = _reading(manifest)
+    reading = _reading(record)
     if reading is not None and reading.own_code:
         log(f"{path}: its tokenizer is read by its own code, {reading.own_code}, which is not run here.")
         return rows
@@ -69,10 +69,10 @@ def tokenizer_rows(path: Path) -> list[dict[str, Any]]:
         return [*rows, _compared(before, after)]
 
 
-def _reading(manifest: dict[str, Any]) -> Reading | None:
-    """Who read the source's tokenizer; None when the manifest does not say so."""
+def _reading(record: dict[str, Any]) -> Reading | None:
+    """Who read the source's tokenizer; None when the record does not say so."""
     try:
-        return Reading(**manifest["tokenizer"])
+        return Reading(**record["tokenizer"])
     except (KeyError, TypeError):
         return None
 
@@ -142,17 +142,17 @@ def _log_other_reading(path: Path, theirs: Any) -> None:
         )
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _record(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(path / UPCYCLING)
+        record = read_json(path / UPCYCLING)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
-def _unchanged(path: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Whether the tokenizer's files are those that the manifest lists."""
-    listed = manifest.get("files")
+def _unchanged(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether the tokenizer's files are those that the record lists."""
+    listed = record.get("files")
     if not isinstance(listed, dict):
         return []
     names = [name for name in listed if is_tokenizer_file(name) and not name.endswith((".safetensors", ".index.json"))]

@@ -52,9 +52,11 @@ def verify_upcycle(
     rows = []
     if bf16:
         dense.compute_dtype = moe.compute_dtype = torch.bfloat16
-        own = mean_kl(dense32, logits_of(dense, tokens_BS))
+        dense_kl = mean_kl(dense32, logits_of(dense, tokens_BS))
         kl = mean_kl(dense32, logits_of(moe, tokens_BS))
-        rows.append(row("mean KL in bfloat16", kl, BF16_FACTOR * own, f"twice the dense model's own, {own:.2e}"))
+        rows.append(
+            row("mean KL in bfloat16", kl, BF16_FACTOR * dense_kl, f"twice the dense model's own, {dense_kl:.2e}")
+        )
         dense.compute_dtype = moe.compute_dtype = torch.float32
     dense64 = logits_of(in_float64(dense), tokens_BS)
     own_error = relative_difference(dense32, dense64)

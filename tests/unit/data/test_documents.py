@@ -115,7 +115,7 @@ def test_every_line_is_read_once_however_the_file_is_cut(
     [
         ('{"text": "a"', "a.jsonl, line 3 is not JSON"),
         ('{"txt": "a"}', "a.jsonl, line 3 has no key 'text' .text_key.. Did you mean 'txt'"),
-        ('["a"]', "a.jsonl, line 3 has no key 'text' .text_key.. It is no object"),
+        ('["a"]', "a.jsonl, line 3 has no key 'text' .text_key.. It is not an object"),
         ('{"text": 5}', "a.jsonl, line 3: 'text' .text_key. is a int, not text"),
     ],
 )

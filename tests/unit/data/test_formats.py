@@ -18,7 +18,7 @@ import zstandard
 
 from earthshine.data import documents, formats
 from earthshine.data.documents import Document, Skipped, find_files, make_tasks, texts
-from earthshine.data.formats import recognise
+from earthshine.data.formats import recognize
 from earthshine.data.prepare import prepare
 from earthshine.errors import DataError
 
@@ -124,7 +124,7 @@ def test_parquet_under_other_names(tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / name, compression=compression)
         assert read(tmp_path / name) == TEXTS
     packed = write(tmp_path / "e.parquet.zst", zstd((tmp_path / "b.parquet").read_bytes()))
-    assert recognise(packed, "text").reason == "compressed parquet"
+    assert recognize(packed, "text").reason == "compressed parquet"
 
 
 def tar(*names: str) -> bytes:
@@ -193,7 +193,7 @@ UNREAD = {
 @pytest.mark.parametrize("name", UNREAD)
 def test_what_looks_like_data_and_is_not_read(tmp_path: Path, name: str) -> None:
     raw, reason = UNREAD[name]
-    form = recognise(write(tmp_path / name, raw), "text")
+    form = recognize(write(tmp_path / name, raw), "text")
     assert (form.kind, form.reason) == ("none", reason)
     assert form.fix
 
@@ -210,7 +210,7 @@ def test_what_looks_like_data_and_is_not_read(tmp_path: Path, name: str) -> None
     ],
 )
 def test_what_is_no_data(tmp_path: Path, name: str, raw: bytes) -> None:
-    form = recognise(write(tmp_path / name, raw), "text")
+    form = recognize(write(tmp_path / name, raw), "text")
     assert (form.kind, form.fix) == ("none", "")
 
 

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 
 from earthshine.data import prepare as module
-from earthshine.data.documents import Task
+from earthshine.data.documents import EncodingTask
 from earthshine.data.prepare import Encoded, prepare
 from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.data.tokenizer import load_tokenizer
@@ -347,16 +347,16 @@ def test_killed_parent_takes_its_workers_along(tmp_path: Path, tokenizer_dir: Pa
 
 def test_results_come_in_order_and_few_are_held() -> None:
     """A slow first task holds back the others' results; meanwhile no more than `ahead` tasks are begun."""
-    begun: list[Task] = []
+    begun: list[EncodingTask] = []
 
-    def submit(task: Task) -> "Future[Encoded]":
+    def submit(task: EncodingTask) -> "Future[Encoded]":
         begun.append(task)
         future: Future[Encoded] = Future()
         none = np.empty(0, dtype=np.int64)
         future.set_result(Encoded(task.input_bytes, none, none, none, (), 0))
         return future
 
-    results = module._in_order(submit, (Task(i) for i in range(20)), ahead=4)
+    results = module._in_order(submit, (EncodingTask(i) for i in range(20)), ahead=4)
     for i, result in enumerate(results):
         assert result.input_bytes == i
         assert len(begun) <= i + 4
