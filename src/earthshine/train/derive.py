@@ -96,7 +96,8 @@ class Derived:
         return table(("derived", "value"), rows)
 
     def _clipping(self) -> str:
-        return f"attention logits above {self.qk_clip_threshold:g}, in {len(self.qk_clip_layers)} layers"
+        layers = len(self.qk_clip_layers)
+        return f"attention logits above {self.qk_clip_threshold:g}, in {layers} layer{'s' if layers > 1 else ''}"
 
 
 def derive(job: TrainJob, world: int = 1, model: ModelConfig | None = None) -> Derived:

@@ -204,7 +204,7 @@ def test_what_is_clipped_is_said(
     frozen = job("grouped", 0.5, {"freeze": ("blocks.0.attn.k_proj.*",)})
     fit(frozen, tmp_path, stop_after=1)
     err = capsys.readouterr().err
-    assert "attention logits above 0.5, in 1 layers" in err
+    assert "attention logits above 0.5, in 1 layer\n" in err
     assert "warning: optimizer.freeze keeps queries or keys of layers 0: QK-Clip leaves these layers alone" in err
     (line,) = steps(tmp_path)
     step_line = next(one for one in err.splitlines() if one.startswith("step "))
