@@ -78,8 +78,8 @@ $(VENV)/.dev-installed: $(VENV)/.demo-installed
 	@touch $@
 
 $(VENV)/.trainers-installed: $(VENV)/.dev-installed
-	@echo "Installing other people's trainers, in which Muon is tested"
-	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev,trainers]'
+	@echo "Installing other people's trainers, in which Muon is tested, and what builds the documentation"
+	@$(PIP) -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[demo,track,dev,trainers,docs]'
 	@touch $@
 
 $(VENV)/.bench-installed: $(VENV)/.dev-installed
