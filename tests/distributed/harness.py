@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -64,7 +65,8 @@ class World:
         """What the task returned on each rank. WorkerError when a rank raised, died, or did not answer in time."""
         __tracebackhide__ = True
         name = task.__module__.rpartition(".")[2]
-        message = pickle.dumps((name, task.__name__, args))
+        folder = str(Path(task.__code__.co_filename).parent)
+        message = pickle.dumps((folder, name, task.__name__, args))
         for pipe in self._pipes:
             pipe.send_bytes(message)
         answers: dict[int, tuple[str, Any]] = {}
@@ -191,7 +193,9 @@ def _serve(rank: int, size: int, folder: str, pipe: Any) -> None:
 
 def _answer(message: bytes) -> tuple[str, Any]:
     try:
-        module, name, args = pickle.loads(message)
+        folder, module, name, args = pickle.loads(message)
+        if sys.path[0] != folder:  # other folders of tests are on the path too, and may have a module of that name
+            sys.path.insert(0, folder)
         return "ok", getattr(importlib.import_module(module), name)(*args)
     except BaseException:
         return "error", traceback.format_exc()
