@@ -45,7 +45,7 @@ def moonlight_tiny() -> ModelConfig:
             intermediate_size=88,
             layers=(1, 2),
             gate="sigmoid_bias",
-            routed_scaling=1.730,  # `ops.routing.gate_scaling` of (32, 3)
+            routed_scaling=1.730,  # Moonlight's appendix C for (32, 3), recomputed in its test
             shared_intermediate_size=88,
             shared_gated=False,
         ),

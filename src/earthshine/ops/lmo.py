@@ -61,13 +61,13 @@ def row_rms(G_MN: Tensor) -> Tensor:
     return _unit(G_MN, -1).mul_(math.sqrt(G_MN.shape[-1]))
 
 
-def sign(G_MN: Tensor, *, normalized: bool = False) -> Tensor:
-    """Signs of the elements; sign(0) = 0. Of the max norm; with `normalized`, sign(G) / N.
+def sign(G_MN: Tensor) -> Tensor:
+    """Signs of the elements; sign(0) = 0. Of the max norm. Takes any shape; G's own dtype.
 
-    Scion takes sign(G) / d_in for the output layer [V, D], d_in = D = N: the norm from RMS to infinity, max over i, j
-    of d_in |W_ij|. Takes [..., M, N]; G's own dtype.
+    Scion takes sign(G) / d_in for the output layer [V, D], d_in = D: the norm from RMS to infinity, max over i, j of
+    d_in |W_ij|. Here the result has RMS 1, like the other directions, and `update_rms` scales them all.
     """
-    return G_MN.sign().div_(G_MN.shape[-1]) if normalized else G_MN.sign()
+    return G_MN.sign()
 
 
 def rms(g: Tensor, squares: Tensor | None = None, count: int | None = None) -> Tensor:

@@ -108,21 +108,6 @@ def _largest(x_TE: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, -1)
 
 
-def gate_scaling(num_experts: int, top_k: int, num_samples: int = 1 << 17) -> float:
-    """The factor that gives the routed experts' sum the size of one expert's output (Moonlight, arXiv:2502.16982,
-    appendix C): the mean of 1/||p||_2 over random N(0, 1) logits, p being their `top_k` sigmoids, renormalized.
-
-    2.446 for 64 experts, 6 of them chosen. A seeded mean of `num_samples`, so the same number in every call.
-    """
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
-    for samples in torch.arange(num_samples).split(1 << 14):  # bounds memory
-        logits_TE = torch.randn(len(samples), num_experts, generator=generator)
-        p_TK = logits_TE.topk(top_k, -1).values.sigmoid()
-        total += float((p_TK.sum(-1) / p_TK.norm(dim=-1)).double().sum())
-    return total / num_samples
-
-
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """What the presets are: published sizes are in test_counts; here that the small ones have the shape of the large."""
 
 import pytest
+import torch
 
 from earthshine.errors import ConfigError
 from earthshine.model.presets import (
@@ -13,7 +14,6 @@ from earthshine.model.presets import (
     moonlight_tiny,
     preset,
 )
-from earthshine.ops.routing import gate_scaling
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -44,6 +44,34 @@ def test_small_presets_have_the_shape_of_the_large_ones() -> None:
         for c in (small, large)
     ]
     assert ratios[0] == ratios[1]
+
+
+def gate_scaling(num_experts: int, top_k: int, num_samples: int = 1 << 17) -> float:
+    """The factor that gives the routed experts' sum the size of one expert's output (Moonlight, arXiv:2502.16982,
+    appendix C): the mean of 1/||p||_2 over random N(0, 1) logits, p being their `top_k` sigmoids, renormalized.
+
+    2.446 for 64 experts, 6 of them chosen. A seeded mean of `num_samples`, so the same number in every call.
+    """
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for samples in torch.arange(num_samples).split(1 << 14):  # bounds memory
+        logits_TE = torch.randn(len(samples), num_experts, generator=generator)
+        p_TK = logits_TE.topk(top_k, -1).values.sigmoid()
+        total += float((p_TK.sum(-1) / p_TK.norm(dim=-1)).double().sum())
+    return total / num_samples
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "published"),
+    [(64, 6, 2.446), (8, 2, 1.409), (16, 2, 1.412), (16, 4, 1.991), (32, 4, 1.997), (64, 8, 2.823)],
+)
+def test_gate_scaling_is_moonlights(num_experts: int, top_k: int, published: float) -> None:
+    """Three digits after the point, as printed, and the sampling error of 2^17 samples."""
+    scaling = gate_scaling(num_experts, top_k)
+    assert abs(scaling - published) < 0.001
+    if (num_experts, top_k) == (64, 6):
+        assert round(scaling, 3) == 2.446
+        assert scaling == gate_scaling(num_experts, top_k)
 
 
 @pytest.mark.parametrize("make", [moonlight_tiny, moonlight_16b_a3b])

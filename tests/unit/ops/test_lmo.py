@@ -104,7 +104,6 @@ def test_rows_are_columns_of_scions_input_table() -> None:
 def test_signs() -> None:
     G = torch.tensor([[-2.0, 0.0, 1e-30], [3.0, -1e-30, 5.0]])
     assert torch.equal(sign(G), torch.tensor([[-1.0, 0, 1], [1, -1, 1]]))
-    torch.testing.assert_close(sign(G, normalized=True) * 3, sign(G))  # sign / d_in, the output layer's
 
 
 def test_rms_of_a_vector_and_of_its_parts() -> None:
