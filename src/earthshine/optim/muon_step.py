@@ -9,6 +9,7 @@ Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall ma
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from earthshine.optim.logical_matrices import Spec
 from earthshine.optim.measure import Measure
 from earthshine.optim.rounding import NEAREST, Noise
 from earthshine.optim.sharding import traffic
-from earthshine.optim.sharding.batches import Batch, MatrixPlan, Place, Rect, Segment, Transfer
+from earthshine.optim.sharding.batches import Batch, MatrixPlan, Transfer
 from earthshine.optim.sharding.exchange import Message
 from earthshine.optim.sharding.layout import to_local
+from earthshine.optim.sharding.pieces import Piece
 
 
 class MuonStep(GroupStep):
@@ -130,63 +132,66 @@ class _Run:
             if view.data_ptr() != weight.data_ptr():
                 weight.copy_(view.view(weight.shape))
 
-    def momentum(self, rects: Sequence[Rect]) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """G and the new M of each of some rectangles."""
-        grads, sums = [r.of(self.grads) for r in rects], [r.of(self.sums) for r in rects]
+    def momentum(self, pieces: Sequence[Piece]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """G and the new M of each of some pieces."""
+        grads, sums = [p.of(self.grads) for p in pieces], [p.of(self.sums) for p in pieces]
         return grads, rules.momentum_(sums, grads, self.group["momentum"], self.plan.acc_dtype)
 
     # ------------------------------------------------------------------------------------------------ local matrices
 
     def local_batch(self, batch: Batch) -> None:
-        present = [(rect, place) for rect, place in batch.sources if rect.param in self.grads]
+        present = [(piece, slot) for piece, slot in batch.sources if piece.param in self.grads]
         if not present:
             return
-        rects = [rect for rect, _ in present]
-        grads, sums = self.momentum(rects)
+        pieces = [piece for piece, _ in present]
+        grads, sums = self.momentum(pieces)
         X_BSL = self._new_batch(batch, complete=len(present) == len(batch.sources))
-        for (rect, place), g, m in zip(present, grads, sums, strict=True):
-            X_CMN = batch.part(X_BSL, place, rect.count, rect.rows, rect.cols)
-            rules.direction_(X_CMN, g, m, self.group)
+        for (piece, slot), g, m in zip(present, grads, sums, strict=True):
+            rules.direction_(piece.in_batch(X_BSL, slot), g, m, self.group)
         busy_B = self._flags(batch)
         if busy_B is not None:
-            for (rect, place), g in zip(present, grads, strict=True):
-                busy_B[place.slot : place.slot + rect.count] |= (g != 0).flatten(1).any(dim=1)
+            for (piece, slot), g in zip(present, grads, strict=True):
+                busy_B[slot : slot + piece.count] |= (g != 0).flatten(1).any(dim=1)
         moment_BL = self._moments(batch)
-        rows = [] if moment_BL is None else [_rows(moment_BL, place, rect.count, rect.rows) for rect, place in present]
-        for (rect, _), rows_CM in zip(present, rows, strict=False):
-            rows_CM.copy_(rect.rows_of(self.moments))
+        rows = [] if moment_BL is None else [piece.rows_in_batch(moment_BL, slot) for piece, slot in present]
+        for piece, rows_CR in zip(pieces, rows, strict=False):
+            rows_CR.copy_(piece.rows_of(self.moments))
         O_BSL = self._update(X_BSL, batch, busy_B, moment_BL)
-        updates = [batch.part(O_BSL, place, rect.count, rect.rows, rect.cols) for rect, place in present]
-        self._apply(rects, updates, [batch.shapes[place.slot] for _, place in present])
-        for (rect, _), rows_CM in zip(present, rows, strict=False):
-            rect.rows_of(self.moments).copy_(rows_CM)
+        self._apply(pieces, [piece.in_batch(O_BSL, slot) for piece, slot in present])
+        for piece, rows_CR in zip(pieces, rows, strict=False):
+            piece.rows_of(self.moments).copy_(rows_CR)
 
     # ----------------------------------------------------------------------------------------------- spread matrices
 
     def send(self, t: Transfer) -> tuple[Message, Message | None]:
-        """Momentum of this rank's rectangles of a bucket; directions and statistics set out for the owners."""
-        present = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
-        grads, sums = self.momentum([rect for rect, _ in present])
-        make = torch.empty if len(present) == len(t.outgoing) else torch.zeros
+        """Momentum of this rank's pieces of a bucket; directions and statistics set out for the owners."""
+        present = [piece.param in self.grads for piece in t.outgoing]
+        grads, sums = self.momentum(list(compress(t.outgoing, present)))
+        make = torch.empty if all(present) else torch.zeros
         buffer = make(sum(t.sends), dtype=self.plan.comm_dtype, device=self.plan.device)
-        for (_, segment), g, m in zip(present, grads, sums, strict=True):
-            rules.direction_(segment.of(buffer), g, m, self.group)
+        for out, g, m in zip(compress(_split(buffer, t.outgoing), present), grads, sums, strict=True):
+            rules.direction_(out, g, m, self.group)
         stats = None
         if self.plan.flags or self.plan.moments:
-            buffer_stats = torch.zeros(sum(t.stats_sends), dtype=torch.float32, device=self.plan.device)
-            for (_, segment), g in zip(present, grads, strict=True) if self.plan.flags else ():
-                buffer_stats[segment.stats_offset] = (g != 0).any()
-            for rect, segment in t.outgoing if self.plan.moments else ():
-                self._row_stats(buffer_stats, segment).copy_(rect.rows_of(self.moments)[0])
-            stats = self._message(t, buffer_stats, t.stats_sends, t.stats_receives)
+            stats_buffer = torch.zeros(sum(t.stats_sends), dtype=torch.float32, device=self.plan.device)
+            of_each = self._split_stats(stats_buffer, t.outgoing)
+            for stats_of_piece, g in zip(compress(of_each, present), grads, strict=True) if self.plan.flags else ():
+                stats_of_piece[0] = (g != 0).any()
+            for piece, stats_of_piece in zip(t.outgoing, of_each, strict=True) if self.plan.moments else ():
+                self._rows(stats_of_piece).copy_(piece.rows_of(self.moments)[0])
+            stats = self._message(t, stats_buffer, t.stats_sends, t.stats_receives)
         return self._message(t, buffer, t.sends, t.receives), stats
 
     def orthogonalize_owned(self, t: Transfer, messages: tuple[Message, Message | None]) -> Callable[[], None]:
-        """Orthogonalize what arrives here and send it back; the result applies what comes back to this rank."""
+        """Orthogonalize what arrives and send it back; the result applies what comes back to this rank."""
         arrived, stats = messages[0].wait(), messages[1].wait() if messages[1] is not None else None
         back = torch.empty_like(arrived)
-        for batch in t.owned:
-            self._owned_batch(batch, arrived, stats, back)
+        pieces, updates = _split(arrived, t.incoming), _split(back, t.incoming)
+        stats_of = self._split_stats(stats, t.incoming) if stats is not None else []
+        for batch, numbers in t.owned:
+            received = [pieces[n] for n in numbers]
+            returning = [updates[n] for n in numbers]
+            self._owned_batch(batch, received, [stats_of[n] for n in numbers if stats_of], returning)
         returned = self._message(t, back, t.receives, t.sends)
         moments = None
         if stats is not None and self.plan.moments:
@@ -194,33 +199,40 @@ class _Run:
 
         def apply() -> None:
             update, rows = returned.wait(), moments.wait() if moments is not None else None
-            present = [(rect, segment) for rect, segment in t.outgoing if rect.param in self.grads]
-            shapes = [segment.shape for _, segment in present]
-            self._apply([rect for rect, _ in present], [segment.of(update) for _, segment in present], shapes)
+            present = [piece.param in self.grads for piece in t.outgoing]
+            self._apply(list(compress(t.outgoing, present)), list(compress(_split(update, t.outgoing), present)))
             if rows is not None:
-                for rect, segment in t.outgoing:
-                    rect.rows_of(self.moments)[0] = self._row_stats(rows, segment)
+                for piece, stats_of_piece in zip(t.outgoing, self._split_stats(rows, t.outgoing), strict=True):
+                    piece.rows_of(self.moments)[0] = self._rows(stats_of_piece)
 
         return apply
 
-    def _owned_batch(self, batch: Batch, arrived: Tensor, stats: Tensor | None, back: Tensor) -> None:
-        """Matrices that arrived in pieces; `stats` then holds their new statistics, `back` their updates."""
+    def _owned_batch(
+        self, batch: Batch, received: Sequence[Tensor], stats: Sequence[Tensor], returning: Sequence[Tensor]
+    ) -> None:
+        """Matrices that arrived in pieces; `stats` then holds their new statistics, `returning` their updates."""
         X_BSL, busy_B, moment_BL = self._new_batch(batch, complete=True), self._flags(batch), self._moments(batch)
-        for segment, place in batch.sources:
-            batch.part(X_BSL, place, 1, segment.rows, segment.cols).copy_(segment.of(arrived))
-            if busy_B is not None and stats is not None:
-                busy_B[place.slot] |= stats[segment.stats_offset] > 0
-            if moment_BL is not None and stats is not None:
-                _rows(moment_BL, place, 1, segment.rows)[0] = self._row_stats(stats, segment)
+        for (piece, slot), part in zip(batch.sources, received, strict=True):
+            piece.in_batch(X_BSL, slot).copy_(part)
+        for (piece, slot), stats_of_piece in zip(batch.sources, stats, strict=False):
+            if busy_B is not None:
+                busy_B[slot] |= stats_of_piece[0] > 0
+            if moment_BL is not None:
+                piece.rows_in_batch(moment_BL, slot)[0] = self._rows(stats_of_piece)
         O_BSL = self._update(X_BSL, batch, busy_B, moment_BL)
-        for segment, place in batch.sources:
-            segment.of(back).copy_(batch.part(O_BSL, place, 1, segment.rows, segment.cols))
-            if moment_BL is not None and stats is not None:
-                self._row_stats(stats, segment).copy_(_rows(moment_BL, place, 1, segment.rows)[0])
+        for (piece, slot), part in zip(batch.sources, returning, strict=True):
+            part.copy_(piece.in_batch(O_BSL, slot))
+        for (piece, slot), stats_of_piece in zip(batch.sources, stats, strict=False):
+            if moment_BL is not None:
+                self._rows(stats_of_piece).copy_(piece.rows_in_batch(moment_BL, slot)[0])
 
-    def _row_stats(self, stats: Tensor, segment: Segment) -> Tensor:
-        start = segment.stats_offset + int(self.plan.flags)
-        return stats[start : start + segment.rows]
+    def _split_stats(self, stats: Tensor, pieces: Sequence[Piece]) -> Sequence[Tensor]:
+        """The statistics of each piece: its flag, and a second moment per row, as far as they are asked for."""
+        parts: Sequence[Tensor] = stats.split([self.plan.num_stats(piece) for piece in pieces])
+        return parts
+
+    def _rows(self, stats_of_piece: Tensor) -> Tensor:
+        return stats_of_piece[int(self.plan.flags) :]
 
     def _message(self, t: Transfer, buffer: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Message:
         message = Message(t.shard_group.ranks, buffer, sends, receives, t.shard_group.position)
@@ -253,23 +265,25 @@ class _Run:
         self.norms.append((norms_B, [(rules.scale(self.group, M, N), M * N) for M, N in batch.shapes]))
         return O_BSL
 
-    def _apply(self, rects: Sequence[Rect], updates: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
+    def _apply(self, pieces: Sequence[Piece], updates: Sequence[Tensor]) -> None:
         """W <- W - lr wd W - lr s O, those of one scale s together."""
         lr = float(self.group["lr"])
         by_scale: dict[float, tuple[list[Tensor], list[Tensor], list[Noise | None]]] = {}
-        for rect, update, shape in zip(rects, updates, shapes, strict=True):
-            weights, changes, noises = by_scale.setdefault(rules.scale(self.group, *shape), ([], [], []))
-            weights.append(rect.of(self.weights))
+        for piece, update in zip(pieces, updates, strict=True):
+            scale = rules.scale(self.group, *piece.matrix)
+            weights, changes, noises = by_scale.setdefault(scale, ([], [], []))
+            weights.append(piece.of(self.weights))
             changes.append(update)
-            noises.append(rect.noise(self.noises))
+            noises.append(piece.noise(self.noises))
         for scale, (weights, changes, noises) in by_scale.items():
             decay, cautious = lr * self.group["weight_decay"], self.group["cautious_weight_decay"]
             rules.step_(weights, changes, lr * scale, decay, cautious, noises)
 
 
-def _rows(moment_BL: Tensor, place: Place, count: int, rows: int) -> Tensor:
-    """One value per row of the rectangles at a place, [count, rows], the same memory."""
-    return moment_BL.narrow(0, place.slot, count).narrow(1, place.row, rows)
+def _split(message: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+    """The pieces of a message, [1, rows, cols] each, the same memory."""
+    parts = message.split([piece.numel for piece in pieces])
+    return [part.view(1, *piece.size) for part, piece in zip(parts, pieces, strict=True)]
 
 
 def _measure(norms: Sequence[tuple[Tensor, Sequence[tuple[float, int]]]]) -> Measure:

@@ -2,8 +2,8 @@
 
 Made at construction from shapes and layouts alone, never from values: every rank of a shard group sends and receives
 the same messages whatever gradients it has. A matrix that is whole here is local: it goes into a batch with others of
-its shape. Of a matrix that is spread over ranks every holder sends its blocks to the owner (`ownership`), and
-gets the same blocks of the update back: messages are mirror images of each other.
+its shape. Of a matrix that is spread over ranks every holder sends its pieces to the owner (`ownership`), and
+gets the same pieces of the update back: messages are mirror images of each other.
 
 Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall matrices lie in a batch transposed.
 """
@@ -15,71 +15,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from earthshine.device import resolve_ns_dtype
 from earthshine.ops.orthogonalize import matrices_per_batch, resolve_method
 from earthshine.optim.logical_matrices import logical_matrices
-from earthshine.optim.rounding import Noise
 from earthshine.optim.sharding.exchange import check_agreement, send_order
 from earthshine.optim.sharding.local_shards import LocalShards
-from earthshine.optim.sharding.ownership import Block, Bucket, ShardGroupPlan, Task, plan_ownership
+from earthshine.optim.sharding.ownership import Bucket, ShardGroupPlan, Task, plan_ownership
+from earthshine.optim.sharding.pieces import Piece
 
 # Entries of a group that processes may hold differently, or that say nothing about the plan.
 _NOT_COMPARED = ("params", "param_names", "lr", "initial_lr")
 
 
 @dataclass(frozen=True)
-class Rect:
-    """`count` rectangles, one below the other, of rows x cols in the 2-D view of a parameter's local shard.
-
-    step: from each of their columns to the next.
-    """
-
-    param: int
-    row: int
-    col: int
-    rows: int
-    cols: int
-    count: int = 1
-    step: int = 1
-
-    def of(self, views: Mapping[int, Tensor]) -> Tensor:
-        """[count, rows, cols], the same memory."""
-        view, height = views[self.param], self.count * self.rows
-        if view.shape != (height, self.cols):
-            stop = self.col + (self.cols - 1) * self.step + 1
-            view = view[self.row : self.row + height, self.col : stop : self.step]
-        return view.view(self.count, self.rows, self.cols)
-
-    def noise(self, noises: Mapping[int, Noise]) -> Noise | None:
-        """How these elements of a weight are rounded; None where that is to nearest."""
-        noise = noises.get(self.param)
-        return noise and noise.part(self.row, self.col, self.count * self.rows, self.cols)
-
-    def rows_of(self, views: Mapping[int, Tensor]) -> Tensor:
-        """[count, rows] of a view with one value per row."""
-        return views[self.param].narrow(0, self.row, self.count * self.rows).view(self.count, self.rows)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where rectangles belong in a batch: from matrix `slot` on, at this row and column of the matrix as it is."""
-
-    slot: int
-    row: int
-    col: int
-
-
-@dataclass(frozen=True)
 class Batch:
     """Matrices that are orthogonalized together: (rows, cols) per slot, all with the same S and L.
 
-    sources: what fills it, rectangles of local shards, or segments of a message.
+    sources: the pieces that fill it, each from its slot on.
     """
 
     shapes: tuple[tuple[int, int], ...]
-    sources: tuple[tuple[Any, Place], ...]
+    sources: tuple[tuple[Piece, int], ...]
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -94,42 +51,24 @@ class Batch:
             yield slice(first, last), shape
             first = last
 
-    def part(self, X_BSL: Tensor, place: Place, count: int, rows: int, cols: int) -> Tensor:
-        """The rectangles at a place as [count, rows, cols], the same memory."""
-        M, N = self.shapes[place.slot]
-        part = X_BSL.narrow(0, place.slot, count)
-        part = part.mT if M > N else part
-        if (rows, cols) == (M, N):
-            return part
-        return part.narrow(1, place.row, rows).narrow(2, place.col, cols)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A rectangle of a matrix of this shape in a message, from element `offset` on; its statistics in theirs."""
-
-    offset: int
-    stats_offset: int
-    rows: int
-    cols: int
-    shape: tuple[int, int]
-
-    def of(self, message: Tensor) -> Tensor:
-        """[1, rows, cols], the same memory."""
-        return message.narrow(0, self.offset, self.rows * self.cols).view(1, self.rows, self.cols)
-
 
 @dataclass(frozen=True)
 class Transfer:
-    """One bucket as this rank sees it. Messages are mirror images: what went out comes back in the same order."""
+    """One bucket as this rank sees it. Messages are mirror images: what went out comes back in the same order.
+
+    outgoing, incoming: pieces in the order in which they lie in a message, nothing between them.
+    sends, receives: elements per position of the shard group; with `stats_`, the fp32 statistics beside the pieces.
+    owned: the batches of what arrives, each with the numbers of its pieces in `incoming`.
+    """
 
     shard_group: ShardGroupPlan
-    outgoing: tuple[tuple[Rect, Segment], ...]
+    outgoing: tuple[Piece, ...]
+    incoming: tuple[Piece, ...]
     sends: tuple[int, ...]
     receives: tuple[int, ...]
     stats_sends: tuple[int, ...]
     stats_receives: tuple[int, ...]
-    owned: tuple[Batch, ...]
+    owned: tuple[tuple[Batch, tuple[int, ...]], ...]
 
 
 class MatrixPlan:
@@ -180,83 +119,74 @@ class MatrixPlan:
         return max((plan.imbalance for plan in self.shard_groups if len(plan.ranks) > 1), default=1.0)
 
     def _local_batches(self, plan: ShardGroupPlan) -> Iterator[Batch]:
-        """Whole matrices by (S, L), cut to fit the cache; neighbors in one local shard become one rectangle."""
-        by_shape: dict[tuple[int, int], list[tuple[Task, tuple[Any, ...]]]] = {}
-        for task in plan.local:
-            key = (min(task.M, task.N), max(task.M, task.N))
-            if key[0]:
-                by_shape.setdefault(key, []).append((task, plan.pieces(task, plan.position)))
-        for (S, L), tasks in by_shape.items():
-            capacity = matrices_per_batch(S, L, self.ns_dtype, self.device)
-            for start in range(0, len(tasks), capacity):
-                yield _batch(tasks[start : start + capacity])
+        """Whole matrices in batches; neighbors in one local shard become one piece."""
+        for tasks in self._in_batches([task for task in plan.local if task.M and task.N]):
+            sources: list[tuple[Piece, int]] = []
+            for slot, task in enumerate(tasks):
+                for piece in plan.pieces(task, plan.position):
+                    if not sources or not _extend(sources, piece, slot):
+                        sources.append((piece, slot))
+            yield Batch(tuple((task.M, task.N) for task in tasks), tuple(sources))
 
     def _transfer(self, plan: ShardGroupPlan, bucket: Bucket) -> Transfer:
-        me, order = plan.position, send_order(plan.ranks)
-        outgoing: list[tuple[Rect, Segment]] = []
-        sends, stats_sends = [0] * len(order), [0] * len(order)
-        at = stats_at = 0
-        by_owner: dict[int, list[Task]] = {}
+        position, order = plan.position, send_order(plan.ranks)
+        by_owner: dict[int, list[Task]] = {k: [] for k in order}
         for task in bucket.tasks:
-            by_owner.setdefault(task.owner, []).append(task)
+            by_owner[task.owner].append(task)
+        owned = by_owner[position]
+        outgoing: list[Piece] = []
+        incoming: list[Piece] = []
+        numbers: dict[Task, list[int]] = {task: [] for task in owned}  # of a task's pieces in `incoming`
+        sends, receives, stats_sends, stats_receives = ([0] * len(order) for _ in range(4))
         for k in order:
-            for task in by_owner.get(k, ()):
-                for b in plan.pieces(task, me):
-                    rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols, step=b.step)
-                    outgoing.append((rect, Segment(at, stats_at, b.rows, b.cols, (task.M, task.N))))
-                    at, stats_at = at + b.rows * b.cols, stats_at + self._num_stats(b.rows)
-                    sends[k] += b.rows * b.cols
-                    stats_sends[k] += self._num_stats(b.rows)
-        mine = by_owner.get(me, [])
-        receives, stats_receives = [0] * len(order), [0] * len(order)
-        segments: dict[int, list[tuple[Segment, int, int]]] = {n: [] for n in range(len(mine))}
-        at = stats_at = 0
-        for k in order:
-            for n, task in enumerate(mine):
-                for b in plan.pieces(task, k):
-                    segments[n].append((Segment(at, stats_at, b.rows, b.cols, (task.M, task.N)), b.row, b.col))
-                    at, stats_at = at + b.rows * b.cols, stats_at + self._num_stats(b.rows)
-                    receives[k] += b.rows * b.cols
-                    stats_receives[k] += self._num_stats(b.rows)
-        owned = tuple(self._owned_batches(mine, segments))
+            leaving = [piece for task in by_owner[k] for piece in plan.pieces(task, position)]
+            outgoing += leaving
+            sends[k], stats_sends[k] = sum(p.numel for p in leaving), sum(map(self.num_stats, leaving))
+            start = len(incoming)
+            for task in owned:
+                for piece in plan.pieces(task, k):
+                    numbers[task].append(len(incoming))
+                    incoming.append(piece)
+            arriving = incoming[start:]
+            receives[k], stats_receives[k] = sum(p.numel for p in arriving), sum(map(self.num_stats, arriving))
+        batches = []
+        for tasks in self._in_batches(owned):
+            members = [(slot, number) for slot, task in enumerate(tasks) for number in numbers[task]]
+            sources = tuple((incoming[number], slot) for slot, number in members)
+            shapes = tuple((task.M, task.N) for task in tasks)
+            batches.append((Batch(shapes, sources), tuple(number for _, number in members)))
         return Transfer(
-            plan, tuple(outgoing), tuple(sends), tuple(receives), tuple(stats_sends), tuple(stats_receives), owned
+            plan,
+            tuple(outgoing),
+            tuple(incoming),
+            tuple(sends),
+            tuple(receives),
+            tuple(stats_sends),
+            tuple(stats_receives),
+            tuple(batches),
         )
 
-    def _owned_batches(
-        self, tasks: Sequence[Task], segments: Mapping[int, list[tuple[Segment, int, int]]]
-    ) -> Iterator[Batch]:
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for n, task in enumerate(tasks):
-            by_shape.setdefault((min(task.M, task.N), max(task.M, task.N)), []).append(n)
-        for (S, L), members in by_shape.items():
+    def _in_batches(self, tasks: Sequence[Task]) -> Iterator[Sequence[Task]]:
+        """Tasks of one (S, L) together, cut to fit the cache."""
+        by_size: dict[tuple[int, int], list[Task]] = {}
+        for task in tasks:
+            by_size.setdefault((min(task.M, task.N), max(task.M, task.N)), []).append(task)
+        for (S, L), members in by_size.items():
             capacity = matrices_per_batch(S, L, self.ns_dtype, self.device)
             for start in range(0, len(members), capacity):
-                part = members[start : start + capacity]
-                shapes = tuple((tasks[n].M, tasks[n].N) for n in part)
-                sources = tuple(
-                    (segment, Place(slot, row, col)) for slot, n in enumerate(part) for segment, row, col in segments[n]
-                )
-                yield Batch(shapes, sources)
+                yield members[start : start + capacity]
 
-    def _num_stats(self, rows: int) -> int:
-        """fp32 numbers that accompany a block: whether its gradient is anything but zero; NorMuon's moment per row."""
-        return int(self.flags) + rows * int(self.moments)
+    def num_stats(self, piece: Piece) -> int:
+        """fp32 numbers beside a piece: whether its gradient is anything but zero; NorMuon's moment per row."""
+        return int(self.flags) + piece.size[0] * int(self.moments)
 
 
-def _batch(tasks: Sequence[tuple[Task, Sequence[Block]]]) -> Batch:
-    """Whole matrices of one (S, L); those that lie below each other in one local shard are one rectangle."""
-    shapes = tuple((task.M, task.N) for task, _ in tasks)
-    sources: list[tuple[Rect, Place]] = []
-    for slot, (task, found) in enumerate(tasks):
-        for b in found:
-            rect = Rect(task.param, b.local_row, b.local_col, b.rows, b.cols, step=b.step)
-            last, place = sources[-1] if sources else (None, None)
-            if last is not None and place is not None and (b.rows, b.cols) == (task.M, task.N):
-                follows = last.row + last.count * last.rows == rect.row and place.slot + last.count == slot
-                alike = replace(rect, row=last.row, count=last.count) == last and (place.row, place.col) == (0, 0)
-                if follows and alike:
-                    sources[-1] = (replace(last, count=last.count + 1), place)
-                    continue
-            sources.append((rect, Place(slot, b.row, b.col)))
-    return Batch(shapes, tuple(sources))
+def _extend(sources: list[tuple[Piece, int]], piece: Piece, slot: int) -> bool:
+    """Whether a whole matrix follows the last one in the same local shard and batch: then it is made a part of it."""
+    last, first_slot = sources[-1]
+    row = last.local[0] + last.count * last.size[0]
+    follows = replace(last, local=(row, last.local[1]), count=1) == piece and first_slot + last.count == slot
+    if not follows or piece.size != piece.matrix:
+        return False
+    sources[-1] = replace(last, count=last.count + 1), first_slot
+    return True

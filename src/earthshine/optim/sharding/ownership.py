@@ -1,4 +1,4 @@
-"""Who orthogonalizes which logical matrix, and what travels for it. Pure: no torch, no processes.
+"""Who orthogonalizes which logical matrix, and what travels for it. Pure: no tensors, no processes.
 
 A matrix that one process holds whole is that process's own, without traffic. Every other matrix has one owner in its
 shard group: in the outward exchange each holder sends the owner what it holds, the owner orthogonalizes, and on the
@@ -8,31 +8,15 @@ process computes the same plan from the same layouts; `ShardGroupPlan.fingerprin
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from earthshine.errors import ConfigError
 from earthshine.optim.logical_matrices import LogicalMatrix
-from earthshine.optim.ranges import Ranges, overlap, overlaps
+from earthshine.optim.ranges import Ranges
 from earthshine.optim.sharding.layout import Layout
-
-
-@dataclass(frozen=True)
-class Block:
-    """A rectangle of rows x cols elements that a holder's local two-dimensional tensor and a matrix have in common.
-
-    It begins at [local_row, local_col] of the former, at [row, col] of the latter. step: between its columns in the
-    former.
-    """
-
-    local_row: int
-    local_col: int
-    row: int
-    col: int
-    rows: int
-    cols: int
-    step: int = 1
+from earthshine.optim.sharding.pieces import Piece, num_common, pieces_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class ShardGroupPlan:
     loads: tuple[int, ...]
     _layouts: tuple[Layout, ...] = field(repr=False, compare=False)
     _matrices: tuple[tuple[LogicalMatrix, ...], ...] = field(repr=False, compare=False)
-    _pieces: dict[tuple[int, int, int], tuple[Block, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _pieces: dict[tuple[int, int, int], tuple[Piece, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def imbalance(self) -> float:
@@ -86,12 +70,12 @@ class ShardGroupPlan:
         tasks = [[(t.param, t.index, t.M, t.N, t.cost, t.owner) for t in bucket.tasks] for bucket in self.buckets]
         return hashlib.sha256(repr((self.ranks, self.loads, tasks)).encode()).hexdigest()
 
-    def pieces(self, task: Task, position: int) -> tuple[Block, ...]:
+    def pieces(self, task: Task, position: int) -> tuple[Piece, ...]:
         """What `position` holds of the task's matrix, ordered by row and column of the matrix."""
         key = (task.param, task.index, position)
         if key not in self._pieces:
             matrix, layout = self._matrices[task.param][task.index], self._layouts[task.param]
-            self._pieces[key] = blocks(matrix, layout.rows[position], layout.cols[position])
+            self._pieces[key] = pieces_of(task.param, matrix, layout.rows[position], layout.cols[position])
         return self._pieces[key]
 
 
@@ -193,7 +177,7 @@ class _Held:
         return self.known[key][index]
 
     def _of(self, matrix: LogicalMatrix, present: Sequence[tuple[int, Ranges, Ranges]]) -> _Holders:
-        counts = {i: n for i, rows, cols in present if (n := _elements(matrix, rows, cols))}
+        counts = {i: n for i, rows, cols in present if (n := num_common(matrix, rows, cols))}
         return _Holders(tuple(counts), tuple(sorted(counts, key=lambda i: (-counts[i], i))))
 
 
@@ -233,31 +217,3 @@ class _Balance:
             self.level[key] = set()
             heapq.heappush(self.heap, key)
         self.level[key].add(position)
-
-
-def blocks(matrix: LogicalMatrix, rows: Ranges, cols: Ranges) -> tuple[Block, ...]:
-    """What a holder of these rows and columns of the view has of a matrix, ordered by row and column; maybe ()."""
-    across = list(_common_cols(cols, matrix))
-    return tuple(
-        Block(local_row, local_col, row, col, height, width, matrix.step)
-        for local_row, row, height in overlaps(rows, matrix.rows)
-        for local_col, col, width in across
-    )
-
-
-def _common_cols(held: Ranges, matrix: LogicalMatrix) -> Iterator[tuple[int, int, int]]:
-    """(offset among the held columns, offset among the matrix's, number) of each range that is in both."""
-    if matrix.step == 1:
-        yield from overlaps(held, (matrix.cols,))
-        return
-    wanted, before = range(*matrix.cols, matrix.step), 0
-    for start, stop in held:
-        first, last = (max(0, -((wanted.start - edge) // matrix.step)) for edge in (start, stop))
-        if first < min(last, len(wanted)):
-            yield before + wanted[first] - start, first, min(last, len(wanted)) - first
-        before += stop - start
-
-
-def _elements(matrix: LogicalMatrix, rows: Ranges, cols: Ranges) -> int:
-    width = sum(n for *_, n in _common_cols(cols, matrix)) if matrix.step > 1 else overlap(cols, (matrix.cols,))
-    return width * overlap(rows, matrix.rows) if width else 0

@@ -18,7 +18,7 @@ from earthshine.optim.logical_matrices import LogicalMatrix, Spec, logical_matri
 from earthshine.optim.muon_step import step_matrices
 from earthshine.optim.ranges import Ranges
 from earthshine.optim.sharding import batches, traffic
-from earthshine.optim.sharding.batches import Batch, MatrixPlan, Rect
+from earthshine.optim.sharding.batches import Batch, MatrixPlan
 from earthshine.optim.sharding.layout import Layout, _spread
 from earthshine.optim.sharding.zero1 import partition_rows
 
@@ -118,7 +118,7 @@ SPECS: list[Spec] = [
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 100])
-def test_every_element_is_in_one_rectangle_and_every_matrix_in_a_batch_of_its_sides(
+def test_every_element_is_in_one_piece_and_every_matrix_in_a_batch_of_its_sides(
     monkeypatch: pytest.MonkeyPatch, capacity: int
 ) -> None:
     monkeypatch.setattr(batches, "matrices_per_batch", lambda *_: capacity)
@@ -133,11 +133,11 @@ def test_every_element_is_in_one_rectangle_and_every_matrix_in_a_batch_of_its_si
         assert 1 <= B <= capacity
         assert {(min(shape), max(shape)) for shape in batch.shapes} == {(S, L)}
         X_BSL = torch.full(batch.size, -1.0)
-        for rect, place in batch.sources:
-            rect.of(counts).add_(1)
-            target = batch.part(X_BSL, place, rect.count, rect.rows, rect.cols)
+        for piece, slot in batch.sources:
+            piece.of(counts).add_(1)
+            target = piece.in_batch(X_BSL, slot)
             assert (target == -1).all()
-            target.copy_(rect.of(numbers))
+            target.copy_(piece.of(numbers))
         assert (X_BSL >= 0).all()
         found += [X.mT if M > N else X for X, (M, N) in zip(X_BSL, batch.shapes, strict=True)]
     assert all((c == 1).all() for c in counts.values())
@@ -153,14 +153,14 @@ def test_every_element_is_in_one_rectangle_and_every_matrix_in_a_batch_of_its_si
     assert len(plan.local) == sum(-(-n // capacity) for n in per_sides.values())  # no batch more than needed
 
 
-def test_neighbours_in_a_stack_are_one_rectangle_up_to_the_end_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_in_a_stack_are_one_piece_up_to_the_end_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "matrices_per_batch", lambda *_: 4)
     shapes, specs = [(3, 4, 6), (6, 4), (4, 4, 6)], [("batch",), ("matrix",), ("batch",)]
     plan = plan_of(shapes, specs, [whole(s, spec) for s, spec in zip(shapes, specs, strict=True)])
-    got = [[(rect, place.slot) for rect, place in batch.sources] for batch in plan.local]
+    got = [[(p.param, p.local, p.size, p.count, slot) for p, slot in batch.sources] for batch in plan.local]
     assert got == [
-        [(Rect(0, 0, 0, 4, 6, 3), 0), (Rect(1, 0, 0, 6, 4), 3)],
-        [(Rect(2, 0, 0, 4, 6, 4), 0)],
+        [(0, (0, 0), (4, 6), 3, 0), (1, (0, 0), (6, 4), 1, 3)],
+        [(2, (0, 0), (4, 6), 4, 0)],
     ]
 
 
@@ -278,21 +278,19 @@ def test_what_one_position_sends_is_what_the_other_expects(
     for k, plan in enumerate(plans):
         for batch in plan.local:
             X_BSL = torch.full(batch.size, -1.0)
-            for rect, place in batch.sources:
-                rect.of(touched[k]).add_(1)
-                batch.part(X_BSL, place, rect.count, rect.rows, rect.cols).copy_(rect.of(local[k]))
+            for piece, slot in batch.sources:
+                piece.of(touched[k]).add_(1)
+                piece.in_batch(X_BSL, slot).copy_(piece.of(local[k]))
             matrices += upright(batch, X_BSL)
     bytes_sent = [0] * N
     for number in range(len(plans[0].transfers)):
         transfers = [plan.transfers[number] for plan in plans]
         outgoing = []
         for k, t in enumerate(transfers):
-            message = torch.full((sum(t.sends),), -1.0)
-            for rect, segment in t.outgoing:
-                rect.of(touched[k]).add_(1)
-                assert (segment.of(message) == -1).all()
-                segment.of(message).copy_(rect.of(local[k]))
-            assert (message >= 0).all()
+            for piece in t.outgoing:
+                piece.of(touched[k]).add_(1)
+            message = torch.cat([torch.empty(0), *(piece.of(local[k]).flatten() for piece in t.outgoing)])
+            assert len(message) == sum(t.sends)
             outgoing.append(dict(zip(order, message.split([t.sends[j] for j in order]), strict=True)))
         for a in range(N):
             for b in range(N):
@@ -303,17 +301,17 @@ def test_what_one_position_sends_is_what_the_other_expects(
             elements = [*away(t.sends, k), *away(t.receives, k), *away(t.stats_sends, k)]
             bytes_sent[k] += 4 * sum(elements + (away(t.stats_receives, k) if plans[k].moments else []))
             arrived = torch.cat([outgoing[j][k] for j in order])
-            stats = torch.zeros(sum(t.stats_receives))
-            for batch in t.owned:
+            assert sum(map(plan.num_stats, t.incoming)) == sum(t.stats_receives)
+            parts = arrived.split([piece.numel for piece in t.incoming])
+            assert sorted(n for _, numbers in t.owned for n in numbers) == list(range(len(t.incoming)))
+            for batch, numbers in t.owned:
                 X_BSL = torch.full(batch.size, -1.0)
-                for segment, place in batch.sources:
-                    part = batch.part(X_BSL, place, 1, segment.rows, segment.cols)
-                    assert (part == -1).all()
-                    part.copy_(segment.of(arrived))
-                    size = int(plan.flags) + segment.rows * int(plan.moments)
-                    stats[segment.stats_offset : segment.stats_offset + size] += 1
+                for (piece, slot), n in zip(batch.sources, numbers, strict=True):
+                    assert piece is t.incoming[n]
+                    target = piece.in_batch(X_BSL, slot)
+                    assert (target == -1).all()
+                    target.copy_(parts[n].view(target.shape))
                 matrices += upright(batch, X_BSL)
-            assert (stats == 1).all()
     assert all((count == 1).all() for mine in touched for count in mine.values())
     expected = [
         cut_out(full[i], matrix)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from earthshine.errors import ConfigError
-from earthshine.optim.logical_matrices import LogicalMatrix, Spec, logical_matrices, view_shape
+from earthshine.optim.logical_matrices import Spec, logical_matrices, view_shape
 from earthshine.optim.ranges import Ranges
 from earthshine.optim.sharding.layout import Layout, _spread
-from earthshine.optim.sharding.ownership import Block, ShardGroupPlan, blocks, plan_ownership
+from earthshine.optim.sharding.ownership import ShardGroupPlan, plan_ownership
+from earthshine.optim.sharding.pieces import Piece
 from earthshine.optim.sharding.zero1 import partition_rows
 
 Cuts = tuple[tuple[int, int, int], ...]  # degree, dimension, split of each sharded mesh dimension
@@ -54,9 +55,10 @@ def local(whole: Tensor, layout: Layout, position: int) -> Tensor:
     return whole.reshape(layout.view)[indices(layout.rows[position])][:, indices(layout.cols[position])]
 
 
-def within(b: Block) -> tuple[slice, slice]:
-    """Where a block is in the local tensor."""
-    return slice(b.local_row, b.local_row + b.rows), slice(b.local_col, b.local_col + b.cols * b.step, b.step)
+def within(piece: Piece) -> tuple[slice, slice]:
+    """Where a piece is in the local tensor."""
+    (row, col), (rows, cols), step = piece.local, piece.size, piece.step
+    return slice(row, row + rows), slice(col, col + cols * step, step)
 
 
 @st.composite
@@ -121,11 +123,11 @@ def test_matrices_travel_whole_and_return_and_the_counts_are_what_travels(
             for position in task.holders:
                 mine = local(whole[task.param], layouts[task.param], position)
                 pieces = plans[0].pieces(task, position)
-                assert sum(b.rows * b.cols for b in pieces) > 0
-                assert [(b.row, b.col) for b in pieces] == sorted((b.row, b.col) for b in pieces)
+                assert sum(b.numel for b in pieces) > 0
+                assert [b.in_matrix for b in pieces] == sorted(b.in_matrix for b in pieces)
                 for b in pieces:
                     here = within(b)
-                    there = (slice(b.row, b.row + b.rows), slice(b.col, b.col + b.cols))
+                    there = tuple(slice(at, at + n) for at, n in zip(b.in_matrix, b.size, strict=True))
                     assert (full[there] == -1).all()  # nobody else sent it
                     full[there] = mine[here]
                     back[task.param][position][here] = mine[here]
@@ -141,30 +143,11 @@ def test_matrices_travel_whole_and_return_and_the_counts_are_what_travels(
         assert all(torch.equal(back[param][i], local(whole[param], layout, i)) for i in range(size))
 
 
-def test_blocks_by_hand() -> None:
-    """Key rows of an interleaved qkv, and a holder of rows 2 to 9 and the right half of the columns."""
-    matrix = LogicalMatrix(((1, 3), (5, 7), (9, 11)), (0, 6))
-    assert blocks(matrix, ((2, 10),), ((3, 6),)) == (
-        Block(0, 0, 0 + 1, 3, 1, 3),
-        Block(3, 0, 2, 3, 2, 3),
-        Block(7, 0, 4, 3, 1, 3),
-    )
-    assert blocks(matrix, (), ((3, 6),)) == ()
-    assert blocks(matrix, ((3, 5),), ((3, 6),)) == ()
-    assert blocks(matrix, ((0, 20),), ((6, 9),)) == ()
-    every_third = LogicalMatrix(((0, 2),), (1, 12), 3)  # columns 1, 4, 7, 10
-    assert blocks(every_third, ((0, 2),), ((2, 5), (6, 12))) == (
-        Block(0, 2, 0, 1, 2, 1, 3),
-        Block(0, 4, 0, 2, 2, 2, 3),
-    )
-    assert blocks(every_third, ((0, 2),), ((2, 4),)) == ()
-
-
 def elements_sent(plan: ShardGroupPlan, position: int) -> int:
     """Elements that leave a position in a step, out and back; what it keeps is not counted."""
     total = 0
     for task in (task for bucket in plan.buckets for task in bucket.tasks):
-        held = sum(b.rows * b.cols for b in plan.pieces(task, position))
+        held = sum(b.numel for b in plan.pieces(task, position))
         total += task.M * task.N - held if task.owner == position else held
     return total
 
