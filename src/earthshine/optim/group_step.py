@@ -64,7 +64,11 @@ class GroupStep(ABC):
         self._stochastic = group["rounding"] == "stochastic"
         self.state_keys = self._state_keys()
         narrow = [i for i, p in enumerate(self.params) if self._stochastic and p.dtype in NARROW]
-        self._elements = {i: elements(self.shards.layout(i), self.params[i].device) for i in narrow}
+        self._elements: dict[int, Noise] = {}
+        for i in narrow:
+            layout = self.shards.layout(i)
+            rows, cols = layout.rows[layout.position], layout.cols[layout.position]
+            self._elements[i] = elements(rows, cols, layout.view[1], self.params[i].device)
 
     def _specs(self) -> list[Spec]:
         """How each parameter divides into matrices; () where the algorithm does not ask."""

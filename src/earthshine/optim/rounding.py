@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from earthshine.optim.ranges import Ranges
-from earthshine.optim.sharding.layout import Layout
 
 NARROW = (torch.float16, torch.bfloat16)
 # Elements rounded at once, whose random bits take 8 bytes a few times: on a CPU they stay in the cache, on an
@@ -61,10 +60,9 @@ class Noise:
 NEAREST: Mapping[int, Noise] = MappingProxyType({})
 
 
-def elements(layout: Layout, device: torch.device) -> Noise:
-    """Which elements of a parameter this process holds."""
-    rows, cols = layout.rows[layout.position], layout.cols[layout.position]
-    return Noise(_indices(rows, device) * layout.view[1], _indices(cols, device))
+def elements(rows: Ranges, cols: Ranges, width: int, device: torch.device) -> Noise:
+    """Which elements of a parameter a process holds: rows and columns of its 2-D view, `width` columns wide."""
+    return Noise(_indices(rows, device) * width, _indices(cols, device))
 
 
 def _indices(ranges: Ranges, device: torch.device) -> Tensor:

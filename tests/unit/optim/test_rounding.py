@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.optim.muon import Muon
 from earthshine.optim.rounding import elements, random_bits, stochastic
-from earthshine.optim.sharding.layout import Layout
 from earthshine.upcycle import tensor_rules
 
 TYPES = [torch.bfloat16, torch.float16]
@@ -77,15 +76,15 @@ def test_what_is_exact_or_not_finite_stays(dtype: torch.dtype) -> None:
 
 def test_an_element_has_its_bits_wherever_it_lies() -> None:
     """Of a 6 x 5 parameter: whole, and divided by rows and columns that a process may hold in runs."""
-    whole = Layout((6, 5), (0,), 0, (((0, 6),),), (((0, 5),),))
-    part = Layout((6, 5), (0,), 0, (((1, 2), (4, 6)),), (((0, 1), (3, 5)),))
     cpu = torch.device("cpu")
-    ((_, all_bits),) = elements(whole, cpu).at(7, "w", 3).pieces()
-    ((_, some),) = elements(part, cpu).at(7, "w", 3).pieces()
+    whole = elements(((0, 6),), ((0, 5),), 5, cpu)
+    part = elements(((1, 2), (4, 6)), ((0, 1), (3, 5)), 5, cpu)
+    ((_, all_bits),) = whole.at(7, "w", 3).pieces()
+    ((_, some),) = part.at(7, "w", 3).pieces()
     assert torch.equal(some, all_bits[[1, 4, 5]][:, [0, 3, 4]])
-    ((_, fewer),) = elements(part, cpu).at(7, "w", 3).part(1, 1, 2, 2).pieces()
+    ((_, fewer),) = part.at(7, "w", 3).part(1, 1, 2, 2).pieces()
     assert torch.equal(fewer, some[1:, 1:])
-    others = [elements(whole, cpu).at(*key) for key in ((8, "w", 3), (7, "v", 3), (7, "w", 4))]
+    others = [whole.at(*key) for key in ((8, "w", 3), (7, "v", 3), (7, "w", 4))]
     for ((_, bits),) in (list(noise.pieces()) for noise in others):
         assert not torch.equal(bits, all_bits)
 
