@@ -110,7 +110,7 @@ def export(
 
 
 def _check_tokenizer(rule: RunRule, files: Mapping[str, bytes], where: str | Path) -> None:
-    """Raise ConfigError when a run would leave with another tokenizer than its data was made with."""
+    """Raise ConfigError when a run would be exported with another tokenizer than its data was made with."""
     if TOKENIZER in files:
         fix = "Name the folder of the tokenizer that its data was prepared with (--tokenizer)."
         rule.require_tokenizer(hashlib.sha256(files[TOKENIZER]).hexdigest(), f"{Path(where) / TOKENIZER}", fix)
@@ -122,7 +122,7 @@ def _check_tokenizer(rule: RunRule, files: Mapping[str, bytes], where: str | Pat
 
 
 def _ending_as_trained(rule: RunRule, files: dict[str, bytes]) -> dict[str, bytes]:
-    """The files, with the token that ends the data's documents among those at which their generation config stops."""
+    """The files, with the data's end-of-document token among the end tokens of their generation config."""
     if GENERATION not in files or rule.tokenization is None:
         return files
     generation = parse_object(files[GENERATION], GENERATION)

@@ -158,7 +158,7 @@ def key_path() -> Path:
     base = expand_home(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
     if base.startswith("~"):  # a container's user may have none
         raise ConfigError(
-            "the key that signs checkpoints has no place, for this user has no home: set XDG_CONFIG_HOME."
+            "there is no place for the key that signs checkpoints: this user has no home folder. Set XDG_CONFIG_HOME."
         )
     return Path(base) / "earthshine" / "checkpoint.key"
 

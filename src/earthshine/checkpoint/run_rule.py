@@ -26,7 +26,7 @@ class RunRule:
     def require_tokenizer(self, sha256: str, what: str, fix: str) -> None:
         """Raise ConfigError when `what`, made with or being the tokenizer.json of that hash, is not the run's."""
         if self.tokenization is None:
-            log(f"{self.path} is from before checkpoints named the tokenizer of the data: {what} is taken for it.")
+            log(f"{self.path} does not record the tokenizer of its data (older checkpoints do not): {what} is used.")
         elif sha256 != self.tokenization.tokenizer_sha256:
             raise ConfigError(
                 f"{what} has the sha256 {sha256}, but {self.path} was trained with the tokenizer.json of sha256 "

@@ -311,7 +311,7 @@ def _finish(
 
 
 def _say_counts(encoder: Encoder, index: dict[str, Any]) -> None:
-    """What of the texts the tokens do not hold, or hold otherwise than a reader may expect."""
+    """Log what the tokens lose of the texts, and where they hold special tokens that a reader may not expect."""
     tokenizer, unknown, dropped, inside, spelling = encoder.tokenizer, *(index[name] for name in _COUNTED)
     if unknown:
         name = tokenizer.decode([tokenizer.unknown_id or 0], skip_special=False)

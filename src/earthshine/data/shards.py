@@ -194,8 +194,8 @@ class TokenShards:
             notes.append(f"warning: {self.path}: {lost}; what was lost is not learned, and bits per byte are lossy.")
         if not self.tokenization.recorded:
             notes.append(
-                f"{self.path} does not record how its texts became ids: as before it was recorded, a document ends at "
-                f"each end token (id {self.eod}), one inside a text included."
+                f"{self.path} does not record how its texts became ids, so that a document ends at each end token "
+                f"(id {self.eod}), also at one inside a text."
             )
         return notes
 

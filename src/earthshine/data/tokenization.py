@@ -71,7 +71,7 @@ def of_sources(rules: list[Tokenization]) -> Tokenization:
 
 
 def unlike(rule: Tokenization, others: list[Tokenization]) -> str:
-    """In what a rule is none of the others', in words; "" where it is one of them, or nothing was recorded."""
+    """How a rule differs from all the others, in words; "" where it equals one of them, or nothing was recorded."""
     others = [other for other in others if other.recorded]
     if not rule.recorded or not others:
         return ""

@@ -49,7 +49,7 @@ def test_another_tokenizer_is_refused_with_both_hashes_and_the_fix(
         rule.require_tokenizer("b" * 64, "t", "Give the right one.")
     assert capsys.readouterr().err == ""
     replace(rule, tokenization=None).require_tokenizer("b" * 64, "t", "fix")
-    assert "is from before checkpoints named the tokenizer of the data: t is taken for it" in capsys.readouterr().err
+    assert "does not record the tokenizer of its data (older checkpoints do not): t is used" in capsys.readouterr().err
 
 
 def test_a_rule_that_makes_no_sense_is_a_damaged_manifest(dense: ModelConfig, tmp_path: Path) -> None:
