@@ -119,7 +119,7 @@ def under_our_names(config: ModelConfig, theirs: dict[str, Tensor]) -> dict[str,
     """Their tensors, whose experts are stacked, as ours. `entries` knows both; that it is right is what is tested."""
     found: dict[str, list[Tensor]] = {}
     for entry in entries(config):
-        place = next(p for p in entry.places if p.name in theirs)
+        place = next(p for p in entry.locations if p.name in theirs)
         rows = theirs[place.name][place.within([slice(0, entry.shape[0])])]
         found.setdefault(entry.ours, []).append(rows if place.expert < 0 else rows[0])
     return {ours: torch.stack(parts) if ours.endswith(("EFD", "EDF")) else parts[0] for ours, parts in found.items()}
