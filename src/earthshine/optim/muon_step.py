@@ -58,17 +58,17 @@ class MuonStep(GroupStep):
 
 def step_matrices(
     plan: MatrixPlan,
-    group: Mapping[str, Any],
+    options: Mapping[str, Any],
     states: Mapping[int, Mapping[str, Tensor]],
     grads: Mapping[int, Tensor],
     noises: Mapping[int, Noise] = NEAREST,
 ) -> StepNumbers:
     """Update the local shards of the parameters that have a gradient.
 
-    states, grads, noises: by the parameter's index in the group; a gradient is this process's shard of it, and so are
-    the elements whose rounding a noise decides (`rules.step_`).
+    options: the group's. states, grads, noises: by the parameter's index in the group; a gradient is this process's
+    shard of it, and so are the elements whose rounding a noise decides (`rules.step_`).
     """
-    run = _Run(plan, group, states, grads, noises)
+    run = _Run(plan, options, states, grads, noises)
     # One shard group after the other: ranks may share several, and each has its own communicator.
     local = plan.local
     for shard_group in plan.shard_groups:
@@ -100,12 +100,12 @@ class _Run:
     def __init__(
         self,
         plan: MatrixPlan,
-        group: Mapping[str, Any],
+        options: Mapping[str, Any],
         states: Mapping[int, Mapping[str, Tensor]],
         grads: Mapping[int, Tensor],
         noises: Mapping[int, Noise],
     ) -> None:
-        self.plan, self.group, self.noises, shards = plan, group, noises, plan.shards
+        self.plan, self.options, self.noises, shards = plan, options, noises, plan.shards
         self.grads = {i: shards.view2d(i, g) for i, g in grads.items()}
         self.sums = {i: shards.view2d(i, to_local(states[i]["momentum_sum"])) for i in grads}
         self.weights = {i: shards.view2d(i, shards.weight(i)) for i in grads}
@@ -135,7 +135,7 @@ class _Run:
     def momentum(self, pieces: Sequence[Piece]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """G and the new M of each of some pieces."""
         grads, sums = [p.of(self.grads) for p in pieces], [p.of(self.sums) for p in pieces]
-        return grads, rules.momentum_(sums, grads, self.group["momentum"], self.plan.acc_dtype)
+        return grads, rules.momentum_(sums, grads, self.options["momentum"], self.plan.acc_dtype)
 
     # ------------------------------------------------------------------------------------------------ local matrices
 
@@ -147,7 +147,7 @@ class _Run:
         grads, sums = self.momentum(pieces)
         X_BSL = self._new_batch(batch, complete=len(present) == len(batch.sources))
         for (piece, slot), g, m in zip(present, grads, sums, strict=True):
-            rules.direction_(piece.in_batch(X_BSL, slot), g, m, self.group)
+            rules.direction_(piece.in_batch(X_BSL, slot), g, m, self.options)
         busy_B = self._flags(batch)
         if busy_B is not None:
             for (piece, slot), g in zip(present, grads, strict=True):
@@ -170,7 +170,7 @@ class _Run:
         make = torch.empty if all(present) else torch.zeros
         buffer = make(sum(t.sends), dtype=self.plan.comm_dtype, device=self.plan.device)
         for out, g, m in zip(compress(_split(buffer, t.outgoing), present), grads, sums, strict=True):
-            rules.direction_(out, g, m, self.group)
+            rules.direction_(out, g, m, self.options)
         stats = None
         if self.plan.flags or self.plan.moments:
             stats_buffer = torch.zeros(sum(t.stats_sends), dtype=torch.float32, device=self.plan.device)
@@ -258,25 +258,27 @@ class _Run:
 
     def _update(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, moment_BL: Tensor | None) -> Tensor:
         """The updates before their scale, and their norms; new values into `moment`. May overwrite X."""
-        if self.group["norm"] == "spectral":
+        if self.options["norm"] == "spectral":
             self.numbers.flops += sum(self.plan.cost(M, N) for M, N in batch.shapes)
-        O_BSL = rules.update(X_BSL, batch.by_shape(), self.group, self.plan.ns_dtype, busy_B, moment_BL, self.stopwatch)
+        O_BSL = rules.update(
+            X_BSL, batch.by_shape(), self.options, self.plan.ns_dtype, busy_B, moment_BL, self.stopwatch
+        )
         norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.acc_dtype)
-        self.norms.append((norms_B, [(rules.scale(self.group, M, N), M * N) for M, N in batch.shapes]))
+        self.norms.append((norms_B, [(rules.scale(self.options, M, N), M * N) for M, N in batch.shapes]))
         return O_BSL
 
     def _apply(self, pieces: Sequence[Piece], updates: Sequence[Tensor]) -> None:
         """W <- W - lr wd W - lr s O, those of one scale s together."""
-        lr = float(self.group["lr"])
+        lr = float(self.options["lr"])
         by_scale: dict[float, tuple[list[Tensor], list[Tensor], list[Noise | None]]] = {}
         for piece, update in zip(pieces, updates, strict=True):
-            scale = rules.scale(self.group, *piece.matrix)
+            scale = rules.scale(self.options, *piece.matrix)
             weights, changes, noises = by_scale.setdefault(scale, ([], [], []))
             weights.append(piece.of(self.weights))
             changes.append(update)
             noises.append(piece.noise(self.noises))
         for scale, (weights, changes, noises) in by_scale.items():
-            decay, cautious = lr * self.group["weight_decay"], self.group["cautious_weight_decay"]
+            decay, cautious = lr * self.options["weight_decay"], self.options["cautious_weight_decay"]
             rules.step_(weights, changes, lr * scale, decay, cautious, noises)
 
 
