@@ -99,6 +99,17 @@ def test_the_steps_to_a_new_family_name_what_the_code_has():
     assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_picture_of_the_floors_is_what_the_imports_obey(page):
+    contracts = tomllib.loads(text_of(REPOSITORY / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    floors = [set(re.findall(r"\w+", layer)) for layer in contracts[0]["layers"]]
+    (picture,) = (block for block in _FENCE.findall(text_of(REPOSITORY / page)) if block.startswith("cli "))
+    lines = [line for line in picture.splitlines() if not line.startswith(" ")]
+    assert len(lines) == len(floors)
+    for line, floor in zip(lines, floors, strict=True):
+        assert set(line.split()[: len(floor)]) == floor
+
+
 def test_readme_is_short():
     assert len(text_of(REPOSITORY / "README.md").split()) <= MAX_README_WORDS
 
