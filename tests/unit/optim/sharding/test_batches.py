@@ -331,21 +331,6 @@ def upright(batch: Batch, X_BSL: Tensor) -> list[Tensor]:
     return [X.mT if M > N else X for X, (M, N) in zip(X_BSL, batch.shapes, strict=True)]
 
 
-def test_predicted_bytes_by_hand(agreements: list[str]) -> None:
-    """[4, 6] on two ranks by rows: 12 elements to the owner, and 12 back."""
-    case = sharded([((4, 6), ("matrix",), ((2, 0, 1),))], (0, 1))
-    owner = case.plans(1 << 20)[0].transfers[0].sends.index(12)
-    for plan in case.plans(1 << 20):
-        assert traffic.of_matrices(plan) == 12 * 4
-        assert plan.transfers[0].sends[owner] == 12
-    # Idle flags go out only, one per rectangle; moments of two rows go out and come back.
-    flags = [traffic.of_matrices(plan) - 48 for plan in case.plans(1 << 20, skip_idle=True)]
-    moments = [traffic.of_matrices(plan) - 48 for plan in case.plans(1 << 20, normuon_beta2=0.9)]
-    assert (flags[owner], flags[1 - owner]) == (0, 4)
-    assert moments == [8, 8]
-    assert [traffic.of_matrices(plan) for plan in case.plans(1 << 20, comm_dtype="bfloat16")] == [24, 24]
-
-
 def test_positions_with_other_options_do_not_agree(agreements: list[str]) -> None:
     case = sharded([((4, 6), ("matrix",), ((2, 0, 1),))], (0, 1))
     case.plans(1 << 20)

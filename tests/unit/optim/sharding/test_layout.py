@@ -4,24 +4,22 @@ torch's "fake" backend runs one rank of a world whose others do not exist: its l
 earnest, and nothing is communicated.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from fake_ranks import as_rank, numbered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, debug, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from earthshine.errors import ConfigError
 from earthshine.optim.logical_matrices import Spec
@@ -29,22 +27,6 @@ from earthshine.optim.ranges import Ranges, length
 from earthshine.optim.sharding.layout import _spread, read_layout
 
 MATRIX: Spec = ("matrix",)
-
-
-@contextmanager
-def as_rank(rank: int, world: int) -> Iterator[None]:
-    # What torch remembers of DTensor operations holds the mesh, and so the rank, of before.
-    debug._clear_python_sharding_prop_cache()
-    debug._clear_fast_path_sharding_prop_cache()
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def numbered(*shape: int) -> Tensor:
-    return torch.arange(float(torch.Size(shape).numel())).view(shape)
 
 
 def indices(ranges: Ranges) -> list[int]:
