@@ -5,11 +5,11 @@
     W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, cols)) O
 
 Paper: arXiv:2502.16982, equation 4 and footnote 1, per logical matrix. AdamW is torch's; all share lr and weight decay.
-The equations: `optim.rules`. Where a matrix travels: `optim.sharding`.
+The equations: `optim.rules`. Where a matrix travels: `optim.sharding.batches`, and who orthogonalizes it: `ownership`.
 
 The layout is read from the tensors: plain ones, DDP, and DTensors of FSDP2, HSDP, tensor and expert parallelism, also
 combined, take the same path and give the same bits (with comm_dtype fp32). With `process_group`, the state of plain
-parameters is divided by rows over its ranks: ZeRO-1, the paper's Algorithm 1.
+parameters is divided by rows over its ranks: ZeRO-1, the paper's Algorithm 1 (`optim.sharding.zero1`).
 
 How we differ from torch.optim.Muon: (a) a parameter may hold several logical matrices (experts of a stack, row blocks
 of a fused projection), each with its own norm and scale; (b) matrices of one shape are orthogonalized in batches; (c)

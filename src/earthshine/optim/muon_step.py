@@ -108,7 +108,8 @@ class _Run:
         self.plan, self.options, self.noises, shards = plan, options, noises, plan.shards
         self.grads = {i: shards.view2d(i, g) for i, g in grads.items()}
         self.sums = {i: shards.view2d(i, to_local(states[i]["momentum_sum"])) for i in grads}
-        self.weights = {i: shards.view2d(i, shards.weight(i)) for i in grads}
+        self.local_weights = {i: shards.weight(i) for i in grads}
+        self.weights = {i: shards.view2d(i, weight) for i, weight in self.local_weights.items()}
         self.moments: dict[int, Tensor] = {}
         if plan.moments:
             # Of every parameter: copies of a row's moment must stay alike where only some holders have a gradient.
@@ -127,8 +128,7 @@ class _Run:
 
     def write_back(self) -> None:
         """Weights whose local shard cannot be seen as rows and columns in place were updated in a copy."""
-        for i, view in self.weights.items():
-            weight = self.plan.shards.weight(i)
+        for view, weight in zip(self.weights.values(), self.local_weights.values(), strict=True):
             if view.data_ptr() != weight.data_ptr():
                 weight.copy_(view.view(weight.shape))
 

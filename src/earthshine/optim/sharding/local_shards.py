@@ -43,7 +43,9 @@ class LocalShard:
 
     def local_shard(self, tensor: Tensor) -> Tensor:
         """This process's shard of a tensor that is like the parameter: its weight or its gradient."""
-        return to_local(tensor)
+        placed: Any = tensor
+        local: Tensor = placed.to_local() if self.is_dtensor else tensor
+        return local
 
     def weight(self) -> Tensor:
         return self.local_shard(self.param.detach())
