@@ -3,7 +3,7 @@
     python benchmarks/train_step.py [--models mixtral deepseek llama h512] [--dtypes float32 bfloat16] [--threads 1 2]
                                     [--rounds 5] [--compile] [--json FILE]
 
-A step is forward, backward and fused AdamW on 4,096 tokens (8 x 512). transformers initialises a model and saves it;
+A step is forward, backward and fused AdamW on 4,096 tokens (8 x 512). transformers initializes a model and saves it;
 both sides load that. Before anything is timed, every side's loss and gradient norm are held to those that
 transformers' eager float32 model had. Each side first runs alone, in a process of its own: that gives its peak memory
 (VmHWM over the steps, less what the imports took), and one that takes too long or too much memory is left out, with

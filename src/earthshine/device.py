@@ -1,6 +1,6 @@
-"""Which device, which compute dtype, how fast and how large: measured on this machine, now.
+"""Which device, which compute dtype, how fast and how much memory: asked of, or measured on, this machine.
 
-The only place that names a kind of accelerator. Imports torch, so no config file imports it.
+The only file that names a kind of accelerator. Imports torch, so no `config.py` imports it.
 """
 
 import functools
@@ -27,14 +27,14 @@ DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
 }
 
-# bf16 must beat fp32 by this much to be chosen: its rounding is paid for, and a choice close to a tie could differ
-# from one start of a run to the next. Real cases are far from it: 2 to 16 where it is native, 0.02 where emulated.
+# bf16 must beat fp32 by this factor to be chosen: its rounding has a price, and a choice close to a tie could differ
+# from one start of a run to the next. Real cases are far from it: 2 to 16 where bf16 is native, 0.02 where emulated.
 BF16_MIN_SPEEDUP = 1.3
 
-_PROBE_SIZE = 256  # where the search for a matmul that is large enough begins
+_PROBE_SIZE = 256  # smallest matmul tried in the search for one that is large enough
 _CPU_PEAK_SIZE, _PEAK_SIZE = 1024, 8192
 _BUDGET_SECONDS = 0.2
-_LONGEST_SECONDS = 0.3  # of a single matmul on an accelerator
+_LONGEST_SECONDS = 0.3  # a single matmul on an accelerator may take
 _LAUNCH_SECONDS = 5e-3  # more than any launch and wait: these take 6 to 100 us, on a busy host a millisecond
 _FAST_SECONDS = 1e-3  # a device that takes less for a 1,024-square matmul is as fast as an accelerator
 _CPU_FLAGS = (
@@ -63,7 +63,7 @@ class ComputeChoice:
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name ("cpu", "cuda", "cuda:1", ...); "auto" is the CUDA or ROCm GPU when there is one.
 
-    Raises ConfigError when the name is no device or the device is not there.
+    Raises ConfigError for a name that is not a device's, and for a device that this machine lacks.
     """
     if name == "auto":
         return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
@@ -73,7 +73,7 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ConfigError(f"device '{name}' is not a device name; use auto, cpu or cuda[:index].") from e
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device '{name}' is not there: {torch.cuda.device_count()} GPUs are visible; use cpu or auto."
+            f"device '{name}' is not available: {torch.cuda.device_count()} GPUs are visible; use cpu or auto."
         )
     if device.type not in ("cpu", "cuda", "meta"):
         raise ConfigError(f"device '{name}' is not supported; use auto, cpu or cuda[:index].")
@@ -84,10 +84,10 @@ _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def make_matmuls_repeatable(device: torch.device) -> bool:
-    """Let cuBLAS give the same bits in each run: it reads an environment variable, set here, at its first matmul.
+    """Make cuBLAS give the same bits in each run, by an environment variable that it reads at its first matmul.
 
-    False where it may have read it already, because the device was in use before. Nothing to do on a CPU. Raises
-    ConfigError when the variable has a value that torch.use_deterministic_algorithms refuses in the first matmul.
+    False where that may be too late, because the device was in use already. Nothing to do on a CPU. Raises ConfigError
+    when the variable has a value that torch.use_deterministic_algorithms would refuse at the first matmul.
     """
     if device.type != "cuda":
         return True
@@ -107,9 +107,9 @@ def _synchronize(device: torch.device) -> None:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device, or `x` itself where it is there already, without waiting for the device.
+    """A copy on the device, or `x` itself if it is there already, without waiting for the device.
 
-    Out of memory that may be paged, the copy would wait for all that the device was told before.
+    Through pinned memory: a copy from pageable memory would wait for all work queued before it.
     """
     if x.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available():
         x = x.pin_memory()
@@ -117,7 +117,7 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Stopwatch:
-    """Seconds spent inside `with stopwatch:`, of the device's own clock, without waiting for it until asked."""
+    """Seconds spent inside `with stopwatch:`, by the device's own clock; waits for the device only when asked."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -142,7 +142,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """The total. On an accelerator this waits for what is timed."""
+        """Total so far. On an accelerator this waits for the work that is timed."""
         for start, stop in self._events:
             stop.synchronize()
             self._seconds += start.elapsed_time(stop) / 1e3
@@ -151,7 +151,7 @@ class Stopwatch:
 
 
 class Readings:
-    """Numbers that a device computes, as floats when they are asked for, which waits for it.
+    """Numbers that a device computes; floats once they are asked for, which waits for the device.
 
     values: the elements of each tensor, flat, in float64.
     """
@@ -170,22 +170,22 @@ class Readings:
 
 @torch.no_grad()
 def read(*readings: Readings) -> None:
-    """Have the values of all of these in one transfer, and so one wait, per device."""
-    waiting = list(dict.fromkeys(r for r in readings if r._values is None))
+    """Fetch the values of all of these with one transfer, and so one wait, per device."""
+    pending = list(dict.fromkeys(r for r in readings if r._values is None))
     by_device: dict[torch.device, list[Tensor]] = {}
-    for r in waiting:
+    for r in pending:
         for tensor in r._tensors:
             by_device.setdefault(tensor.device, []).append(tensor.reshape(-1).to(torch.float64))
     moved = {device: iter(torch.cat(parts).to("cpu").tolist()) for device, parts in by_device.items()}
-    for r in waiting:
+    for r in pending:
         r._values = [list(itertools.islice(moved[t.device], t.numel())) for t in r._tensors]
         r._tensors = ()
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """An NVIDIA GPU's compute capability; (0, 0) for all else, AMD's, whose numbers mean something else, included.
+    """An NVIDIA GPU's compute capability; (0, 0) for others, AMD's included, whose numbers mean something else.
 
-    A device that is not here (meta, fake tensors) stands for a current one, (9, 0).
+    A device that is not present (meta, fake tensors) stands for a current one, (9, 0).
     """
     if device.type not in ("cuda", "meta") or torch.version.hip:
         return (0, 0)
@@ -195,34 +195,34 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether the device is an accelerator with matrix units for bf16: NVIDIA's from Ampere on, and AMD's."""
-    known = device.type in ("cuda", "meta")  # not Apple's or Intel's: their kernels are others
-    return known and (torch.version.hip is not None or capability(device) >= (8, 0))
+    supported = device.type in ("cuda", "meta")  # not Apple's or Intel's, whose kernels differ
+    return supported and (torch.version.hip is not None or capability(device) >= (8, 0))
 
 
 def has_flash_attention(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether torch's flash attention takes heads of this width, forward and backward: half types only.
+    """Whether torch's flash attention takes heads of this width, forward and backward; only in bf16 and fp16.
 
-    Beyond 192, up to 256, its backward pass needs the shared memory of a data-center GPU: 8.0, 9.0, 10.x, or AMD's.
+    Above 192, up to 256, its backward pass needs the shared memory of a data-center GPU: 8.0, 9.0, 10.x, or AMD's.
     """
     if dtype not in (torch.bfloat16, torch.float16) or not has_native_bf16(device):
         return False
-    roomy = capability(device) in ((0, 0), (8, 0), (9, 0)) or capability(device)[0] == 10
-    return width <= (256 if roomy else 192)
+    datacenter = capability(device) in ((0, 0), (8, 0), (9, 0)) or capability(device)[0] == 10
+    return width <= (256 if datacenter else 192)
 
 
 def has_grouped_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `torch.nn.functional.grouped_mm` has a kernel here: bf16 on NVIDIA's Hopper and Blackwell (9.x, 10.x).
 
-    Elsewhere it is a loop that copies the groups' sizes to the host, once for each of its calls.
+    Elsewhere it is a loop that copies the group sizes to the host in every call.
     """
     return device.type != "cpu" and dtype == torch.bfloat16 and capability(device)[0] in (9, 10)
 
 
 def _time_matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], float]:
-    """A function that times one (size x size) matmul, in seconds; the first, cold, matmul is already done.
+    """A function that times one (size x size) matmul, in seconds, after a warm-up.
 
-    On an accelerator it is the mean of a batch of about 20 ms between two waits for the device, which would otherwise
-    be most of what is timed.
+    On an accelerator: the mean over about 20 ms of matmuls between two waits for the device, which would otherwise be
+    most of what is timed.
     """
     generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(0)
     a = torch.randn(size, size, generator=generator, device=generator.device).to(device=device, dtype=dtype)
@@ -242,10 +242,10 @@ def _time_matmul(device: torch.device, dtype: torch.dtype, size: int) -> Callabl
 
 
 def _large_enough(device: torch.device, dtype: torch.dtype, limit: int) -> tuple[int, float]:
-    """The smallest size, doubled from 256, whose matmul takes so long that launching it does not count; its seconds.
+    """The smallest size, doubled from 256, whose matmul takes so long that its launch is negligible; and its seconds.
 
-    A matmul of twice the size has 8 times the operations. Where it does not take at least 6 times as long, a constant
-    is being timed: the launch.
+    A matmul of twice the size has 8 times the operations. If it takes less than 6 times as long, the launch is what is
+    being timed.
     """
     size, seconds = _PROBE_SIZE, _time_matmul(device, dtype, _PROBE_SIZE)()
     while size < limit and seconds < _LAUNCH_SECONDS:
@@ -259,15 +259,15 @@ def _large_enough(device: torch.device, dtype: torch.dtype, limit: int) -> tuple
 def gemm_peak(device: torch.device | str, dtype: torch.dtype, size: int | None = None) -> float:
     """FLOP/s of a square matmul, measured now in about 0.2 s; remembered for this process and thread count.
 
-    size: None for 1,024 on a CPU, and 8,192 on an accelerator, or wherever 1,024 takes less than a millisecond.
-    The matmul is made smaller where `dtype` is so slow that one of that size would not fit the budget.
+    size: None for 1,024 on a CPU, and 8,192 on an accelerator or wherever 1,024 takes less than a millisecond. Halved
+    until one matmul fits the budget.
     """
     return _gemm_peak(str(device), dtype, size, torch.get_num_threads(), torch.get_float32_matmul_precision())
 
 
 @functools.cache
 def _gemm_peak(device_name: str, dtype: torch.dtype, size: int | None, threads: int, precision: str) -> float:
-    del threads, precision  # only part of what the result depends on
+    del threads, precision  # part of the cache's key
     device = torch.device(device_name)
     probe_size, probe = _large_enough(device, dtype, min(size or _PEAK_SIZE, _PEAK_SIZE))
     if size is None:
@@ -276,21 +276,21 @@ def _gemm_peak(device_name: str, dtype: torch.dtype, size: int | None, threads: 
     longest = _BUDGET_SECONDS / 3 if device.type == "cpu" else _LONGEST_SECONDS
     while size > _PROBE_SIZE and probe * (size / probe_size) ** 3 > longest:
         size //= 2
-    once = _time_matmul(device, dtype, size)
+    time_matmul = _time_matmul(device, dtype, size)
     seconds: list[float] = []
     deadline = time.perf_counter() + _BUDGET_SECONDS
     while len(seconds) < 3 or (time.perf_counter() < deadline and len(seconds) < 200):
-        seconds.append(once())
-    del once
+        seconds.append(time_matmul())
+    del time_matmul  # and its matrices, before the peak of memory is reset
     _forget_peak_memory(device)
     return 2.0 * size**3 / statistics.median(seconds)
 
 
 @functools.cache
 def _bf16_speedup(device_name: str) -> float:
-    """How many times faster a matmul is in bf16 than in fp32: the best of each, taken in turns for 0.2 s.
+    """How many times faster a matmul is in bf16 than in fp32: the best of each, timed in turns for 0.2 s.
 
-    On one thread: two that wait for each other on a busy machine can make either dtype look 10 times slower.
+    On one thread: on a busy machine threads that wait for each other can make either dtype look 10 times slower.
     """
     device = torch.device(device_name)
     threads = torch.get_num_threads()
@@ -309,7 +309,7 @@ def _bf16_speedup(device_name: str) -> float:
 
 
 def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeChoice:
-    """Decide the compute dtype: "float32" and "bfloat16" are obeyed; "auto" is bf16 on an accelerator that has it in
+    """Decide the compute dtype: "float32" and "bfloat16" as requested; "auto" is bf16 on an accelerator that has it in
     hardware, and elsewhere only where it is measured to be faster.
 
     Raises ConfigError for any other request.
@@ -332,7 +332,7 @@ def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeC
         threads = " on one thread" if device.type == "cpu" else ""
         reason = f"bf16 {verb} {speedup:.2g}x as fast as fp32 here (square matmuls{threads})"
         if not faster:
-            reason += f", below the {BF16_MIN_SPEEDUP}x asked for"
+            reason += f", below the {BF16_MIN_SPEEDUP}x required"
     return ComputeChoice(dtype, reason, gemm_peak(device, dtype))
 
 
@@ -351,7 +351,7 @@ def resolve_ns_dtype(requested: str, device: torch.device) -> torch.dtype:
 
 
 def _forget_peak_memory(device: torch.device) -> None:
-    """What a measurement held is no part of a run's peak."""
+    """Memory that a measurement held must not count as part of a run's peak."""
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -377,7 +377,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def total_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """The memory there is: the machine's, or the container's limit where that is less; an accelerator's own."""
+    """Memory of the machine, or the container's limit where that is lower; of an accelerator, its own."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -389,7 +389,7 @@ def total_memory_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def _cpu() -> tuple[str, list[str]]:
-    """The processor's name, and those of its features that decide how fast matmuls are."""
+    """The processor's name, and those of its flags that decide how fast matmuls are."""
     name, flags = platform.processor() or platform.machine(), set()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -413,7 +413,7 @@ def _version(package: str) -> str | None:
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Where a run happens, JSON-ready (a run folder's env.json): versions, processor, threads, device, precision.
+    """Where a run happens, ready for JSON (a run folder's env.json): versions, processor, threads, device, precision.
 
     device: the run's; `pick_device()` when None. A package that is not installed has the version None. Nothing is
     measured, and no package is imported.

@@ -232,7 +232,7 @@ def test_stochastic_rounding_draws_the_bits_of_one_process(
 ) -> None:
     """bf16 throughout; every algorithm. Scion's norms are sums in another order, so its weights may flip: not compared.
 
-    A learning rate at which most weights lie between two neighbours after each step.
+    A learning rate at which most weights lie between two neighbors after each step.
     """
     options = {"comm_dtype": "float32", "rounding": "stochastic", "lr": 1e-4, "non_matrix": non_matrix}
     args = (options, range(3), (), {"": torch.bfloat16})

@@ -1,7 +1,7 @@
 """`Muon` against `torch.optim.Muon`, which forces bf16: the same form, order and fused operations.
 
 Two Newton-Schulz runs in bf16 whose inputs differ in one rounding end 1 to 2 % apart (cosine 0.9997) on matrices of
-this size: it is the type's own noise. torch casts and then normalises, we normalise in fp32 and then cast; the two
+this size: it is the type's own noise. torch casts and then normalizes, we normalize in fp32 and then cast; the two
 agree exactly where the norm is a power of two, so the gradients are built such that every step's direction has norm 1.
 What is left to differ is what is under test: momentum, Nesterov, polynomial, order of operations, scale and decay.
 """

@@ -246,7 +246,7 @@ def test_pick_device():
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps"])
-def test_a_device_that_is_not_there_is_refused(name):
+def test_a_device_that_this_machine_lacks_is_refused(name):
     with pytest.raises(ConfigError, match=f"device '{name}' is not"):
         devices.pick_device(name)
 

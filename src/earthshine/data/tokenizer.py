@@ -1,6 +1,6 @@
 """Any Hugging Face `tokenizer.json`, through the library `tokenizers`. Torch-free.
 
-We differ from the file's own behaviour: nothing is added around a text unless asked for (`bos_ids` says what the file
+We differ from the file's own behavior: nothing is added around a text unless asked for (`bos_ids` says what the file
 puts before one), and a file's truncation and padding settings are switched off, because both would silently change
 documents. A text can be encoded so that the spelling of a special token in it is text (`control_tokens`).
 """

@@ -20,7 +20,7 @@ from earthshine.model.protocols import KeyValueGather, LocalKeyValueGather
 from earthshine.ops.attention import Mask, causal_attention
 from earthshine.ops.rotary import rotate
 
-# Whatever `rms_norm_eps` says: DeepSeek's code, and so transformers', gives the norms of the latents this default.
+# DeepSeek's code, and so transformers', leaves the latents' norms at this default, whatever `rms_norm_eps` is.
 _LATENT_NORM_EPS = 1e-6
 
 
@@ -65,7 +65,7 @@ def make_cache(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245), with biases (Qwen2) or normalized queries and keys (Qwen3)."""
+    """Grouped-query attention (arXiv:2305.13245); with biases in Qwen2, normalized queries and keys in Qwen3."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         self.max_logits_H: Tensor | None = None  # raised by training forwards: `optim.qk_clip`
 
     def query_key_heads(self) -> dict[str, Any]:
-        """How the rows of the projections divide into heads, for what treats heads one by one.
+        """How the rows of the projections divide into heads, for code that treats each head by itself (QK-Clip).
 
         kind: "gqa" (query head h uses key head h // (heads / key_heads)) or "mla" (each head has its own key, beside
             one that all share).
@@ -91,7 +91,7 @@ class Attention(nn.Module):
             to one head. For "mla" the sizes are (without, with rotation) of queries and (keys, values) of `kv_b_proj`.
         query, key: names in `rows` that a logit is linear in, through one head's query and key; of "mla"'s key, the
             first of its sizes.
-        normalised: queries and keys are normalized per head after the projection, so its scale does not reach them.
+        normalized: queries and keys are normalized per head after the projection, so its scale does not reach them.
         """
         heads, key_heads = (proj.out_features // self.head_dim for proj in (self.q_proj, self.k_proj))
         counts = {"q_proj": heads, "k_proj": key_heads, "v_proj": key_heads}
@@ -103,7 +103,7 @@ class Attention(nn.Module):
             "rows": {f"{name}.{kind}": (n, (self.head_dim,)) for name, n in counts.items() for kind in kinds},
             "query": tuple(f"q_proj.{kind}" for kind in kinds),
             "key": tuple(f"k_proj.{kind}" for kind in kinds),
-            "normalised": self.q_norm is not None or self.k_norm is not None,
+            "normalized": self.q_norm is not None or self.k_norm is not None,
         }
 
     def forward(
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(self.layer, k_BGSC, v_BGSC).chunk(2, -1)
         k_BGSC, v_BGSC = self.key_value_gather.gather(k_BGSC, v_BGSC)
-        largest_H = _recorded(self, q_BHSC.shape[1])
+        largest_H = _logit_maxima(self, q_BHSC.shape[1])
         out_BHSC = causal_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS, max_logits_H=largest_H)
         result: Tensor = self.o_proj(out_BHSC.transpose(1, 2).flatten(2))
         return result
@@ -126,13 +126,13 @@ class Attention(nn.Module):
     def _project(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, (B, S, width) each.
 
-        As one matmul where the rows are many: it runs at a higher rate than three narrow ones, forward and backward,
-        and putting the weights together costs a copy of them. One by one also where some of them are frozen: one
-        matmul has one gradient.
+        One matmul where there are many rows: it runs faster than three narrow ones, forward and backward, by more than
+        the copy costs that puts the weights together. Three where there are few, or where some of the weights are
+        frozen: one matmul has one gradient.
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        same = len({proj.weight.requires_grad for proj in projections}) == 1
-        if not same or x_BSD.shape[0] * x_BSD.shape[1] < x_BSD.shape[2]:
+        all_or_none_trained = len({proj.weight.requires_grad for proj in projections}) == 1
+        if not all_or_none_trained or x_BSD.shape[0] * x_BSD.shape[1] < x_BSD.shape[2]:
             return tuple(proj(x_BSD) for proj in projections)
         weight = torch.cat([to_compute(proj.weight, x_BSD) for proj in projections])
         bias = None
@@ -188,7 +188,7 @@ class LatentAttention(nn.Module):
             "rows": {f"{last}.weight": (heads, query_rows), "kv_b_proj.weight": (heads, self.key_value_widths)},
             "query": (f"{last}.weight",),
             "key": ("kv_b_proj.weight",),
-            "normalised": False,  # the norm between kv_a and kv_b comes before the rows of kv_b_proj
+            "normalized": False,  # the norm between kv_a and kv_b comes before the rows of kv_b_proj
         }
 
     def forward(
@@ -197,8 +197,8 @@ class LatentAttention(nn.Module):
         """documents_BS: as in `ops.attention.causal_attention`."""
         q_BSHC = self._queries(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BHSC = rotate(q_BSHC, *rope, interleaved=self.interleaved)
-        # A single split of each projection's output: autograd then writes its gradient once, where two slices would
-        # each fill a whole tensor with zeros, and add them.
+        # A single split of the projection's output: autograd then writes one gradient, where two slices would each make
+        # a full tensor of zeros and add them.
         latent_BSL, shared_key_BS = self.kv_a_proj_with_mqa(x_BSD).split(self.latent_widths, -1)
         latent_B1SL = self.kv_a_norm(latent_BSL).unsqueeze(1)
         shared_key_B1S = rotate(shared_key_BS.unsqueeze(2), *rope, interleaved=self.interleaved)
@@ -207,15 +207,15 @@ class LatentAttention(nn.Module):
             if self._absorbing_is_cheaper(q_BHSC.shape[2], rows_B1P.shape[2]):
                 return self._output(self._attend_to_latents(q_BHSC, rows_B1P.squeeze(1)))
             latent_B1SL, shared_key_B1S = rows_B1P.split(self.latent_widths, -1)
-        # The latent and the shared key are what travels between ranks, as they are what a cache keeps.
+        # The latent and the shared key are what ranks exchange, as they are what a cache keeps.
         shared_key_B1S, latent_B1SL = self.key_value_gather.gather(shared_key_B1S, latent_B1SL)
         k_BHPC, v_BHPV = self._expand(latent_B1SL.squeeze(1), shared_key_B1S)
-        largest_H = _recorded(self, q_BHSC.shape[1])
+        largest_H = _logit_maxima(self, q_BHSC.shape[1])
         out_BHSV = causal_attention(q_BHSC, k_BHPC, v_BHPV, documents_BS, scale=self.scale, max_logits_H=largest_H)
         return self._output(out_BHSV)
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
-        """Of all heads, side by side; unrotated."""
+        """The queries of all heads, side by side, not yet rotated."""
         last, x = self.q_proj, x_BSD
         if self.q_a_proj is not None and self.q_a_norm is not None:
             last, x = self.q_b_proj, self.q_a_norm(self.q_a_proj(x_BSD))
@@ -227,17 +227,17 @@ class LatentAttention(nn.Module):
         """Keys and values of every head.
 
         The concatenation is the only place where the shared key is repeated for each head: kernels want a head's key in
-        one row, and one matmul over C costs less than two over N and 2R whose scores are then added. It also brings
-        the keys into the order (B, H, P, C); values stay a view of the projection's output.
+        one row, and one matmul over C costs less than adding the scores of two, over N and 2R. It also brings the keys
+        into the order (B, H, P, C); values stay a view of the projection's output.
         """
         kv_BHP = self.kv_b_proj(latent_BPL).unflatten(-1, (-1, sum(self.key_value_widths))).transpose(1, 2)
         k_BHPN, v_BHPV = kv_BHP.split(self.key_value_widths, -1)
         return torch.cat((k_BHPN, shared_key_B1P.expand(-1, k_BHPN.shape[1], -1, -1)), -1), v_BHPV
 
     def _absorbing_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
-        """Multiplications per head of `_attend_to_latents` against those of expanding all P latents first.
+        """Whether `_attend_to_latents` takes fewer multiplications per head than expanding all P latents first.
 
-        With S queries: S (N+V) L + S P (2L+2R)  <  P (N+V) L + S P (C+V). For Moonlight's widths, fewer than about 170.
+        With S queries: S (N+V) L + S P (2L+2R)  <  P (N+V) L + S P (C+V). At Moonlight's widths, for S below about 170.
         """
         rank, expanded = self.latent_widths[0], sum(self.key_value_widths)
         return num_queries * (expanded * rank + num_keys * (2 * rank - expanded)) < num_keys * expanded * rank
@@ -269,9 +269,9 @@ class LatentAttention(nn.Module):
         return result
 
 
-def _recorded(attention: Attention | LatentAttention, num_heads: int) -> Tensor | None:
-    """What the forward of these heads raises: of one in training mode with gradients, so neither of an evaluation nor
-    of a routing pass, which sees the same tokens once more."""
+def _logit_maxima(attention: Attention | LatentAttention, num_heads: int) -> Tensor | None:
+    """The maxima that this forward raises, one per head; None where it records none: in evaluation, and in a routing
+    pass, which has no gradients and sees the same tokens a second time."""
     if attention.max_logits_H is None or not (attention.training and torch.is_grad_enabled()):
         return None
     return attention.max_logits_H[:num_heads]
@@ -288,7 +288,7 @@ def make_attention(config: ModelConfig, layer: int) -> Attention | LatentAttenti
 
 
 def _latent_scale(config: ModelConfig) -> float:
-    """1/sqrt(C), times the square of yarn's m(`mscale_all_dim`) where a config asks for that (DeepSeek-V3 does)."""
+    """1/sqrt(C), with yarn times s(`mscale_all_dim`)^2 where that is not 0 (DeepSeek-V3); s as in `RopeScaling`."""
     scaling = config.rope_scaling
     stretch = 1.0
     if scaling.kind == "yarn" and scaling.mscale_all_dim:
@@ -297,21 +297,21 @@ def _latent_scale(config: ModelConfig) -> float:
 
 
 def rope_table(config: ModelConfig, positions_S: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of each pair's angles, float32, (S, R) each, for positions (S,); yarn's also scale."""
+    """cos and sin of each pair's angles, float32, (S, R) each, for positions (S,); with yarn also scaled."""
     angles_SR = positions_S.float().unsqueeze(-1) * to_device(rope_frequencies(config), positions_S.device)
     scale = _rope_scale(config)
     return angles_SR.cos() * scale, angles_SR.sin() * scale
 
 
 class RopeTables:
-    """`rope_table` of all positions from 0, kept between forward passes: as many as were asked for, on one device."""
+    """`rope_table` of all positions from 0, cached between forward passes; grows on demand, on one device."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def rows(self, start: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The tables of positions start to end, on the device of `like`, and fake where that is."""
+        """The tables of positions start to end, on the device of `like`, and fake if that is."""
         tables = self._tables
         if (
             tables is None
@@ -319,8 +319,8 @@ class RopeTables:
             or tables[0].device != like.device
             or type(tables[0]) is not type(like)
         ):
-            # Twice as many where they grow, so that tokens one by one do not each make them anew. Tensors made in
-            # inference mode could not be saved for the backward pass of a later forward.
+            # They grow by doubling, so that decoding token by token does not make them anew each time. Outside of
+            # inference mode: its tensors could not be saved for the backward pass of a later forward.
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(1 << (end - 1).bit_length(), device=like.device)
                 tables = self._tables = rope_table(self._config, positions)
@@ -328,7 +328,7 @@ class RopeTables:
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse wavelengths, float32, shape (R,), stretched as `rope_scaling` says."""
+    """Angle per position of each pair, float32, shape (R,), stretched as `rope_scaling` says."""
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64, device="cpu").float() / config.rotary_dim
     wavelengths = config.rope_theta**exponents
     kind = config.rope_scaling.kind
@@ -353,8 +353,8 @@ def _llama3_frequencies(config: ModelConfig, frequencies: Tensor) -> Tensor:
 
 
 def _yarn_frequencies(config: ModelConfig, wavelengths: Tensor) -> Tensor:
-    """Pairs of more than `beta_fast` rotations within the original length kept, of fewer than `beta_slow` divided by
-    `factor`, a ramp over the pairs between (arXiv:2309.00071, section 3.2; pair indices as rounded in its code).
+    """Pairs with more than `beta_fast` rotations within the original length are kept, those with fewer than `beta_slow`
+    are divided by `factor`, with a ramp between (arXiv:2309.00071, section 3.2; pair indices rounded as in its code).
     """
     scaling = config.rope_scaling
 
@@ -383,5 +383,5 @@ def _rope_scale(config: ModelConfig) -> float:
 
 
 def _yarn_mscale(factor: float, multiple: float) -> float:
-    """0.1 * multiple * ln(factor) + 1: how much sharper attention is made for a context `factor` times as long."""
+    """s(m) of `RopeScaling` at m = `multiple`: how much sharper attention is for a context `factor` times as long."""
     return 1.0 if factor <= 1 else 0.1 * multiple * math.log(factor) + 1.0

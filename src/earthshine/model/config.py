@@ -1,6 +1,6 @@
-"""`ModelConfig`: the architecture. No torch; how it is trained is in `model.training_options`.
+"""`ModelConfig`: the architecture. How it is trained is in `model.training_options`. No torch import.
 
-Field names are those of Hugging Face where it has one. `model.hf_config` translates from and to its `config.json`.
+Fields have Hugging Face's names where it has one; `model.hf_config` reads and writes its `config.json`.
 """
 
 import math
@@ -11,7 +11,8 @@ from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.hf_families import Family, families_of, obstacle
 
 Gate = Literal["topk_softmax", "softmax_topk", "sigmoid_bias"]
-# Beyond any model; what asks for more is damage or a slip, and would be planned and named for minutes before it failed.
+# Beyond any real model: a config that asks for more is damaged or mistyped, and would be planned for minutes before it
+# failed.
 MAX_LAYERS = 4096
 MAX_EXPERT_NETWORKS = 1 << 16
 
@@ -20,11 +21,12 @@ MAX_EXPERT_NETWORKS = 1 << 16
 class RopeScaling:
     """How rotary frequencies are stretched beyond `original_max_position_embeddings`.
 
-    "llama3" is Llama 3.1's rule, by wavelength bands: `low_freq_factor`, `high_freq_factor`. "yarn" (arXiv:2309.00071)
-    blends by number of rotations, between `beta_slow` and `beta_fast`; it scales cos and sin by `attention_factor`, or,
-    when that is 0, by the ratio of 0.1 * m * ln(factor) + 1 at m = `mscale` and at m = `mscale_all_dim` (by that at
-    m = 1 if either is 0); and multi-head latent attention scales its logits by the square of that at
-    m = `mscale_all_dim` (0: not at all).
+    "llama3" is Llama 3.1's rule, by wavelength bands: `low_freq_factor`, `high_freq_factor`.
+
+    "yarn" (arXiv:2309.00071) blends by number of rotations, between `beta_slow` and `beta_fast`. With
+    s(m) = 0.1 * m * ln(factor) + 1, cos and sin are scaled by `attention_factor`; where that is 0, by
+    s(`mscale`) / s(`mscale_all_dim`); and where one of these is 0, by s(1). Multi-head latent attention also scales its
+    logits by s(`mscale_all_dim`)^2, unless that is 0.
     """
 
     kind: Literal["none", "llama3", "yarn"] = "none"
@@ -62,11 +64,11 @@ class MoEConfig:
     """The mixture-of-experts (MoE) layers; `num_experts=0` means that there are none.
 
     layers: indices of the decoder layers whose feed-forward network is an MoE.
-    gate: "topk_softmax" takes the k largest logits and then their softmax (Mixtral); "softmax_topk" a softmax over all
-        experts and then its k largest values; "sigmoid_bias" chooses by sigmoid plus a bias and weighs by the sigmoid
-        (DeepSeek-V3, Moonlight).
+    gate: "topk_softmax" takes the k largest logits, then their softmax (Mixtral); "softmax_topk" takes a softmax over
+        all experts, then its k largest values; "sigmoid_bias" chooses by sigmoid plus a bias and weights by the sigmoid
+        alone (DeepSeek-V3, Moonlight).
     renormalize: divide the chosen weights by their sum ("topk_softmax" always does).
-    routed_scaling: the weights are then multiplied by this (Moonlight: 2.446).
+    routed_scaling: factor that the weights are then multiplied by (Moonlight: 2.446).
     num_groups, top_k_groups: "sigmoid_bias" first chooses `top_k_groups` of `num_groups` groups of experts
         (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
     shared_intermediate_size: width of an always-active expert; 0 for none.
@@ -93,7 +95,7 @@ class ModelConfig:
     head_dim: width of a head's queries and keys; with latent attention, that of both parts together.
     qkv_bias: the projections to queries, keys and values have a bias (Qwen2). qk_norm: each head's queries and keys
         are RMS-normalized before rotation (Qwen3).
-    init_std: standard deviation of normally drawn weights when training from scratch (`model.transformer`).
+    init_std: standard deviation of the initial weights when training from scratch (`model.transformer.initialize`).
     model_type: the Hugging Face family to write, where several hold the architecture; "" for the usual one.
     Raises ConfigError where the fields contradict each other.
     """
@@ -151,11 +153,11 @@ class ModelConfig:
         """transformers cannot build a model whose padding token has no row in the embedding."""
         tokens = {"bos_token_id": (self.bos_token_id,), "pad_token_id": (self.pad_token_id,)}
         for name, ids in (tokens | {"eos_token_ids": self.eos_token_ids}).items():
-            for one in ids:
-                if not -1 <= one < self.vocab_size:
+            for token_id in ids:
+                if not -1 <= token_id < self.vocab_size:
                     raise ConfigError(
-                        f"model.{name}={one} is not in the vocabulary: with model.vocab_size={self.vocab_size} ids are "
-                        f"0 to {self.vocab_size - 1}. Give the id of the token that is meant, or leave the field out."
+                        f"model.{name}={token_id} is not in the vocabulary: with model.vocab_size={self.vocab_size} "
+                        f"ids are 0 to {self.vocab_size - 1}. Give that token's id, or leave the field out."
                     )
 
     def _check_numbers(self) -> None:
@@ -178,7 +180,9 @@ class ModelConfig:
         mla = self.mla
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             name = "mla.qk_rope_head_dim" if mla.kv_lora_rank else "head_dim"
-            raise ConfigError(f"model.{name}={self.rotary_dim} must be even and positive: rotary embedding pairs it.")
+            raise ConfigError(
+                f"model.{name}={self.rotary_dim} must be even and positive: rotary embedding turns pairs of elements."
+            )
         if not mla.kv_lora_rank:
             if mla != MLAConfig():
                 raise ConfigError("model.mla has fields set, but model.mla.kv_lora_rank=0 turns it off.")
@@ -197,8 +201,8 @@ class ModelConfig:
             )
         if self.num_key_value_heads != self.num_attention_heads or self.qkv_bias or self.qk_norm:
             raise ConfigError(
-                "model.mla has a key and a value for every head: set model.num_key_value_heads to "
-                "model.num_attention_heads; and model.qkv_bias and model.qk_norm to false, which it does not have."
+                "model.mla has a key and a value for every head, no bias and no qk_norm: set model.num_key_value_heads "
+                "to model.num_attention_heads, and model.qkv_bias and model.qk_norm to false."
             )
 
     def _check_moe(self) -> None:

@@ -1,7 +1,7 @@
-"""Parameters and FLOPs of a `ModelConfig`, without building the model. No torch.
+"""Parameters and FLOPs of a `ModelConfig`, without building the model. No torch import.
 
-FLOPs are 2 per multiply-accumulate of the matmuls that the function needs: element-wise work, the embedding
-lookup and what is computed a second time to save memory are not counted.
+FLOPs are 2 per multiply-accumulate of the matmuls that the function needs. Element-wise work, the embedding lookup and
+recomputation are not counted.
 """
 
 from collections.abc import Collection
@@ -32,8 +32,8 @@ class Counts:
 def count_parameters(c: ModelConfig) -> Counts:
     """Parameters of `c`; a tied head is counted once.
 
-    The bias of a "sigmoid_bias" gate is a buffer, but it is stored, and Moonlight's and DeepSeek-V3's published sizes
-    count it: here too. The sum over what is trained is that over `parameters.parameter_shapes`.
+    Includes the bias of a "sigmoid_bias" gate: a buffer, but stored, and counted in Moonlight's and DeepSeek-V3's
+    published sizes. What is trained is the sum over `parameters.parameter_shapes`.
     """
     shapes = parameter_shapes(c)
     gate_biases = len(router_biases(c)) * c.moe.num_experts
@@ -50,12 +50,11 @@ def _active(w: ParameterShape, c: ModelConfig) -> int:
 
 
 def attention_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
-    """FLOPs of q k^T and of its softmax times v in all layers, per token of a sequence of `seq_len`, forward only.
+    """FLOPs of q k^T and of softmax(q k^T) v in all layers, per token of a sequence of `seq_len`, forward only.
 
-    causal: each position meets those up to its own, (seq_len + 1) / 2 on average, which is what the function needs;
-        False: the whole square, which a kernel that only masks computes. Borders of documents, which need less still,
-        are not looked at. Latent attention is counted as it trains, with keys and values of every head made from the
-        latent.
+    causal: each position attends to those up to its own, (seq_len + 1) / 2 on average, which is what the function
+        needs; False: to all, as a kernel computes that only masks. Document boundaries, which would save more, are
+        ignored. Latent attention is counted as it trains: with the keys and values of every head made from the latent.
     """
     positions = (seq_len + 1) / 2 if causal else seq_len
     return 2.0 * c.num_hidden_layers * c.num_attention_heads * (c.head_dim + c.value_dim) * positions
@@ -86,7 +85,7 @@ def train_flops_per_token(c: ModelConfig, seq_len: int, *, causal: bool = True, 
 
 
 def recomputed_flops_per_token(c: ModelConfig, seq_len: int, *, frozen: Collection[str] = ()) -> float:
-    """FLOPs of one token's second forward pass through the blocks that the backward pass reaches."""
+    """FLOPs per token of recomputation: a second forward pass through the blocks that the backward pass reaches."""
     first = _Backward(c, seq_len, True, frozen).first_block
     return sum(
         2.0 * _active(w, c)
@@ -96,10 +95,10 @@ def recomputed_flops_per_token(c: ModelConfig, seq_len: int, *, frozen: Collecti
 
 
 class _Backward:
-    """The matmuls of a backward pass, found by walking the forward pass: what needs a gradient, and what does not.
+    """The matmuls of a backward pass, by walking through the forward pass and asking what needs a gradient.
 
     flops: per token. first_block: the lowest block that the backward pass reaches; the number of blocks for none.
-    Each method returns whether what it stands for, an output, needs a gradient; `needs` says so of the input.
+    Each method takes whether its input `needs` a gradient and returns whether its output does.
     """
 
     def __init__(self, c: ModelConfig, seq_len: int, causal: bool, frozen: Collection[str]) -> None:
@@ -168,6 +167,6 @@ class _Backward:
         return self._attended(where, q, latent or v, v)
 
     def _attended(self, where: str, q: bool, k: bool, v: bool) -> bool:
-        """Of the scores, q and k; of their softmax and v, that of the probabilities comes before q's and k's."""
+        """Scores = q k^T have gradients for q and k; probabilities v has one for v, and one on the way to q and k."""
         self.flops += self._scores * (q + k) + self._values * (v + (q or k))
         return self._matmul(f"{where}.o_proj", q or k or v)

@@ -1,7 +1,7 @@
-"""A model's architecture from and to a Hugging Face `config.json`. No torch.
+"""A model's architecture from and to a Hugging Face `config.json`. No torch import.
 
-What a file leaves out is what transformers takes; only the sizes below must be there. What would change the function
-and is not implemented is refused.
+Fields that a file leaves out have transformers' defaults; only the sizes below are required. A setting that would
+change the function and is not implemented is refused.
 """
 
 from dataclasses import replace
@@ -14,17 +14,17 @@ from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import MAX_LAYERS, ModelConfig
 from earthshine.model.hf_families import FAMILIES, HF_CLASSES, Family
 from earthshine.model.hf_settings import (
-    changes_nothing,
-    in_their_words,
+    in_hf_names,
+    integer,
     is_linear_by_one,
     list_of,
     refuse,
     refuse_window,
-    whole,
+    settings_without_effect,
 )
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What transformers takes where a config says nothing. None: computed from other fields, or turned off.
+# transformers' defaults. None: computed from other fields, or turned off.
 _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -113,8 +113,8 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     "topk_softmax". `num_nextn_predict_layers` (multi-token prediction) is not read: those layers stand beside the model
     and do not change its logits; transformers leaves them out as well. Their tensors: see `checkpoint.accounting`.
 
-    Raises UnsupportedModelError for a `model_type` that is not in `FAMILIES`, or for a feature that would change the
-    function and that is not implemented; ConfigError for a missing or contradictory field.
+    Raises UnsupportedModelError for a `model_type` that is not in `FAMILIES`, or a feature that would change the
+    function and is not implemented; ConfigError for a missing or contradictory field.
     """
     family = hf.get("model_type")
     if family not in FAMILIES:
@@ -131,28 +131,28 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     refuse(family, hf)
     refuse_window(family, hf, values)
     try:
-        config = decode(ModelConfig, _fields(family, hf, values), "config.json")  # which checks every type
+        config = decode(ModelConfig, _fields(family, hf, values), "config.json")  # checks every type
     except ConfigError as e:
-        raise type(e)(in_their_words(family, _ALIASES.get(family, ("num_experts", ""))[0], str(e))) from e
+        raise type(e)(in_hf_names(family, _ALIASES.get(family, ("num_experts", ""))[0], str(e))) from e
     usual = config.family
-    degenerate = family in ("qwen2_moe", "qwen3_moe") and not config.is_moe  # its layers are all plain ones
+    degenerate = family in ("qwen2_moe", "qwen3_moe") and not config.is_moe  # all its layers are dense
     return config if usual == family or degenerate else replace(config, model_type=family)
 
 
 def without_effect(hf: dict[str, Any]) -> list[str]:
     """What a `config.json` that `from_hf` accepts sets to an unusual value without effect, a sentence each."""
-    return changes_nothing(hf, _DEFAULTS | _FAMILY_DEFAULTS[hf["model_type"]] | hf)
+    return settings_without_effect(hf, _DEFAULTS | _FAMILY_DEFAULTS[hf["model_type"]] | hf)
 
 
 def _fields(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `ModelConfig`, not yet checked. `hf` is as it was written, `values` has the defaults too."""
-    layers = whole(hf, "num_hidden_layers", most=MAX_LAYERS)
-    heads, width = (whole(hf, key) for key in ("num_attention_heads", "hidden_size"))
+    """The fields of a `ModelConfig`, not yet checked. `hf` is the file as written; `values` includes the defaults."""
+    layers = integer(hf, "num_hidden_layers", most=MAX_LAYERS)
+    heads, width = (integer(hf, key) for key in ("num_attention_heads", "hidden_size"))
     eos = values["eos_token_id"]
     mla = _mla(values) if family == "deepseek_v3" else {}
     head_dim = values["head_dim"]
     if mla:
-        head_dim = whole(values, "qk_nope_head_dim") + whole(values, "qk_rope_head_dim")
+        head_dim = integer(values, "qk_nope_head_dim") + integer(values, "qk_rope_head_dim")
     theta, scaling = _rope_from_hf(values, hf)
     return {
         "vocab_size": hf["vocab_size"],
@@ -180,7 +180,7 @@ def _fields(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> dict[
 
 def _mla(values: dict[str, Any]) -> dict[str, Any]:
     names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    sizes = {name: whole(values, name) for name in names}
+    sizes = {name: integer(values, name) for name in names}
     q_lora_rank = 0 if values["q_lora_rank"] is None else values["q_lora_rank"]
     return {**sizes, "q_lora_rank": q_lora_rank, "rope_interleaved": values["rope_interleave"]}
 
@@ -190,13 +190,13 @@ def _moe(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
         return _softmax_moe(family, values, layers)
     if family != "deepseek_v3":
         return {}
-    sparse = tuple(range(whole(values, "first_k_dense_replace", least=0), layers))
+    sparse = tuple(range(integer(values, "first_k_dense_replace", least=0), layers))
     if not sparse:
         return {}
-    width = whole(values, "moe_intermediate_size")
-    shared = 0 if values["n_shared_experts"] is None else whole(values, "n_shared_experts", least=0)
+    width = integer(values, "moe_intermediate_size")
+    shared = 0 if values["n_shared_experts"] is None else integer(values, "n_shared_experts", least=0)
     return {
-        "num_experts": whole(values, "n_routed_experts"),
+        "num_experts": integer(values, "n_routed_experts"),
         "top_k": values["num_experts_per_tok"],
         "intermediate_size": width,
         "layers": sparse,
@@ -212,11 +212,11 @@ def _moe(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
 
 def _softmax_moe(family: Family, values: dict[str, Any], layers: int) -> dict[str, Any]:
     if family == "mixtral":
-        sparse, experts = tuple(range(layers)), whole(values, "num_local_experts")
+        sparse, experts = tuple(range(layers)), integer(values, "num_local_experts")
         width, renormalize = values["intermediate_size"], True
     else:
-        plain, step = list_of(values, "mlp_only_layers", int), whole(values, "decoder_sparse_step")
-        experts = whole(values, "num_experts", least=0)
+        plain, step = list_of(values, "mlp_only_layers", int), integer(values, "decoder_sparse_step")
+        experts = integer(values, "num_experts", least=0)
         sparse = tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0) if experts else ()
         width, renormalize = values["moe_intermediate_size"], values["norm_topk_prob"]
     if not sparse:
@@ -271,7 +271,7 @@ def _rope_from_hf(values: dict[str, Any], hf: dict[str, Any]) -> tuple[float, di
             raise ConfigError(f"config.json has no field '{key}', which rope_type={kind!r} needs.")
     if kind == "default":
         return theta, {}
-    numbers = {key: value for key, value in merged.items() if value or key in required}  # 0 is for the default
+    numbers = {key: value for key, value in merged.items() if value or key in required}  # 0 means the default
     return theta, {"kind": kind, "original_max_position_embeddings": original, **numbers}
 
 
@@ -325,7 +325,7 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _grouped_query_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """The keys of one family beyond those of all, but for DeepSeek-V3."""
+    """The keys of one family beyond those that all have; DeepSeek-V3's are in `_deepseek_to_hf`."""
     moe = config.moe
     hf: dict[str, Any] = {"head_dim": config.head_dim}
     if family in ("llama", "qwen3", "qwen3_moe"):
@@ -353,7 +353,7 @@ def _grouped_query_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _deepseek_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """No `head_dim`: transformers means the rotary part by it."""
+    """DeepSeek-V3's keys. No `head_dim`: transformers means the width of the rotary part by it."""
     moe, mla = config.moe, config.mla
     hf: dict[str, Any] = {
         "attention_bias": False,

@@ -1,4 +1,4 @@
-"""Which Hugging Face families hold an architecture, and what keeps it out of all of them. No torch."""
+"""Which Hugging Face families hold an architecture, and what keeps it out of all of them. No torch import."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +36,7 @@ def families_of(c: "ModelConfig") -> tuple[Family, ...]:
             return () if c.qk_norm else ("qwen2",)
         if c.qk_norm:
             return ("qwen3",)
-        whole_heads = c.hidden_size % c.num_attention_heads == 0  # transformers' LlamaConfig demands it
+        whole_heads = c.hidden_size % c.num_attention_heads == 0  # transformers' LlamaConfig requires it
         return ("llama", "mistral") if whole_heads else ("mistral",)
     if moe.gate == "sigmoid_bias" or moe.routed_scaling != 1 or (moe.shared_intermediate_size and not moe.shared_gated):
         return ()
@@ -53,7 +53,7 @@ def obstacle(c: "ModelConfig") -> str:
     moe = c.moe
     if c.mla.kv_lora_rank:
         return (
-            "latent attention (model.mla) goes with gate='sigmoid_bias', dense layers before all MoE layers, and a "
+            "latent attention (model.mla) needs gate='sigmoid_bias', dense layers before all MoE layers, and a "
             "shared expert without a gate whose width is a multiple of model.moe.intermediate_size (DeepSeek-V3)."
         )
     if c.qk_norm and c.qkv_bias:
@@ -67,6 +67,6 @@ def obstacle(c: "ModelConfig") -> str:
     if c.qk_norm:
         return "with model.qk_norm (Qwen3-MoE) there is no shared expert: set model.moe.shared_intermediate_size=0."
     return (
-        "experts in some layers, with qkv_bias or without renormalize need a shared expert (Qwen2-MoE): set "
-        "model.moe.shared_intermediate_size (zeros in it change nothing)."
+        "experts in some layers only, qkv_bias=true or renormalize=false need a shared expert (Qwen2-MoE): set "
+        "model.moe.shared_intermediate_size (with zero weights it contributes nothing)."
     )

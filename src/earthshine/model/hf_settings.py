@@ -1,4 +1,4 @@
-"""Which settings of a Hugging Face `config.json` are implemented, and which change nothing. No torch."""
+"""Which settings of a Hugging Face `config.json` are refused, and which change nothing. No torch import."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import MAX_LAYERS
 from earthshine.model.hf_families import FAMILIES, Family
 
-# Keys that change the computation and that we hold only at these values; all of them are transformers' defaults.
+# Keys that change the computation and are implemented at these values only, transformers' defaults among them.
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -20,8 +20,8 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
 }
-# Of these, the keys that not every family's class reads. Where it does not, the key changes nothing: whether a bias is
-# there is then fixed by the class, and a tensor that the class does not have is refused by `checkpoint.accounting`.
+# Of these, the keys that only these families' classes read. In any other family the key changes nothing: the class
+# decides whether there is a bias, and `checkpoint.accounting` refuses a tensor that the class does not have.
 READ_BY: dict[str, tuple[Family, ...]] = {
     "attention_bias": ("llama", "qwen3", "qwen3_moe", "deepseek_v3"),
     "mlp_bias": ("llama",),
@@ -32,7 +32,7 @@ READ_BY: dict[str, tuple[Family, ...]] = {
 TENSOR_SLICES = "pretraining_tp"  # once a way to compute the same matmul in slices; no class reads it any more
 
 
-def changes_nothing(hf: dict[str, Any], values: dict[str, Any]) -> list[str]:
+def settings_without_effect(hf: dict[str, Any], values: dict[str, Any]) -> list[str]:
     """What an accepted `config.json` sets to an unusual value without effect, a sentence each.
 
     values: the config with the defaults filled in.
@@ -45,7 +45,7 @@ def changes_nothing(hf: dict[str, Any], values: dict[str, Any]) -> list[str]:
             lines.append(f"{key}={hf[key]!r} changes nothing: a {family} does not read it.")
     window = values["sliding_window"]
     if hf.get("use_sliding_window") and window is not None and not _layers_with_window(family, values):
-        lines.append(f"sliding_window={window!r} changes nothing: it is in force in no layer.")
+        lines.append(f"sliding_window={window!r} changes nothing: it applies to no layer.")
     if is_linear_by_one(hf.get("rope_scaling") or hf.get("rope_parameters")):
         lines.append("rope_scaling by a factor of 1 changes nothing.")
     return lines
@@ -56,6 +56,7 @@ def _is_read(family: Family, key: str) -> bool:
 
 
 def refuse(family: Family, hf: dict[str, Any]) -> None:
+    """Raises UnsupportedModelError for a setting that changes the computation and is not implemented."""
     for key, allowed in REQUIRED.items():
         if (family, key) == ("qwen2_moe", "qkv_bias"):  # a field of ours
             continue
@@ -66,8 +67,8 @@ def refuse(family: Family, hf: dict[str, Any]) -> None:
 
 
 def _layers_with_window(family: Family, values: dict[str, Any]) -> list[int]:
-    """The layers in which `sliding_window`, where there is one, is in force; as transformers decides."""
-    layers = range(whole(values, "num_hidden_layers", most=MAX_LAYERS))
+    """The layers that `sliding_window` applies to, if there is one; as transformers decides."""
+    layers = range(integer(values, "num_hidden_layers", most=MAX_LAYERS))
     if family.startswith("qwen") and not values["use_sliding_window"]:
         return []
     if family not in ("qwen2", "qwen3", "qwen2_moe"):
@@ -83,13 +84,16 @@ def _layers_with_window(family: Family, values: dict[str, Any]) -> list[int]:
 
 
 def refuse_window(family: Family, hf: dict[str, Any], values: dict[str, Any]) -> None:
-    """A window no shorter than the longest sequence hides nothing; a Qwen's is in force in some layers only."""
+    """Raises UnsupportedModelError for a sliding window shorter than the longest sequence, in any layer.
+
+    A window at least as long hides nothing, and a Qwen's may apply to no layer.
+    """
     window = values["sliding_window"] if _layers_with_window(family, values) else None
-    longest = whole(values, "max_position_embeddings")
+    longest = integer(values, "max_position_embeddings")
     if window is not None and (type(window) is not int or window < longest):
-        unsaid = "" if "sliding_window" in hf else ", the default of a config that does not say otherwise"
+        origin = "" if "sliding_window" in hf else ", the default where a config does not give it"
         raise UnsupportedModelError(
-            f"config.json sliding_window is {window}{unsaid}: windows shorter than max_position_embeddings="
+            f"config.json sliding_window is {window}{origin}: windows shorter than max_position_embeddings="
             f"{longest} are not implemented. Where no sequence will be longer than the window, lower "
             f"max_position_embeddings to it."
         )
@@ -100,10 +104,10 @@ def refuse_window(family: Family, hf: dict[str, Any], values: dict[str, Any]) ->
         )
 
 
-def in_their_words(family: Family, experts: str, message: str) -> str:
-    """A message about our fields with the names that they have in a family's `config.json`.
+def in_hf_names(family: Family, experts: str, message: str) -> str:
+    """A message about fields of `ModelConfig`, with the names that they have in a family's `config.json`.
 
-    experts: the name of the number of experts.
+    experts: the family's name for the number of experts.
     """
     names = {
         "moe.num_experts": experts,
@@ -118,15 +122,15 @@ def in_their_words(family: Family, experts: str, message: str) -> str:
         "init_std": "initializer_range",
     }
 
-    def theirs(match: re.Match[str]) -> str:
-        ours = match[2]
-        return "config.json " * (not match.start()) + names.get(ours, ours.removeprefix("mla."))
+    def hf_name(match: re.Match[str]) -> str:
+        field = match[2]
+        return "config.json " * (not match.start()) + names.get(field, field.removeprefix("mla."))
 
-    return re.sub(r"\b(model|config\.json)\.((?:moe\.|mla\.|rope_scaling\.)?[a-z_]+)", theirs, message)
+    return re.sub(r"\b(model|config\.json)\.((?:moe\.|mla\.|rope_scaling\.)?[a-z_]+)", hf_name, message)
 
 
-def whole(values: dict[str, Any], key: str, least: int = 1, most: int = 2**63) -> int:
-    """A number that others are computed from. Raises ConfigError unless it is an integer from `least` to `most`."""
+def integer(values: dict[str, Any], key: str, least: int = 1, most: int = 2**63) -> int:
+    """`values[key]`, which other fields are computed from. Raises ConfigError unless it is from `least` to `most`."""
     value = values[key]
     if type(value) is not int or not least <= value <= most:
         to = f" and at most {most}" if most < 2**63 else ""
@@ -135,7 +139,7 @@ def whole(values: dict[str, Any], key: str, least: int = 1, most: int = 2**63) -
 
 
 def list_of(values: dict[str, Any], key: str, kind: type) -> list[Any]:
-    """A list, empty where there is none. Raises ConfigError unless it is one whose items are all of `kind`."""
+    """`values[key]`, or [] where it is absent or null. Raises ConfigError unless it is a list of `kind`."""
     value = values.get(key)
     if value is None:
         return []
@@ -145,7 +149,7 @@ def list_of(values: dict[str, Any], key: str, kind: type) -> list[Any]:
 
 
 def is_linear_by_one(scaling: Any) -> bool:
-    """Positions divided by 1."""
+    """Whether a rotary scaling is linear by a factor of 1: positions divided by 1."""
     if not isinstance(scaling, dict):
         return False
     kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")

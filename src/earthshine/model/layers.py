@@ -29,7 +29,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Left to `transformer.initialize` or a checkpoint: drawing here would be thrown away."""
+        """Nothing: `transformer.initialize` or a checkpoint sets the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, to_compute(self.weight, x), None if self.bias is None else to_compute(self.bias, x))

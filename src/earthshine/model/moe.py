@@ -41,8 +41,9 @@ class Router(Linear):
     """Logits of the experts in at least float32, and the gate. Its weight (E, D) is one matrix, as any linear map's.
 
     `bias_E` (gate "sigmoid_bias" only, else None) is a float32 buffer, saved with the model and moved by
-    `ops.routing.bias_update`. It follows the module to a device but never to another dtype: bfloat16 would round away
-    updates of 1e-3. It is a part of the router: where the weight is frozen, or `freeze_buffer` was called, it stays.
+    `ops.routing.bias_update`, which `Transformer.update_router_bias` calls. It follows the module to a device but never
+    to another dtype: bfloat16 would round away updates of 1e-3. Where the weight is frozen, or `freeze_buffer` was
+    called, it does not move.
     """
 
     bias_E: Tensor | None
@@ -72,7 +73,7 @@ class Router(Linear):
         return {} if self.bias_E is None else {"bias_E": self.weight.requires_grad and not self.bias_frozen}
 
     def freeze_buffer(self, name: str) -> None:
-        """Leave that buffer of `trained_buffers` as it is from now on."""
+        """From now on, leave that buffer of `trained_buffers` as it is."""
         self.bias_frozen |= name == "bias_E"
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
@@ -121,8 +122,8 @@ class MoE(nn.Module):
     While training, choices beyond an expert's capacity are dropped: they add nothing, and the token's other weights
     stay as they are (Megatron-LM's rule). Otherwise nothing is dropped.
 
-    `counts_E` and `dropped` are for the owner to add `RoutingStats` to; they are neither parameters nor saved. Forward
-    itself writes no buffer, because activation recomputation calls it twice.
+    `counts_E` and `dropped` count choices since the last reset; they are neither parameters nor saved. `Transformer`
+    adds each forward's `RoutingStats` to them: forward itself writes no buffer, because recomputation calls it twice.
     """
 
     counts_E: Tensor
@@ -159,15 +160,15 @@ class MoE(nn.Module):
         return self
 
     def forward(self, x_BSD: Tensor, step_counts_E: Tensor | None = None) -> tuple[Tensor, RoutingStats | None]:
-        """The layer's output (B, S, D), and what its routing was when the module is in training mode, else None.
+        """The layer's output (B, S, D), and in training mode its routing statistics, else None.
 
         Args:
             step_counts_E: for the Switch loss with scope "step": the choices of the whole step, int64.
         """
         x_TD = x_BSD.flatten(0, 1)
         logits_TE, weights_TK, expert_TK = self.router(x_TD)
-        kept_TK, capacity = self._drop(weights_TK, expert_TK)
-        routed = sort_by_expert(kept_TK, self.moe.num_experts)
+        assigned_TK, capacity = self._drop(weights_TK, expert_TK)
+        routed = sort_by_expert(assigned_TK, self.moe.num_experts)
         rows_RD, counts_E, capacity = self.dispatcher.dispatch(permute(x_TD, routed), routed.counts_E, capacity)
         y_RD = self.dispatcher.combine(self.experts(rows_RD, counts_E, capacity))
         y_TD = unpermute(y_RD, routed, weights_TK)
@@ -179,13 +180,13 @@ class MoE(nn.Module):
         y_BSD = y_TD.view_as(x_BSD)
         if not self.training:
             return y_BSD, None
-        counts_E = routed.counts_E if kept_TK is expert_TK else count_tokens(expert_TK, self.moe.num_experts)
+        counts_E = routed.counts_E if assigned_TK is expert_TK else count_tokens(expert_TK, self.moe.num_experts)
         balance = self._balance(logits_TE.unflatten(0, x_BSD.shape[:2]), expert_TK, counts_E, step_counts_E)
         z = z_loss(logits_TE) if self.balance.z_coefficient else logits_TE.new_zeros(())
         return y_BSD, RoutingStats(balance, z, counts_E, counts_E.sum() - routed.counts_E.sum())
 
     def _drop(self, weights_TK: Tensor, expert_TK: Tensor) -> tuple[Tensor, int]:
-        """The experts, E in place of dropped ones, whose outputs are zeros; and the capacity (0: nothing can drop)."""
+        """`expert_TK` with E in place of dropped choices, whose outputs are zeros; the capacity (0: no limit)."""
         moe, num_tokens = self.moe, expert_TK.shape[0]
         capacity = self.capacity.tokens_per_expert(num_tokens, moe.num_experts, moe.top_k) if self.training else 0
         if capacity == 0 or capacity >= num_tokens:  # an expert gets at most one choice of each token
@@ -196,8 +197,8 @@ class MoE(nn.Module):
     def _balance(self, logits_BSE: Tensor, expert_TK: Tensor, counts_E: Tensor, step_counts_E: Tensor | None) -> Tensor:
         """The balance loss, summed over the sequences: 0-d. Dropped choices count as what the router wanted.
 
-        Raises ValueError where the scope is the step and its counts are missing, but for a pass without gradient, which
-        is how they are gathered.
+        Raises ValueError where the scope is the step and its counts are missing, except in a pass without gradient:
+        that is how they are gathered.
         """
         config = self.balance
         if config.loss == "none":
@@ -212,6 +213,6 @@ class MoE(nn.Module):
         p_BSE = probabilities(logits_BSE, self.moe.gate)
         if config.loss == "sequence" or config.scope == "sequence":
             return sequence_balance(p_BSE, expert_TK.unflatten(0, p_BSE.shape[:2])).sum()
-        fractions_of_E = step_counts_E if config.scope == "step" else self.count_reduce.sum(counts_E)
-        assert fractions_of_E is not None
-        return p_BSE.shape[0] * switch_balance(p_BSE.flatten(0, 1), fractions_of_E)
+        choices_E = step_counts_E if config.scope == "step" else self.count_reduce.sum(counts_E)
+        assert choices_E is not None
+        return p_BSE.shape[0] * switch_balance(p_BSE.flatten(0, 1), choices_E)

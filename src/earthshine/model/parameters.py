@@ -1,7 +1,7 @@
-"""The trained parameters of a `ModelConfig`, by name and shape, without building the model. No torch.
+"""The trained parameters of a `ModelConfig`, by name and shape, without building the model. No torch import.
 
-What counts parameters, FLOPs and the optimizer's work reads this list; a test holds it to the built model of every
-family and to what `optim.groups` makes of it. Buffers are not in it.
+Parameters, FLOPs and the optimizer's costs are counted from this list; a test holds it to the built model of every
+family and to how `optim.groups` divides it. Buffers are not in it.
 """
 
 from dataclasses import dataclass
@@ -59,12 +59,12 @@ def parameter_shapes(c: ModelConfig) -> list[ParameterShape]:
 
 
 def router_biases(c: ModelConfig) -> dict[int, str]:
-    """The name of each layer's bias of a "sigmoid_bias" gate: a buffer, which training moves by the experts' loads."""
+    """Each layer's bias of a "sigmoid_bias" gate: a buffer, which `Transformer.update_router_bias` moves."""
     return {layer: f"blocks.{layer}.moe.router.bias_E" for layer in c.moe.layers if c.moe.gate == "sigmoid_bias"}
 
 
 def query_key_projections(c: ModelConfig) -> dict[int, tuple[str, ...]]:
-    """The names of each layer's parameters that make queries and keys per head, as `query_key_heads` says."""
+    """The names of each layer's parameters that QK-Clip scales: `query` and `key` of `Attention.query_key_heads`."""
     names: tuple[str, ...] = ("q_proj.weight", "k_proj.weight")
     if c.mla.kv_lora_rank:
         names = ("q_b_proj.weight" if c.mla.q_lora_rank else "q_proj.weight", "kv_b_proj.weight")

@@ -1,4 +1,4 @@
-"""Named architectures. Anything else comes from a Hugging Face `config.json`."""
+"""Architectures by name; any other comes from a Hugging Face `config.json`. No torch import."""
 
 from dataclasses import replace
 

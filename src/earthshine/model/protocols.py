@@ -1,7 +1,7 @@
-"""What a model asks of the world when parts of it are elsewhere, with the defaults for "all of it is here".
+"""What a model asks of other ranks when they hold parts of it, and the defaults for a process that holds all of it.
 
-The model calls these and knows nothing of ranks. So far nothing implements them but the defaults in this file: those
-for meshes will come with `parallel/`, which does not exist yet.
+The model calls these and knows nothing of ranks. So far only the defaults in this file implement them: those for meshes
+will come with `parallel/`, which does not exist yet.
 """
 
 from typing import Protocol

@@ -1,5 +1,5 @@
-"""`TrainingOptions`: what a model is told of its training: how its experts are kept evenly loaded, how many tokens one
-takes, and what is computed again in the backward pass. No torch.
+"""`TrainingOptions`, what a model has to know of its training: how its experts are balanced, how many tokens an expert
+takes, and whether blocks are recomputed in the backward pass. No torch import.
 """
 
 import math
@@ -61,9 +61,9 @@ class CapacityConfig:
         ceil(T * k / E * factor) or ceil(T / E * factor), by `relative_to`.
     relative_to: the mean number of choices per expert ("per_assignment", as in Megatron), or of tokens ("per_token", as
         printed in arXiv:2412.09952).
-    exact_factor: numerator and denominator of the decimal fraction that was written, the shortest one that is this
-        float.
-    drop: which tokens stay: those with the largest gate weight ("probability"), or the first ("position").
+    exact_factor: numerator and denominator of `factor` as it was written, in decimal: 1.1 is exactly 11/10.
+    drop: which choices an overfull expert keeps: those with the largest gate weight ("probability"), or those of the
+        first tokens ("position").
     """
 
     factor: float = 0.0
@@ -80,11 +80,11 @@ class CapacityConfig:
         if self.factor == 0 and (self.relative_to, self.drop) != unset:
             raise ConfigError(
                 f"capacity.relative_to={self.relative_to!r} and capacity.drop={self.drop!r} have no effect with "
-                f"capacity.factor=0, which drops nothing: set the factor, or leave them out."
+                f"capacity.factor=0, which drops nothing: set the factor, or leave these out."
             )
 
     def tokens_per_expert(self, num_tokens: int, num_experts: int, top_k: int) -> int:
-        """The capacity C, at most `num_tokens`, which is what an expert can get; 0 when dropless.
+        """How many tokens an expert takes: at most `num_tokens`, as no token chooses it twice; 0 when dropless.
 
         Exact: in floats, 200 * 1.1 / 4 is a little more than 55, and would be rounded up to 56.
         """
@@ -102,9 +102,9 @@ class CapacityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What a model is told of its training; nothing of it changes what it computes in evaluation.
+    """What a model has to know of its training; none of it changes what it computes in evaluation.
 
-    recompute: keep only each block's input, and compute the block again in the backward pass.
+    recompute: activation checkpointing: keep each block's input only, and run the block again in the backward pass.
     """
 
     balance: BalanceConfig = field(default_factory=BalanceConfig)

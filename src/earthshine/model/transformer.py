@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Final normalized hidden states (B, S, D) in the compute dtype. Positions continue from the cache's length.
 
-        They do not start anew in a document: rotary attention sees differences of positions only.
+        They do not restart at a document: rotary attention depends on differences of positions only.
         """
         return self._hidden(tokens_BS, documents_BS, cache)[0]
 
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         if documents_BS is not None and start:
             raise ConfigError(
-                "documents_BS cannot go with cached positions: which document those belong to is unknown."
+                "documents_BS cannot be combined with cached positions: which document those belong to is unknown."
             )
         (batch, length), end = tokens_BS.shape, start + tokens_BS.shape[1]
         rope = self._rope.rows(start, end, tokens_BS)
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             inputs = (x_BSD, rope, mask, cache, (step_counts or {}).get(layer))
             if self.recompute and counting:
-                # The forward pass draws no random numbers, so there is no random state to keep.
+                # The forward pass uses no random numbers, so there is no random state to restore.
                 x_BSD, stats = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BSD, stats = block(*inputs)
@@ -199,15 +199,15 @@ class Transformer(nn.Module):
         """
         h_BSD, stats = self._hidden(tokens_BS, documents_BS, step_counts=step_counts)
         nll = self._loss(h_BSD.flatten(0, 1), targets_BS.flatten())
-        nothing = nll.new_zeros(())
-        balance, z = (sum((getattr(s, name) for s in stats.values()), nothing) for name in ("balance", "z"))
+        zero = nll.new_zeros(())
+        balance, z = (sum((getattr(s, name) for s in stats.values()), zero) for name in ("balance", "z"))
         return Losses(nll, balance, z)
 
     @torch.no_grad()
     def routing_counts(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> dict[int, Tensor]:
-        """For each MoE layer, int64 (E,): how many choices fall on each expert in a training forward, not counted.
+        """For each MoE layer, int64 (E,): how many choices fall on each expert in a training forward.
 
-        Raises ValueError in evaluation mode, where there is no capacity and so other routing.
+        `expert_counts` do not change. Raises ValueError in evaluation mode, which has no capacity: routing differs.
         """
         if not self.training:
             raise ValueError("routing_counts are those of a training forward: call model.train() first.")
@@ -250,18 +250,17 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self) -> None:
-        """Move the choice biases by the counts since the last reset, once per step (`ops.routing.bias_update`).
+        """Move each router's bias by its expert counts since the last reset: `ops.routing.bias_update`, once per step.
 
-        Those of frozen routers stay.
+        Frozen routers keep theirs.
         """
         for moe in self._moe_layers().values():
-            bias_E, moves = moe.router.bias_E, moe.router.trained_buffers().get("bias_E", False)
-            if self.balance.bias != "none" and bias_E is not None and moves:
-                updated = bias_update(bias_E, moe.counts_E, self.balance.bias_rate, self.balance.bias)
-                bias_E.copy_(updated)
+            bias_E, trained = moe.router.bias_E, moe.router.trained_buffers().get("bias_E", False)
+            if self.balance.bias != "none" and bias_E is not None and trained:
+                bias_E.copy_(bias_update(bias_E, moe.counts_E, self.balance.bias_rate, self.balance.bias))
 
     def compile_blocks(self) -> None:
-        """Compile each block by itself: alike layers share their code, and routing of any load is one graph each."""
+        """Compile each block by itself: blocks of one architecture share their code, whatever the routing."""
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -271,7 +270,7 @@ def initialize(model: Transformer, seed: int) -> None:
     """Initialize for training from scratch: weights N(0, init_std), norms 1, biases 0, and the projections that write
     to the residual stream scaled by 1/sqrt(2 * layers) (GPT-2: Radford et al. 2019, section 2.3).
 
-    Each parameter's numbers are a function of (seed, name) alone.
+    Each parameter's values are a function of (seed, name) alone.
     """
     residual_scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
@@ -280,10 +279,10 @@ def initialize(model: Transformer, seed: int) -> None:
             continue
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        drawn = torch.empty(parameter.shape).normal_(0.0, model.config.init_std, generator=generator)
+        values = torch.empty(parameter.shape).normal_(0.0, model.config.init_std, generator=generator)
         if name.endswith(("o_proj.weight", "down_proj.weight", "w_down_EDF")):
-            drawn *= residual_scale
-        parameter.copy_(drawn)
+            values *= residual_scale
+        parameter.copy_(values)
     for moe in model._moe_layers().values():
         if moe.router.bias_E is not None:
             moe.router.bias_E.zero_()

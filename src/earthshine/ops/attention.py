@@ -16,18 +16,18 @@ from earthshine.device import at_least_float32_dtype, has_flash_attention, to_de
 Backend = Literal["auto", "sdpa", "blocks", "varlen"]
 
 _BLOCKS_MAX_POSITIONS = 1024  # beyond, at equal widths, SDPA is as fast: `benchmarks/attention.py`
-_WIDTHS = 8  # an accelerator's kernels take heads of multiples of this; zeros beyond change no score and no sum
+_WIDTHS = 8  # an accelerator's kernels take multiples of this; padding with zeros changes no score and no output
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys each query sees, in the form that the kernel of one forward reads. Made once, for all its layers.
+    """Which keys each query sees, in the form that one forward's kernel reads. Made once, for all layers.
 
-    num_keys: P. documents_BS: on the device of the queries; None where there are no documents.
-    visible: "sdpa" where position alone does not say it, (B, 1, S, S) or (S, P); True for the keys that are seen, or,
-        on an accelerator, -inf for the others, which a bool would be turned into in every layer.
-    starts: "varlen", int32: where each sequence of queries, and of keys, starts among the B*S, or B*P, positions of all
-        rows, and where the last one ends.
+    num_keys: P. documents_BS: on the device of the queries; None without documents.
+    visible: for "sdpa", where more than position decides; (B, 1, S, S) or (S, P). On a CPU a bool, True for visible
+        keys; on an accelerator 0 for these and -inf for the others, which SDPA would make of a bool in every layer.
+    starts: for "varlen", int32: where each sequence of queries, and of keys, starts among the B*S, or B*P, positions of
+        all rows, and where the last one ends.
     """
 
     backend: Backend
@@ -50,8 +50,8 @@ def make_mask(
 
     Args:
         shape: B, S, P. widths: C, V.
-        documents_BS: see `causal_attention`. For an accelerator best on the CPU, where the loader makes it: only there
-            can it be counted how many documents there are without waiting for the device.
+        documents_BS: see `causal_attention`. For an accelerator best on the CPU, where the loader makes it: there the
+            documents can be counted without waiting for the device.
     """
     (batch, num_queries, num_keys), documents = shape, documents_BS is not None
     assert not documents or num_queries == num_keys, "documents of cached positions are not known"
@@ -73,7 +73,7 @@ def make_mask(
 
 
 def documents_of(documents_BS: Tensor | Mask | None) -> Tensor | None:
-    """The documents' numbers, of a mask those that it was made of."""
+    """The document numbers: as given, or those that a mask was made of."""
     return documents_BS.documents_BS if isinstance(documents_BS, Mask) else documents_BS
 
 
@@ -88,12 +88,12 @@ def choose_backend(
 ) -> tuple[Backend, str]:
     """The kernel that "auto" takes for heads of `widths` (queries and keys, values), and why.
 
-    On an accelerator none of them holds the scores, as SDPA's math kernel does (8.6 GB per layer for Llama-3-8B at
-    8,192 positions), which SDPA takes where a mask meets grouped heads. "sdpa" repeats the keys and values of grouped
-    heads where only the memory-efficient kernel is left. In float64 there is none but the math kernel.
+    On an accelerator none of them stores the scores, as SDPA's math kernel does (8.6 GB per layer for Llama-3-8B at
+    8,192 positions). SDPA falls back to that kernel for a mask with grouped heads, so "sdpa" repeats their keys and
+    values there, and takes the memory-efficient one. In float64 there is only the math kernel.
 
-    On a CPU SDPA has no fused kernel for values of another width: it holds the whole square then. Whether there are
-    gradients plays no part: a pass without them must route tokens as the one with them does.
+    On a CPU SDPA has no fused kernel where values are narrower than keys: it then stores all S x P scores. Whether
+    gradients are needed plays no part: a pass without them must route tokens exactly as the one with them.
     """
     if device.type == "cpu":
         if num_queries == num_keys and (num_queries <= _BLOCKS_MAX_POSITIONS or widths[0] != widths[1]):
@@ -113,7 +113,7 @@ def _padded(width: int) -> int:
 def _starts(
     device: torch.device, batch: int, num_queries: int, num_keys: int, documents_BS: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """`Mask.starts`; None where a document's positions do not follow one another, which starts cannot say."""
+    """`Mask.starts`; None where a document is interrupted by another, which starts cannot express."""
     if documents_BS is None:
         q_starts, k_starts = (
             torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=device) for n in (num_queries, num_keys)
@@ -129,7 +129,7 @@ def _starts(
 def document_starts(documents_BS: Tensor) -> Tensor | None:
     """Where each document of each row starts among the B*S positions, and B*S: int32 (N + 1,).
 
-    A document ends with its row. None where one of a row is interrupted by another.
+    A document ends with its row at the latest. None where a document is interrupted by another.
     """
     first_BS = torch.ones_like(documents_BS, dtype=torch.bool)
     first_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
@@ -142,7 +142,7 @@ def document_starts(documents_BS: Tensor) -> Tensor | None:
 
 
 def _visible(device: torch.device, num_queries: int, num_keys: int, documents_BS: Tensor | None) -> Tensor | None:
-    """True where a query sees a key, for what is more than SDPA's `is_causal`; else None."""
+    """True where a query sees a key; None where SDPA's `is_causal` says the same."""
     if documents_BS is not None:
         same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
         return same_BSS.tril().unsqueeze(1)
@@ -170,14 +170,14 @@ def causal_attention(
         documents_BS: number of the document that each position belongs to; attention stays within a document. Only
             without a cache (S == P). Or the `Mask` that was made of them, for all layers of a forward.
         scale: 1/sqrt(C) when None.
-        backend: of a mask made here. "sdpa" is torch's scaled_dot_product_attention; "varlen" its variable-length
+        backend: where no `Mask` is given. "sdpa" is torch's scaled_dot_product_attention; "varlen" its variable-length
             flash attention, for accelerators: documents (or chunks after cached positions) one after another, heads
             padded with zeros to the wider of C and V, which latent attention needs (192 and 128); "blocks" takes the
-            queries in blocks of rows, each against the keys up to its end, and keeps the probabilities for the backward
+            queries in blocks of rows, each against the keys up to its end, and saves the probabilities for the backward
             pass; "auto" is `choose_backend`. In bf16 "blocks" rounds scores and probabilities to bf16, as transformers'
             eager attention does; SDPA is 2 to 7 times closer.
-        max_logits_H: raised in place, where given, to the largest logit of each query head. "blocks" takes it from the
-            scores it has; the other kernels do not show theirs, and `max_logits` computes them once more.
+        max_logits_H: raised in place, where given, to the largest logit of each query head. "blocks" takes it from its
+            scores; the other kernels do not expose theirs, so `max_logits` computes them once more.
     """
     (B, _, S, C), (P, V) = q_BHSC.shape, v_BGPV.shape[2:]
     scale = 1 / math.sqrt(C) if scale is None else scale
@@ -204,7 +204,7 @@ def causal_attention(
 
 
 def _raise_to(max_logits_H: Tensor, largest_H: Tensor) -> None:
-    """In place, so that what a compiled model sees is one tensor, whichever step it is."""
+    """In place, so that a compiled model sees the same tensor in every step."""
     max_logits_H.copy_(torch.maximum(max_logits_H, largest_H.to(max_logits_H)))
 
 
@@ -230,19 +230,20 @@ def max_logits(
     future_RR = torch.ones(block_rows, block_rows, dtype=torch.bool, device=q_BHSC.device).triu_(1)
     for start in range(0, S if B else 0, block_rows):
         end = min(start + block_rows, S)
-        seen = P - S + end  # by the last of these queries
+        num_seen = P - S + end  # keys that the last of these queries sees
         q_NRC = q_BHSC[:, :, start:end].reshape(B * G, -1, C)
-        scores = torch.bmm(q_NRC, k_BGPC[:, :, :seen].reshape(B * G, seen, C).mT).view(B, H, end - start, seen)
+        scores = torch.bmm(q_NRC, k_BGPC[:, :, :num_seen].reshape(B * G, num_seen, C).mT)
+        scores = scores.view(B, H, end - start, num_seen)
         scores[..., P - S + start :].masked_fill_(future_RR[: end - start, : end - start], -math.inf)
         if documents_BS is not None:
-            other_BRP = documents_BS[:, start:end].unsqueeze(2) != documents_BS[:, :seen].unsqueeze(1)
+            other_BRP = documents_BS[:, start:end].unsqueeze(2) != documents_BS[:, :num_seen].unsqueeze(1)
             scores.masked_fill_(other_BRP.unsqueeze(1), -math.inf)
         largest_H = torch.maximum(largest_H, scores.amax((0, 2, 3)).to(acc_dtype) * scale)
     return largest_H
 
 
 def _block_rows(width: int) -> int:
-    """Fewer rows waste less of the square; matmuls of wide heads pay for more (`benchmarks/attention.py`)."""
+    """Fewer rows compute less above the diagonal; wide heads gain by larger matmuls (`benchmarks/attention.py`)."""
     return 64 if width < 64 else 128
 
 
@@ -267,7 +268,7 @@ def _sdpa(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, visible: Tensor | None
 def _for_fused_kernels(
     q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, *, grouped: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With the widths that they take, and a key for each query's head unless `grouped`: only flash attention shares."""
+    """Padded to the kernels' widths; keys and values repeated per query head unless `grouped` (flash attention)."""
     q_BHSC, k_BGPC, v_BGPV = (_pad(x, _padded(x.shape[3])) for x in (q_BHSC, k_BGPC, v_BGPV))
     times = q_BHSC.shape[1] // k_BGPC.shape[1]
     if grouped or times == 1:
@@ -288,7 +289,7 @@ def _repeat(x_BGPC: Tensor, times: int) -> Tensor:
     return x_BGPC.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
-# Not compiled: how many documents there are is data, and each number would be another graph.
+# Not compiled: the number of documents depends on the data, and each would be another graph.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _varlen(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, mask: Mask, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
@@ -297,7 +298,7 @@ def _varlen(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, mask: Mask, scale: f
     (B, H, S, C), (G, P, V) = q_BHSC.shape, v_BGPV.shape[1:]
     width = _padded(max(C, V))
     q_THC, k_TGC, v_TGC = (_pad(x.transpose(1, 2).flatten(0, 1), width) for x in (q_BHSC, k_BGPC, v_BGPV))
-    # No sequence is longer than a row: to know the longest would be to wait for the device.
+    # S and P bound every sequence's length; the longest itself would have to be read from the device.
     out_THC: Any = varlen_attn(
         q_THC, k_TGC, v_TGC, *mask.starts, S, P, scale=scale, window_size=(-1, 0), enable_gqa=H != G
     )
@@ -306,10 +307,10 @@ def _varlen(q_BHSC: Tensor, k_BGPC: Tensor, v_BGPV: Tensor, mask: Mask, scale: f
 
 
 class _RowBlocks(torch.autograd.Function):
-    """Attention of blocks of query rows, each with the keys up to its end: most of the upper triangle is not computed.
+    """Attention of blocks of query rows, each with the keys up to its end: most of the upper triangle is skipped.
 
     The queries of the L heads that share keys are rows of one matmul. Softmax and its gradient are in at least
-    float32; the probabilities are saved, in the dtype of the inputs: about N * L * S^2 / 2 of them.
+    float32; about N * L * S^2 / 2 probabilities are saved, in the dtype of the inputs.
 
     Returns the output and, if `wants_max`, the largest logit of each head, (H,).
     """
@@ -329,7 +330,7 @@ class _RowBlocks(torch.autograd.Function):
         acc_dtype = at_least_float32_dtype(q_BHSC.dtype)
         q_NLSC = torch.mul(q_BHSC, scale, out=q_BHSC.new_empty(B, H, S, C)).view(B * G, H // G, S, C)
         k_NSC, v_NSV = k_BGSC.reshape(B * G, S, C), v_BGSV.reshape(B * G, S, V)
-        # In the order of the projection that follows, which would copy it otherwise.
+        # In the memory order of the output projection, which would copy it otherwise.
         out_BSHV = q_NLSC.new_empty(B, S, H, V)
         block_rows = _block_rows(C)
         future_RR = torch.ones(block_rows, block_rows, dtype=torch.bool, device=q_BHSC.device).triu_(1)
@@ -365,7 +366,7 @@ class _RowBlocks(torch.autograd.Function):
         acc_dtype = at_least_float32_dtype(q_NLSC.dtype)
         needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]  # not all, where projections are frozen
         grad_q_NLSC, grad_k_NSC, grad_v_NSV = torch.empty_like(q_NLSC), None, None
-        # The last block meets all keys: its matmuls begin the sums over blocks.
+        # The last block sees all keys: its matmuls start the sums over blocks.
         for start, weights in reversed(list(zip(range(0, S, ctx.block_rows), saved, strict=True))):
             end = min(start + ctx.block_rows, S)
             grad_rows = grad_BHSV[:, :, start:end].reshape(N, L * (end - start), -1)

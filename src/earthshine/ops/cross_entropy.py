@@ -1,4 +1,4 @@
-"""Language-model loss that never holds all logits. Shapes: T tokens, D width, V vocabulary (or this rank's shard)."""
+"""The language-model loss, which never holds all logits. Shapes: T tokens, D width, V vocabulary (of this rank)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +29,13 @@ def cross_entropy_sum(
 ) -> Tensor:
     """The sum over tokens of -log softmax(w h)[target], in nats, skipping targets of -100.
 
-    Logits are made `chunk_tokens` rows at a time, and each chunk's gradient with them, so the cost is that of the
-    plain loss (three matmuls) with memory of one chunk; None for 256 on a CPU, where a chunk of logits should stay in
-    the cache, and 1024 elsewhere. Softmax and sums are in at least float32.
+    Logits are made `chunk_tokens` rows at a time, and each chunk's gradient with them: the cost is that of the plain
+    loss (three matmuls), the memory that of one chunk. Softmax and sums are in at least float32.
 
     Args:
         h_TD, w_VD: hidden states and head, of one dtype.
         targets_T: int64 in [0, V), or -100. Any other has no probability: the result is NaN.
+        chunk_tokens: None for 256 on a CPU, where a chunk of logits should stay in the cache, and 1,024 elsewhere.
         vocab_start, reduce_max, reduce_sum: for a head that holds rows vocab_start.. of a larger vocabulary; the
             reductions run over the ranks that hold the others. Defaults: the whole vocabulary is here.
 
@@ -69,25 +69,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=h_TD.device)
         grad_h_TD = torch.empty_like(h_TD) if needs_grad[0] else None
         grad_w_VD = torch.zeros_like(w_VD, dtype=acc_dtype) if needs_grad[1] else None
-        # Rows a power of two apart would fall on the same few lines of the cache.
+        # 16 columns more than needed: rows a power of two apart would compete for the same few cache lines.
         buffer_CV = h_TD.new_empty(min(chunk_tokens, h_TD.shape[0]), w_VD.shape[0] + 16)[:, :-16]
         for start in range(0, h_TD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h_CD, target_C = h_TD[rows], targets_T[rows]
             valid_C = target_C != IGNORE
-            local_C = target_C - vocab_start
-            here_C = valid_C & (local_C >= 0) & (local_C < w_VD.shape[0])
-            column_C1 = local_C.where(here_C, 0).unsqueeze(1)
+            column_C = target_C - vocab_start
+            is_local_C = valid_C & (column_C >= 0) & (column_C < w_VD.shape[0])
+            column_C1 = column_C.where(is_local_C, 0).unsqueeze(1)
             logits_CV = torch.mm(h_CD, w_VD.T, out=buffer_CV[: h_CD.shape[0]]).to(acc_dtype)
             logits_CV -= reduce_max(logits_CV.amax(1, keepdim=True))
-            target_logit_C = logits_CV.gather(1, column_C1).squeeze(1).where(here_C, 0.0)
-            target_logit_C, found_C = reduce_sum(torch.stack((target_logit_C, here_C.to(acc_dtype)))).unbind()
+            target_logit_C = logits_CV.gather(1, column_C1).squeeze(1).where(is_local_C, 0.0)
+            holders = is_local_C.to(acc_dtype)
+            target_logit_C, num_holders_C = reduce_sum(torch.stack((target_logit_C, holders))).unbind()
             sums_C = reduce_sum(logits_CV.exp_().sum(1))
-            loss_C = (sums_C.log() - target_logit_C).where(found_C > 0, torch.nan)
+            loss_C = (sums_C.log() - target_logit_C).where(num_holders_C > 0, torch.nan)
             total += loss_C.where(valid_C, 0.0).sum(dtype=torch.float64)
             if any(needs_grad):
                 grad_CV = logits_CV.mul_((valid_C / sums_C).unsqueeze(1))
-                grad_CV.scatter_add_(1, column_C1, -here_C.to(acc_dtype).unsqueeze(1))
+                grad_CV.scatter_add_(1, column_C1, -holders.unsqueeze(1))
                 grad_CV = grad_CV.to(h_TD.dtype)
                 if grad_h_TD is not None:
                     grad_h_TD[rows] = reduce_sum(grad_CV @ w_VD)
@@ -103,8 +104,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_TD, grad_w_VD = ctx.saved_tensors
-        # Not in place: a retained graph may be walked again. Wide, because a step's 1/N rounded to bf16 would be one
-        # error common to all gradients.
+        # Not in place: a retained graph may run backward again. In the dtype of `grad`: a step's 1/N rounded to bf16
+        # would be one error common to all gradients.
         return (
             None if grad_h_TD is None else (grad_h_TD.to(grad.dtype) * grad).to(grad_h_TD.dtype),
             None if grad_w_VD is None else (grad_w_VD * grad).to(ctx.head_dtype),

@@ -3,8 +3,8 @@
 Shapes: T tokens, K experts per token, R = T*K routed rows, D model width, F expert width, E experts, C rows of each
 expert in the padded layout.
 
-A dropped choice has the expert E: its row is sorted to the end and counted nowhere. Rows beyond sum(counts_E) come out
-as zeros and take no part in any gradient.
+A dropped choice has expert E: its row is sorted to the end and not counted. Rows beyond sum(counts_E) come out as zeros
+and take no part in any gradient.
 """
 
 from dataclasses import dataclass
@@ -100,11 +100,12 @@ def swiglu_experts(
 ) -> Tensor:
     """down(silu(gate x) * up x) with each row's own expert (arXiv:2002.05202): shape (R, D).
 
-    Backends: "loop" is one expert after the other, the oracle; "padded" is a batched matmul over `capacity` rows of
-    every expert (of the fullest one where 0), whose shapes do not depend on the routing; "grouped" on an accelerator is
-    torch's grouped matmul (widths in multiples of 16 bytes), which waits for the device in each of its calls where
-    there is no kernel (`device.has_grouped_matmul`), and on a CPU, where that is a loop too, `swiglu_segments`;
-    "auto" is `choose_backend`.
+    Backends:
+        "loop": one expert after another; the oracle.
+        "padded": a batched matmul over `capacity` rows per expert (where 0, as many as the fullest expert has).
+        "grouped": on an accelerator torch's grouped matmul, for widths in multiples of 16 bytes; without a kernel
+            (`device.has_grouped_matmul`) each of its calls waits for the device. On a CPU `swiglu_segments`.
+        "auto": `choose_backend`.
 
     Args:
         x_RD: rows sorted by expert; experts without rows are allowed.
@@ -126,14 +127,14 @@ def swiglu_experts(
 def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend, str]:
     """The backend that "auto" takes, and why.
 
-    Without torch's kernel on an accelerator (an A100, or float32) it is the loop: its sizes go to the host once for a
-    layer's forward and backward pass, not in each of the nine matmuls; "padded" would wait as often, and multiply the
-    work by the fullest expert's load over the mean. Only a capacity needs no wait there.
+    On an accelerator without torch's kernel (an A100, or in float32) it is the loop: it copies the counts to the host
+    once for a layer's forward and backward pass, not in each of the nine matmuls; "padded" would wait as often, and
+    multiply the work by the fullest expert's load over the mean. With a capacity nothing has to wait.
     """
     if x_RD.device.type == "cpu":
-        return "grouped", "on a CPU a matmul per expert runs at the rate of any batched one, and pads nothing"
+        return "grouped", "on a CPU a matmul per expert is as fast as a batched one, and pads nothing"
     if capacity:
-        return "padded", "with a capacity all shapes are known beforehand"
+        return "padded", "with a capacity all shapes are known in advance"
     if not has_grouped_matmul(x_RD.device, x_RD.dtype):
         return "loop", f"torch has no grouped matmul in {str(x_RD.dtype).removeprefix('torch.')} for this device"
     if any(n * x_RD.element_size() % 16 for n in w_EFD.shape[1:]):
@@ -141,18 +142,18 @@ def choose_backend(x_RD: Tensor, w_EFD: Tensor, capacity: int) -> tuple[Backend,
     return "grouped", "torch's grouped matmul takes these"
 
 
-# Not compiled: the loads are data, and each would be another graph.
+# Not compiled: the loads depend on the data, and each would be another graph.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _loop(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
-    *parts, rest = x_RD.split([*(counts := counts_E.tolist()), x_RD.shape[0] - sum(counts)])
+    *parts, dropped = x_RD.split([*(counts := counts_E.tolist()), x_RD.shape[0] - sum(counts)])
     experts = zip(parts, gate_EFD.unbind(), up_EFD.unbind(), down_EDF.unbind(), strict=True)
     outputs = [F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down) for x, gate, up, down in experts]
-    return torch.cat([*outputs, torch.zeros_like(rest)])
+    return torch.cat([*outputs, torch.zeros_like(dropped)])
 
 
 def _grouped(x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    # The grouped matmul leaves rows beyond the last group unset, and their gradients: neither may be seen.
+    # The grouped matmul leaves rows beyond the last group, and their gradients, uninitialized: neither may be used.
     used_R1 = (torch.arange(x_RD.shape[0], device=x_RD.device) < ends_E[-1]).unsqueeze(1)
     x_RD = x_RD.where(used_R1, 0)
     gate_RF = F.grouped_mm(x_RD, gate_EFD.transpose(1, 2), offs=ends_E)
@@ -166,7 +167,7 @@ def _padded(
     x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor, capacity: int
 ) -> Tensor:
     num_rows, num_experts = x_RD.shape[0], gate_EFD.shape[0]
-    if num_rows == 0:  # gradients of zero, not none
+    if num_rows == 0:  # gradients of zero, not None
         return x_RD + 0 * (gate_EFD.sum() + up_EFD.sum() + down_EDF.sum())
     width = capacity or max(1, int(counts_E.max()))
     torch._assert_async((counts_E <= width).all(), "an expert has more rows than its capacity")
@@ -176,7 +177,7 @@ def _padded(
     used_R1 = (expert_R < num_experts).unsqueeze(1)
     expert_R = expert_R.clamp(max=num_experts - 1)
     slot_R = expert_R * width + row_R - (ends_E - counts_E)[expert_R]
-    # One slot more than there are takes every unused row.
+    # One extra slot at the end takes every unused row.
     slot_R = slot_R.where(used_R1.squeeze(1), num_experts * width)
     x_ECD = x_RD.new_zeros(num_experts * width + 1, x_RD.shape[1]).index_copy(0, slot_R, x_RD)[:-1]
     x_ECD = x_ECD.unflatten(0, (num_experts, width))

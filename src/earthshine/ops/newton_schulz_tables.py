@@ -1,12 +1,13 @@
-"""Coefficients of Newton-Schulz: (a, b, c) per step of X <- a X + b (X X^T) X + c (X X^T)^2 X; what its forms cost.
+"""Newton-Schulz coefficients, (a, b, c) per step of X <- a X + b (X X^T) X + c (X X^T)^2 X, and what its forms cost.
 
-No torch, so that a plan can ask.
+No torch import, so that a dry run can ask.
 
-Sources: keller5, K. Jordan's Muon and Moonlight (arXiv:2502.16982): the largest slope at 0 that keeps singular values
-within about 0.7 to 1.2. you5, J. You's five, in modded-nanogpt and heavyball. polar_express, arXiv:2505.16932, with
-its safety factor (all rows but the last divided by 1.01, 1.01^3, 1.01^5); made for any number of steps, the last of its
-eight rows repeating. deepseek_v4: eight steps of keller5, then two that
-converge to 1 (2, -1.5, 0.5).
+keller5: K. Jordan's Muon and Moonlight (arXiv:2502.16982), the largest slope at 0 that keeps singular values within
+    about 0.7 to 1.2.
+you5: J. You's five, in modded-nanogpt and heavyball.
+polar_express: arXiv:2505.16932, with its safety factor (all rows but the last divided by 1.01, 1.01^3, 1.01^5); for any
+    number of steps, the last of its eight rows repeating.
+deepseek_v4: eight steps of keller5, then two that converge to 1 (2, -1.5, 0.5).
 """
 
 import math
@@ -48,10 +49,10 @@ COEFFICIENTS: dict[str, Coefficients] = {
     "deepseek_v4": (_KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
 }
 
-# As many steps as the others take: three more only polish what Muon does not need.
+# As many steps as the others take: the last three rows refine beyond what Muon needs.
 _DEFAULT_STEPS = {"polar_express": 5}
 
-# The gram form below fp32: after how many steps X is made anew. Measured on Gaussian, ill-conditioned, rank-deficient
+# The gram form below fp32: after how many steps X is recomputed. Measured on Gaussian, ill-conditioned, rank-deficient
 # and few-token gradients at aspect ratios 1 to 4, against torch.optim.Muon's own error in bf16: three steps of
 # keller5 hold before the first restart but not after it, two of the others do; of polar_express, whose first step
 # enlarges by 8, not even two. Any other table gets one step each, which is the standard form.

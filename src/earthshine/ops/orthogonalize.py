@@ -10,10 +10,10 @@ blocks. Rounding leaves R with small negative eigenvalues that grow by a^2 per s
 before they matter keeps the accuracy of the standard form (`newton_schulz_tables.gram_restarts`).
 
 How we differ from torch.optim.Muon: the norm is taken in at least fp32, before any cast, with a floor of 1e-30 instead
-of 1e-7, which shrinks small gradients; the dtype is the caller's; the input is written to only when it may be.
+of 1e-7, which shrinks small gradients; the caller chooses the dtype; the input is overwritten only with `consume`.
 
-In fp32 on a CPU a matrix's result has the same bits alone and in any batch, on any number of threads: that layouts
-change nothing rests on it. MKL keeps it except for tiny sides (see _MIN_SIDE).
+In fp32 on a CPU a matrix's result has the same bits alone and in any batch, on any number of threads: "any layout gives
+the bits of one process" rests on it. MKL guarantees that except for tiny sides (see _MIN_SIDE).
 
 Legend: B matrices, M rows, N columns; transposed so that S = min(M, N), L = max(M, N).
 """
@@ -62,24 +62,26 @@ EPS = 1e-30
 _CPU_BATCH_BYTES = 4 << 20
 _ACCELERATOR_BATCH_BYTES = 512 << 20
 
-# Half matmuls by blocks of at least 128 rows, measured on a CPU in fp32: nothing at 256 rows, 1.1x at 320 (two blocks)
-# and 1.2x at 512 (four), more in the gram form. Beyond 4 blocks the saving, (p - 1) / 2p, hardly grows.
+# Symmetric matmuls by blocks of at least 128 rows, half of them left out. Measured on a CPU in fp32: no gain at 256
+# rows, 1.1x at 320 (two blocks), 1.2x at 512 (four), more in the gram form. Beyond p = 4 the saving, (p - 1) / 2p,
+# hardly grows.
 _MIN_ROWS_FOR_BLOCKS = 320
 _MIN_BLOCK_ROWS = 128
 _MAX_BLOCKS = 4
 # In bf16, where thin matmuls lose more: 1.15x at 2048 x 2048 and 1.09x at 1408 x 2048, nothing at 352 rows.
 _MIN_ROWS_FOR_BLOCKS_BELOW_FP32 = 1024
 
-# A smaller side is filled up to this with zeros, which Newton-Schulz keeps: MKL computes matmuls of fewer than 12 rows
-# in an order that depends on the batch, the threads and the alignment, larger ones not (measured up to 300 rows).
+# A smaller side is padded to this with zeros, which Newton-Schulz keeps: MKL computes matmuls of fewer than 12 rows in
+# an order that depends on batch, threads and alignment; for larger ones it does not (measured up to 300 rows).
 _MIN_SIDE = 32
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is computed for a matrix of a shape.
+    """How matrices of one shape are orthogonalized.
 
-    table: (a, b, c) per step. blocks: rows of symmetric matmuls are cut in so many. restarts: the gram form's.
+    table: (a, b, c) per step. blocks: into how many row blocks symmetric matmuls are cut. restarts: of the gram form,
+    see `gram_restarts`.
     """
 
     form: Literal["standard", "gram"]
@@ -106,13 +108,13 @@ def newton_schulz(
     """Orthogonalize each matrix of [B, M, N], or one [M, N]; the result has G's shape and dtype `dtype`.
 
     Singular values become those of the polynomial (keller5: about 0.7 to 1.2), not 1. A zero matrix stays zero; a
-    matrix that is not finite becomes NaN. Batches are cut to fit the cache, which no result depends on. Gradients do
-    not flow through it.
+    matrix that is not finite becomes NaN. Batches are cut to fit the cache, which changes no result. Gradients do not
+    flow through it.
 
     coefficients, steps: as `coefficient_steps` takes them. form: see `resolve_form`.
     consume: G may be overwritten, and may be the result: saves memory of G's size where G has dtype `dtype`.
     compile: run each batch through torch.compile.
-    Raises ConfigError for what these do not allow.
+    Raises ConfigError for values that these do not allow.
     """
     if G_BMN.ndim == 2:
         return newton_schulz(G_BMN[None], coefficients, steps, dtype, form, consume=consume, compile=compile)[0]
@@ -126,10 +128,10 @@ def newton_schulz(
     G_BSL = G_BMN.mT if transposed else G_BMN
     B, S, L = G_BSL.shape
     if S < _MIN_SIDE:
-        filled = G_BSL.new_zeros(B, _MIN_SIDE, max(L, _MIN_SIDE))
-        filled[:, :S, :L] = G_BSL
-        filled = newton_schulz(filled, coefficients, steps, dtype, method.form, consume=True, compile=compile)
-        O_BSL = filled[:, :S, :L].contiguous()
+        padded = G_BSL.new_zeros(B, _MIN_SIDE, max(L, _MIN_SIDE))
+        padded[:, :S, :L] = G_BSL
+        padded = newton_schulz(padded, coefficients, steps, dtype, method.form, consume=True, compile=compile)
+        O_BSL = padded[:, :S, :L].contiguous()
         return O_BSL.mT if transposed else O_BSL
     in_place = consume and G_BSL.dtype == dtype and G_BSL.is_contiguous()
     O_BSL = G_BSL if in_place else torch.empty((B, S, L), dtype=dtype, device=G_BSL.device)
@@ -235,8 +237,8 @@ def _blocks(form: Form, S: int, dtype: torch.dtype, device: torch.device) -> int
     if device.type != "cpu":
         return 1
     if dtype.itemsize < 4:
-        # Not in the gram form: what commutes exactly does so only nearly when rounded, and mirroring one half of it
-        # doubled the largest singular value.
+        # Not in the gram form: factors that commute exactly do so only nearly when rounded, and mirroring one half of
+        # their matmul doubled the largest singular value.
         return _MAX_BLOCKS if form == "standard" and S >= _MIN_ROWS_FOR_BLOCKS_BELOW_FP32 else 1
     return min(_MAX_BLOCKS, S // _MIN_BLOCK_ROWS) if S >= _MIN_ROWS_FOR_BLOCKS else 1
 
@@ -246,13 +248,14 @@ _Iterate = Callable[[Tensor, Tensor, Method], Tensor]
 
 @functools.cache
 def _compiled(iterate: _Iterate) -> _Iterate:
-    # For any size: a model has more shapes than the 8 versions of a function that torch keeps.
+    # Dynamic: a model has more shapes than the 8 versions of a function that torch keeps.
     compiled: _Iterate = torch.compile(iterate, dynamic=True)
     return compiled
 
 
 def _orthogonalize(G_BSL: Tensor, O_BSL: Tensor, method: Method, compile: bool) -> None:
-    """One batch into O, which may be G itself. Each matmul with X moves it to the other of two places, last to O."""
+    """One batch into O, which may be G itself. Each matmul with X swaps two buffers; the first is chosen so that the
+    last result lands in O."""
     moves = len(method.table) if method.form == "standard" else len(method.restarts) + 1
     other_BSL = torch.empty_like(O_BSL)
     X_BSL, Y_BSL = (other_BSL, O_BSL) if moves % 2 else (O_BSL, other_BSL)
@@ -267,8 +270,8 @@ def _normalize(G_BSL: Tensor, out_BSL: Tensor) -> None:
     """G / max(||G||_F, EPS) in at least fp32, cast to the dtype of `out`, which may be G.
 
     Divided by the largest element first: the squares of numbers below 1e-19 or above 1e19 leave fp32's range. Where
-    that element is at least EPS the second norm is at least 1, so its floor of 1 is the floor EPS of the first. The
-    norm is summed by rows, then over rows: threads would divide the sum of a whole single matrix.
+    that element is at least EPS the second norm is at least 1, so its floor of 1 is the first's floor of EPS. The norm
+    is summed within rows, then over rows: a single matrix summed at once would be split by the number of threads.
     """
     acc_dtype = at_least_float32_dtype(G_BSL.dtype)
     X_BSL = out_BSL if out_BSL.dtype == acc_dtype else torch.empty_like(out_BSL, dtype=acc_dtype)
@@ -296,8 +299,8 @@ def _standard(X_BSL: Tensor, Y_BSL: Tensor, method: Method) -> Tensor:
 def _gram(X_BSL: Tensor, Y_BSL: Tensor, method: Method) -> Tensor:
     """The result in Y without restarts; every restart swaps the two. Both are overwritten.
 
-    S = a I + P is only made where it is the first factor of Q: below fp32 a constant on the diagonal costs the digits
-    of what it is added to.
+    S = a I + P is formed only where it is the first factor of Q: below fp32, a constant added to the diagonal costs the
+    diagonal's digits.
     """
     B, S, _ = X_BSL.shape
     R_BSS, P_BSS, Q_BSS, T_BSS = (X_BSL.new_empty(B, S, S) for _ in range(4))
@@ -333,10 +336,10 @@ def _matmul(
     add_BSS: Tensor | None = None,
     beta: float = 0.0,
 ) -> Tensor:
-    """alpha A C + beta add, in `out`; a new tensor when compiled, where torch 2.13 gets reused buffers wrong.
+    """alpha A C + beta add, in `out`; a new tensor when compiled, where torch 2.13 handles reused buffers wrongly.
 
-    With p > 1 blocks the result is known to be symmetric: of p block rows those right of the diagonal are computed,
-    and mirrored.
+    With more than one block the result must be symmetric: each block row is computed from the diagonal on, and
+    mirrored.
     """
     if blocks == 1:
         if not torch.compiler.is_compiling():

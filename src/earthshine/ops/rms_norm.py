@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467), computed in at least float32.
 
-    The weight is of the wider dtype. One function, because what torch composes on a CPU goes over x twice as often.
+    The weight is in the dtype of the computation. One function, because torch's composition of several makes twice as
+    many passes over x on a CPU.
     """
     y: Tensor = _RMSNorm.apply(x, weight_D, eps)  # type: ignore[no-untyped-call]
     return y

@@ -11,25 +11,25 @@ from torch.autograd.function import once_differentiable
 
 
 def rotate(x_BSHC: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool = False) -> Tensor:
-    """The last 2R numbers of each head turned, pair by pair, by their position's angles; (B, H, S, C), contiguous.
+    """The last 2R numbers of each head rotated, pair by pair, by their position's angles; (B, H, S, C), contiguous.
 
-    A projection's output goes in and what attention reads comes out, and the gradient goes the same way back, so that
+    It takes a projection's output as it is and returns what attention reads, and the gradient goes the same way back:
     the transposition costs no pass of its own. Computed in at least float32.
 
     Args:
         x_BSHC: queries or keys.
         cos_SR, sin_SR: the tables of `model.attention.rope_table`.
         interleaved: pairs are neighbors (2i, 2i+1), as DeepSeek stores them, not (i, i + R), as Hugging Face's Llama.
-            Numbers stay in their places: products of queries and keys do not depend on the order that both share.
+            Numbers stay in their places: dot products of queries and keys do not depend on the order that both share.
     """
     out: Tensor = _Rotate.apply(x_BSHC, cos_SR, sin_SR, interleaved)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Rotate(torch.autograd.Function):
-    """One function, because autograd would keep and add up a tensor for each of the four multiplications.
+    """One function, because autograd would save and add a tensor for each of the four multiplications.
 
-    The gradient is the rotation by the opposite angles, which needs nothing of x.
+    The gradient is the rotation by the opposite angles, for which x is not needed.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Which experts a token goes to and with what weight, and what keeps the experts evenly loaded.
 
 Shapes: T tokens, E experts, K experts per token, R = T*K choices; B sequences of S positions; G groups of experts.
-A choice is never differentiated, only the weight that goes with it. Nothing here waits for the device.
+Choices have no gradient, only the weights that go with them. Nothing here waits for the device.
 """
 
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ _TINY = 1e-20  # DeepSeek's floor of a sum of sigmoids, as in transformers' mode
 
 
 class RoutingStats(NamedTuple):
-    """What one training forward of an MoE layer leaves behind: sums, so that micro-batches and ranks add.
+    """What one training forward of an MoE layer reports: sums, so that micro-batches and ranks add up.
 
     balance: 0-d, the sum over the call's sequences of the balance loss, each 1 at uniform routing; 0 without a loss.
     z: 0-d, the sum over tokens of the squared logsumexp of the router's logits; 0 when not asked for.
@@ -33,9 +33,9 @@ class RoutingStats(NamedTuple):
 def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Mixtral's gate: the `top_k` largest logits, then their softmax (arXiv:2401.04088, section 2.1).
 
-    Algebraically equal to a softmax over all experts, renormalized over the chosen ones (which is how transformers'
-    modeling_mixtral.py computes it), but chosen on logits: two probabilities can round to equality where their logits
-    differ. Equal logits go to the smaller index.
+    Equal to a softmax over all experts, renormalized over the chosen ones (as in transformers' modeling_mixtral.py),
+    except that logits are compared: different logits can round to equal probabilities. Of equal logits the smaller
+    index is taken.
 
     Args:
         logits_TE: router logits, at least float32.
@@ -63,7 +63,7 @@ def softmax_topk(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tens
 def sigmoid_bias(
     logits_TE: Tensor, bias_E: Tensor, top_k: int, renormalize: bool, num_groups: int = 1, top_k_groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V3's gate: chosen by sigmoid plus bias, weighed by the sigmoid (arXiv:2412.19437, eqs 12 to 16).
+    """DeepSeek-V3's gate: choice by sigmoid plus bias, weight by the sigmoid alone (arXiv:2412.19437, eqs 12 to 16).
 
     With several groups, only experts of the `top_k_groups` groups whose two best biased scores have the largest sum can
     be chosen, as in transformers' modeling_deepseek_v3.py. Of equal biased scores, and of equal groups, the smaller
@@ -82,8 +82,10 @@ def sigmoid_bias(
     biased_TE = scores_TE.detach() + bias_E
     if top_k_groups < num_groups:
         biased_TGM = biased_TE.unflatten(-1, (num_groups, -1))  # M experts of each group
-        best_TG1, at_TG1 = biased_TGM.max(-1, keepdim=True)
-        second_TG1 = biased_TGM.scatter(-1, at_TG1, -torch.inf).amax(-1, keepdim=True)  # 2 to 8 times as fast as topk
+        best_TG1, index_TG1 = biased_TGM.max(-1, keepdim=True)
+        second_TG1 = biased_TGM.scatter(-1, index_TG1, -torch.inf).amax(
+            -1, keepdim=True
+        )  # 2 to 8 times as fast as topk
         open_TG = _largest((best_TG1 + second_TG1).squeeze(-1), top_k_groups)
         closed_TG = torch.ones_like(biased_TGM[..., 0], dtype=torch.bool).scatter_(-1, open_TG, False)
         biased_TE = biased_TGM.masked_fill(closed_TG.unsqueeze(-1), -torch.inf).flatten(-2)
@@ -100,11 +102,11 @@ def _largest(x_TE: Tensor, k: int) -> Tensor:
     torch.topk promises nothing about ties, and a stable sort of whole rows takes a CPU 2 to 4 times as long (8 to 256
     experts). `max` is specified to return the first of equal maxima, and k rounds of it take the time of one topk.
     """
-    rest_TE = x_TE.detach().clone()
+    remaining_TE = x_TE.detach().clone()
     chosen = []
     for _ in range(k):
-        chosen.append(rest_TE.max(-1, keepdim=True).indices)
-        rest_TE.scatter_(-1, chosen[-1], -torch.inf)
+        chosen.append(remaining_TE.max(-1, keepdim=True).indices)
+        remaining_TE.scatter_(-1, chosen[-1], -torch.inf)
     return torch.cat(chosen, -1)
 
 
@@ -145,10 +147,10 @@ def switch_balance(probabilities_TE: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def _balance(probabilities_BSE: Tensor, counts_BE: Tensor) -> Tensor:
-    """E * sum_i (share of choices that fell on i) * (mean probability of i), (B,); 0 of no tokens."""
-    share_BE = counts_BE.to(probabilities_BSE.dtype) / counts_BE.sum(-1, keepdim=True).clamp(min=1)
+    """E * sum_i (fraction of choices that fell on i) * (mean probability of i), (B,); 0 without tokens."""
+    fraction_BE = counts_BE.to(probabilities_BSE.dtype) / counts_BE.sum(-1, keepdim=True).clamp(min=1)
     mean_BE = probabilities_BSE.sum(1) / max(probabilities_BSE.shape[1], 1)
-    return counts_BE.shape[-1] * (share_BE * mean_BE).sum(-1)
+    return counts_BE.shape[-1] * (fraction_BE * mean_BE).sum(-1)
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def bias_update(bias_E: Tensor, counts_E: Tensor, rate: float, rule: Literal["de
     "deepseek" is b + rate * sign(e) (arXiv:2408.15664, algorithm 1); "moonlight" is
     b + rate * (sign(e) - mean(sign(e))) (arXiv:2502.16982, appendix C), which leaves the mean bias where it is.
     """
-    # E times the error: integers, so that an even load is exactly 0.
+    # E times e, in integers, so that an even load is exactly 0.
     sign_E = (counts_E.sum() - counts_E.numel() * counts_E).sign().to(torch.float32)
     if rule == "moonlight":
         sign_E = sign_E - sign_E.mean()
@@ -192,8 +194,9 @@ def keep_within_capacity(
     Args:
         weights_TK: the gate's weights; not differentiated.
         expert_TK: int64; the experts of one token differ.
-        drop: an expert keeps the choices of largest weight, equal ones by token ("probability", Megatron-LM's
-            `moe_token_drop_policy="probs"`), or those of the first tokens ("position", as the Switch Transformer).
+        drop: an expert keeps the choices with the largest weights, of equal ones the earlier token's ("probability",
+            Megatron-LM's `moe_token_drop_policy="probs"`), or those of the first tokens ("position", as the Switch
+            Transformer).
     """
     flat_R = expert_TK.flatten()
     if drop == "probability":

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from earthshine.device import at_least_float32_dtype
 
-_SEGMENT_ROWS = 1024  # 3 MB of each activation at a width of 704: a few of them fit the last cache of a small CPU
+_SEGMENT_ROWS = 1024  # 3 MB per activation at a width of 704: a few of them fit the last-level cache of a small CPU
 
 
 def swiglu(x: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> Tensor:
@@ -27,15 +27,15 @@ def swiglu(x: Tensor, w_gate_FD: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> 
     return y_RD.view(x.shape)
 
 
-# Not compiled: the loads are data, and each would be another graph.
+# Not compiled: the loads depend on the data, and each would be another graph.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def swiglu_segments(
     x_RD: Tensor, w_gate_EFD: Tensor, w_up_EFD: Tensor, w_down_EDF: Tensor, counts: Sequence[int]
 ) -> Tensor:
     """down(silu(gate x) * up x) for rows sorted by expert, `counts` of each, on a CPU; rows beyond them give zeros.
 
-    A few rows at a time, so that what one matmul wrote is in the cache for the next. Matmuls write into their place,
-    element-wise work is done in place, and only the outputs of gate and up are saved for the backward pass.
+    A segment of rows at a time, so that what one matmul wrote is still cached for the next. Matmuls write straight into
+    the result, element-wise work is in place, and only the outputs of gate and up are saved for the backward pass.
     """
     y_RD: Tensor = _Segments.apply(x_RD, w_gate_EFD, w_up_EFD, w_down_EDF, counts)  # type: ignore[no-untyped-call]
     return y_RD
@@ -65,7 +65,7 @@ class _Segments(torch.autograd.Function):
     def forward(
         ctx: Any, x_RD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts: Sequence[int]
     ) -> Tensor:
-        saved = []  # by segment: memory of this size is reused, where one tensor of all rows is mapped and cleared anew
+        saved = []  # by segment: memory of that size is reused, while one tensor of all rows would be mapped anew
         y_RD = torch.empty_like(x_RD)
         y_RD[sum(counts) :] = 0
         for expert, rows, _ in _segments(counts):

@@ -30,10 +30,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from earthshine.device import Readings, at_least_float32_dtype
-from earthshine.errors import ConfigError, TrainingDivergedError
+from earthshine.errors import ConfigError, TrainingDivergedError, nearest
 from earthshine.optim.sharding.layout import read_layout, to_local
 
 _REQUIRED = ("kind", "heads", "key_heads", "rows", "query", "key")
+_OPTIONAL = ("normalized",)
 
 
 class QKClip:
@@ -247,7 +248,10 @@ def _check(name: str, module: nn.Module, description: Mapping[str, Any]) -> None
         raise ConfigError(
             f"heads of {name}: needs {', '.join(_REQUIRED)} with kind 'gqa' or 'mla', not {description!r}."
         )
-    if description.get("normalised", False):
+    for key in description:
+        if key not in (*_REQUIRED, *_OPTIONAL):
+            raise ConfigError(f"heads of {name}: {key!r} is not a known key.{nearest(key, (*_REQUIRED, *_OPTIONAL))}")
+    if description.get("normalized", False):
         raise ConfigError(
             f"{name} normalizes queries and keys per head after their projection (qk_norm): the scale of the "
             f"projection does not reach its logits, so QK-Clip cannot lower them. Leave QKClip out: the norms bound "

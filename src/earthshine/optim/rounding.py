@@ -2,7 +2,7 @@
 
 A bfloat16 weight has 8 bits. A step that moves it by less than half of its last bit changes nothing, however often it
 is repeated: of updates with an RMS of 1e-6 on weights of 0.03, four fifths are lost. Rounded stochastically, a number
-x between the neighbours a < b becomes b with probability (x - a) / (b - a), so that its expectation is x.
+x between the neighbors a < b becomes b with probability (x - a) / (b - a), so that its expectation is x.
 
     bits  = SplitMix64(key + counter), 16 of 64        key: of (seed, name of the parameter, step)
     x     = float32 with 16 (bfloat16) or 13 (float16) bits too many: add that many random bits, cut them off
@@ -108,7 +108,7 @@ def stochastic(exact: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     dropped = 16 if dtype == torch.bfloat16 else 13
     up = (exact.view(torch.int32) + (bits >> (16 - dropped))).bitwise_and_(-(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
-        # Below the normal numbers neighbours are 2^-24 apart.
+        # Below the normal numbers neighbors are 2^-24 apart.
         steps = exact.abs() * 2.0**24
         down = steps.floor()
         small = (down + (bits * 2.0**-16 < steps - down)) * 2.0**-24

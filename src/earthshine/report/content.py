@@ -13,7 +13,7 @@ Tone = Literal["", "good", "bad", "quiet", "up", "down"]  # bad: a check that do
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph. kind "absent": what the run folders do not hold; "note": how to read what stands above."""
+    """A paragraph. kind "absent" says what the run folders lack; "note" how to read what stands above."""
 
     text: str
     kind: Literal["plain", "note", "absent"] = "plain"
@@ -26,11 +26,11 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell. `share` in 0..1 draws a small bar under the text; `color` a swatch of that run's color."""
+    """A table cell. `fraction`, 0 to 1, draws a small bar under the text; `color` a swatch of that run's color."""
 
     text: str
     tone: Tone = ""
-    share: float | None = None
+    fraction: float | None = None
     color: int | None = None
 
 
@@ -47,7 +47,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """A number worth seeing first. `facts` are smaller ones below it, each with its name."""
+    """A number to be seen first. `facts` are smaller ones below it, each with its name."""
 
     label: str
     value: str
@@ -154,13 +154,13 @@ _SPELLED_OUT = {c: f"\u27e8U+{c:04X}\u27e9" for c in _UNSEEN if chr(c) not in "\
 
 
 def clean(text: str) -> str:
-    """Text that any file can hold and that reads as it is: controls and reversals of direction are spelled out, lone
-    surrogates replaced."""
+    """Text that any file can hold and that shows what it is: control characters and changes of text direction are
+    spelled out, lone surrogates replaced."""
     return text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").translate(_SPELLED_OUT)
 
 
 def percent_encoded(path: str) -> str:
-    """A relative path as the target of a link: no character of it is read as more than a name."""
+    """A relative path as the target of a link: every character is read as part of a name."""
     return urllib.parse.quote(path.encode("utf-8", "surrogateescape"))
 
 
@@ -190,8 +190,8 @@ _LITERAL = {ord(c): f"\\{c}" for c in "\\|[_~"} | {ord("&"): "&amp;", ord("<"): 
 def inline_markdown(text: str, *, in_table: bool = False) -> str:
     """Literal outside backticks: what Markdown or HTML would interpret is escaped; **bold** stays.
 
-    A code span ends where it ends here, whatever the text holds: runs of backticks, which Markdown pairs by their
-    length, are broken up, lines are joined, and code with the end of a table's cell in it is no code in a table.
+    Code spans end where `split_code` ends them, whatever the text holds: runs of backticks, which Markdown would pair
+    by length, are broken up, lines are joined, and in a table code that contains "|" is set as plain text.
     """
     out = ""
     for i, piece in enumerate(split_code(text.replace("\r", " ").replace("\n", " "))):

@@ -1,4 +1,4 @@
-"""Columns of runs as curves: thinned and smoothed series, their legends, marks, tables and small panels."""
+"""Columns of metrics.jsonl as curves: thinned and smoothed series, their legends, marks, tables and small panels."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -33,12 +33,12 @@ def lines(run: Run, column: str, color: int, label: str = "", offset: float = 0.
     if shown.group > 1:
         thinned = (
             f"its {whole(len(y))} {run.steps.word} are drawn as {whole(len(shown.y))} means of {whole(shown.group)} "
-            "each, shaded from their lowest to their highest"
+            "each, shaded from lowest to highest"
         )
         note = f"{thinned}; {note}" if note else thinned
-    lost = len(y) - sum(map(math.isfinite, y))
-    if lost:
-        note += ("; " if note else "") + f"{whole(lost)} steps have no finite value and are left out"
+    num_left_out = len(y) - sum(map(math.isfinite, y))
+    if num_left_out:
+        note += ("; " if note else "") + f"{whole(num_left_out)} steps have no finite value and are left out"
     return series, note
 
 
@@ -82,7 +82,7 @@ def legend(runs: Iterable[tuple[int, Run]], *more: LegendItem) -> tuple[LegendIt
 
 
 def marks(runs: Sequence[Run]) -> tuple[Mark, ...]:
-    """Where a run became, or may have become, another: before the first step of that start."""
+    """Vertical lines where a run became, or may have become, another: before the first step of such a start."""
     return tuple(
         Mark(
             s.first_step - 0.5,
@@ -106,7 +106,7 @@ def first_last(run: Run, column: str, form: Format) -> str:
 
 
 def stretches(runs: Sequence[Run], *keys: str) -> list[tuple[tuple[int, int], float]]:
-    """(first and last step, value) of a number of the configs above 0, for all runs: equal ones that meet are one."""
+    """(first and last step, value) of a positive number of the runs' configs; equal values that meet are joined."""
     joined: list[tuple[tuple[int, int], float]] = []
     pieces = [(v, max(a, r.steps.step[0]), b) for r in runs if r.steps.step for a, b, v in settings(r, *keys)]
     for value, first, last in sorted(p for p in pieces if isinstance(p[0], int | float) and p[0] > 0):
@@ -126,7 +126,7 @@ def panel(
     limit: tuple[str, ...] = (),
     **options: bool,
 ) -> Drawing | None:
-    """A small chart of one column of every run; `limit` is the field of the config that bounds it, drawn if near."""
+    """A small chart of one column of every run, with the field `limit` of the config that bounds it, if in range."""
     series = [s for i, run in enumerate(runs) for s in lines(run, column, i)[0]]
     if not series:
         return None

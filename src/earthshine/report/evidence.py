@@ -1,4 +1,4 @@
-"""What lets a reader check: verification, environment, how to reproduce."""
+"""What a reader can check by: verification, environment, how to reproduce."""
 
 import json
 import math
@@ -29,9 +29,9 @@ def verification_section(runs: Sequence[Run]) -> Section:
 
 def _verification_table(run: Run, v: Verification) -> Table:
     subject = ", ".join(f"{k} `{_plain(value)}`" for k, value in v.subject.items())
-    held = sum(r.ok for r in v.rows)
+    num_ok = sum(r.ok for r in v.rows)
     verdict = "**holds**" if v.ok else "**does not hold**"
-    caption = f"{run.name}: check `{v.check}` {verdict} ({held} of {len(v.rows)} rows)" + (
+    caption = f"{run.name}: check `{v.check}` {verdict} ({num_ok} of {len(v.rows)} rows)" + (
         f"; {subject}" if subject else ""
     )
     notes = any(r.note for r in v.rows)
@@ -55,16 +55,16 @@ def tolerance_used(row: CheckRow) -> float | None:
     numbers = [v for v in (row.measured, row.tolerance) if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < 2 or row.tolerance <= 0 or row.measured < 0 or not math.isfinite(row.measured):
         return None
-    share = float(row.measured / row.tolerance)
-    return share if row.ok == (share <= 1) else None
+    used = float(row.measured / row.tolerance)
+    return used if row.ok == (used <= 1) else None
 
 
 def _used(row: CheckRow) -> Cell:
-    share = tolerance_used(row)
-    if share is None:
+    used = tolerance_used(row)
+    if used is None:
         return Cell(ABSENT)
-    text = "< 1 %" if share < 0.01 else f"{whole(100 * share)} %"
-    return Cell(text, share=min(1.0, share), tone="" if row.ok else "bad")
+    text = "< 1 %" if used < 0.01 else f"{whole(100 * used)} %"
+    return Cell(text, fraction=min(1.0, used), tone="" if row.ok else "bad")
 
 
 def _plain(value: Any) -> str:
@@ -125,7 +125,7 @@ def environment_section(runs: Sequence[Run]) -> Section:
             elements.append(Text(f"{run.name} has no env.json.", "absent"))
     notes = [(f"{run.name}: {note}", "quiet") for run in runs for note in run.notes]
     if notes:
-        elements.append(Text("What the run folders lack, or hold and the report does not show:"))
+        elements.append(Text("What the run folders lack, or contain but the report does not show:"))
         elements.append(Bullets(tuple(notes)))  # type: ignore[arg-type]
     return Section("environment", "Environment", "Environment", tuple(elements))
 
@@ -143,8 +143,7 @@ def _env_value(path: str, value: Any) -> str:
 
 
 def exported_models(runs: Sequence[Run], page_folder: Path) -> list[Link]:
-    """Links to the exported models that are there, and to their cards: those inside a run folder, and those that a
-    check of the run names."""
+    """Links to exported models and their cards: those inside a run folder, or named by a check of the run."""
     folders: dict[Path, Path] = {}
     for run in runs:
         named = [v.subject.get("model") for v in run.verifications if v.check == "huggingface"]
@@ -162,7 +161,7 @@ def exported_models(runs: Sequence[Run], page_folder: Path) -> list[Link]:
 
 
 def reproduce_section(runs: Sequence[Run]) -> Section:
-    """Commands, what differs between the runs' configs, and the configs in full, all to be copied."""
+    """Commands, what differs between the runs' configs, and the configs in full, all with a copy button."""
     elements: list[Element] = []
     configured = [r for r in runs if r.config is not None]
     if configured:
@@ -186,10 +185,10 @@ def reproduce_section(runs: Sequence[Run]) -> Section:
 def _what_the_commands_do(runs: Sequence[Run]) -> str:
     changed = [r.name for r in runs if any(s.another_run for s in r.starts)]
     moved = [r.name for r in runs if any(s.moved for s in r.starts)]
-    words = "Each run folder holds the whole job: these commands repeat it in the environment below."
+    words = "Each run folder holds its whole job: these commands repeat it, in the environment that is listed below."
     if changed:
         words = (
-            "These commands train the last config of each run from its first step. They do not repeat "
+            "These commands train each run's last config from the first step. They do not repeat "
             f"{_listed(changed)}, whose config changed mid-run: see What was run."
         )
     return words + (f" {_listed(moved)} resumed in another environment: last bits may differ." if moved else "")

@@ -1,4 +1,4 @@
-"""How the tokens were spread over the experts: heat maps, MaxVio by layer and step, balance."""
+"""How tokens were spread over the experts: heat maps, MaxVio by layer and step, balance."""
 
 import math
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from earthshine.report.statistics import moving_mean
 
 MAX_MULTIPLES = 24  # layers drawn of a deeper model
 POINTS = 120  # at most, per layer
-MAXVIO = "the tokens of its most chosen expert over the fair share, minus 1 (arXiv:2408.15664)"
+MAXVIO = "the load of its busiest expert as a multiple of the fair share, minus 1 (arXiv:2408.15664)"
 
 
 def experts_section(runs: Sequence[Run]) -> Section:
-    """Who received the tokens: heat maps at the first and the last step, and MaxVio over the steps."""
+    """Which experts got the tokens: heat maps of the first and the last step, and MaxVio by step."""
     elements: list[Element] = []
     sparse = [(i, r) for i, r in enumerate(runs) if r.steps.finite(WORST_LOAD)]
     for i, run in sparse:
@@ -59,12 +59,10 @@ def _heat_figure(run: Run, index: int, first: HeatState, last: HeatState) -> Fig
     multiples, note = _multiples(run, index)
     drawings += multiples
     num_experts = max(map(len, last[1].values()))
-    caption = (
-        "How many tokens chose each expert of each layer, as a multiple of its fair share (1 = perfectly balanced)."
-    )
+    caption = "Tokens routed to each expert of each layer, as a multiple of the fair share (1 = perfectly balanced)."
     if num_experts > MAX_HEAT_COLUMNS:
         group = math.ceil(num_experts / MAX_HEAT_COLUMNS)
-        caption += f" A column stands for {group} neighboring experts and shows the one farthest from its fair share."
+        caption += f" A column stands for {group} neighboring experts and shows the one farthest from the fair share."
     unused = sum(v <= 0 for row in last[1].values() for v in row)
     if unused:
         caption += f" At the last step {whole(unused)} experts received no token (gray)."
@@ -107,7 +105,7 @@ def _multiples(run: Run, index: int) -> tuple[list[Drawing], str]:
     words = f"MaxVio of {len(rows)} layers; at the end highest in layer {worst}, {fixed(curves[worst].y[-1], 2)}."
     title = "MaxVio by layer"
     wide, narrow = (draw_multiples(title, words, rows, w, f"fig-maxvio-{index}-{w}") for w in (WIDE, NARROW))
-    note = f" MaxVio of a layer: {MAXVIO}; all layers on one scale, each with its last value."
+    note = f" MaxVio of a layer: {MAXVIO}. All layers are on one scale, each with its last value."
     if len(drawn) < len(curves):
         note += f" {len(drawn)} of {len(curves)} layers are drawn, the one that ends highest among them."
     if (group := curves[worst].group) > 1:
@@ -122,7 +120,7 @@ def _load_figure(runs: Sequence[Run], sparse: Sequence[tuple[int, Run]]) -> Figu
         curve, note = lines(run, WORST_LOAD, i, f"{run.name}, worst layer", offset=-1)
         series += curve
         notes.append((run.name, note))
-        if run.steps.last_load and len(run.steps.last_load[1]) > 1:  # of a single layer, the middle is the worst
+        if run.steps.last_load and len(run.steps.last_load[1]) > 1:  # in a single layer the middle one is the worst
             shown = thin(run.steps.step, [v - 1 for v in run.steps.column(MEDIAN_LOAD)])
             smooth = moving_mean(shown.y, smoothing(shown.y)) if len(shown.y) > MARKER_LIMIT else shown.y
             series.append(Series(f"{run.name}, middle layer", shown.x, smooth, i, "dashed"))
@@ -143,7 +141,7 @@ _BALANCE = (  # column, title, unit, what the caption says of it
         "balance",
         "Balance loss",
         "1 = uniform",
-        "The balance loss, before its coefficient, is the mean over the layers.",
+        "The balance loss is the mean over layers, before its coefficient.",
     ),
     ("drop_rate", "Dropped", "fraction of choices", "Choices are dropped where an expert's capacity is full."),
     ("dead_experts", "Dead experts", "number", "Dead experts received no token in the step, over all layers."),

@@ -38,8 +38,8 @@ def model_words(run: Run) -> str:
     num_experts = dig(model, "moe", "num_experts")
     if not num_experts:
         return f"dense: {words}"
-    where = len(dig(model, "moe", "layers") or ())
-    spread = "every layer" if where == layers else f"{where} of {layers} layers"
+    num_moe_layers = len(dig(model, "moe", "layers") or ())
+    spread = "every layer" if num_moe_layers == layers else f"{num_moe_layers} of {layers} layers"
     return f"MoE: {words}; {num_experts} experts, top\u2011{dig(model, 'moe', 'top_k')}, in {spread}"
 
 
@@ -77,7 +77,7 @@ def _epochs_per_step(plan: Any) -> dict[str, float]:
 
 
 def epochs_words(run: Run) -> str:
-    """How many epochs of each source were trained on so far, by the plan of each step."""
+    """How many epochs of each source were trained on so far, by the plan that was in force at each step."""
     per_step = _epochs_per_step(run.plan)
     if not per_step or not run.steps.step:
         return UNKNOWN
@@ -102,7 +102,7 @@ def compute_done(run: Run, part: str) -> float | None:
 
 
 def balance_words(run: Run) -> str:
-    """What kept the experts evenly loaded, and how much room each had."""
+    """What kept the experts evenly loaded, and their capacity."""
     balance, moe = dig(run.config, "balance"), dig(run.model, "moe")
     if not isinstance(balance, Mapping) or not isinstance(moe, Mapping):
         return UNKNOWN
@@ -115,11 +115,11 @@ def balance_words(run: Run) -> str:
     if balance.get("z_coefficient"):
         words.append(f"z-loss, {balance['z_coefficient']}")
     if moe.get("gate") == "sigmoid_bias" and balance.get("bias") != "none":
-        still = dig(run.plan, "frozen_router_biases") or ()
-        if len(still) < len(moe.get("layers") or ()):
+        frozen_layers = dig(run.plan, "frozen_router_biases") or ()
+        if len(frozen_layers) < len(moe.get("layers") or ()):
             words.append(f"bias ({balance.get('bias')}), {balance.get('bias_rate')}")
-        if still:
-            words.append(f"bias frozen in layers {', '.join(map(str, still))}")
+        if frozen_layers:
+            words.append(f"bias frozen in layers {', '.join(map(str, frozen_layers))}")
     factor = dig(run.config, "capacity", "factor")
     if factor:
         capacity = dig(run.config, "capacity")
@@ -199,7 +199,7 @@ def what_was_run(runs: Sequence[Run]) -> Table:
     ]
     filled = [(name, values) for name, values in rows if not set(values) <= {UNKNOWN, NOTHING, "no experts", flops(0)}]
     return Table(
-        caption="Each run as it was configured and as it went. MFU is the share of the measured matmul peak.",
+        caption="How each run was configured and how it went. MFU: FLOPs per second over the measured matmul peak.",
         headers=("", *(r.name for r in runs)),
         rows=tuple(
             (name, *(Cell(v, "quiet" if v in (UNKNOWN, NOTHING) else "") for v in values)) for name, values in filled
@@ -208,7 +208,7 @@ def what_was_run(runs: Sequence[Run]) -> Table:
 
 
 def costs(run: Run) -> tuple[tuple[str, str], ...]:
-    """What the run took, as far as it is recorded."""
+    """What the run cost, as far as it is recorded."""
     parts = [compute_done(run, part) for part in ("forward_backward", "repeated_forward", "newton_schulz")]
     rows = (
         ("Training time", _show(sum(run.steps.finite("seconds")) or None, human_seconds)),
@@ -227,7 +227,7 @@ def settings(run: Run, *keys: str) -> list[tuple[int, int, Any]]:
 
 
 def _peak_rate(run: Run) -> str:
-    """Of the steps done; of those planned where there is none."""
+    """The peak rate of the steps done, or, before the first, of those planned."""
     pieces = settings(run, "optimizer", "lr")
     if len(pieces) > 1:
         return ", ".join(f"{_show(rate, short)} from step {whole(first)}" for first, _, rate in pieces)
@@ -241,10 +241,10 @@ def starts(runs: Sequence[Run]) -> list[Table]:
 
 def unknown_properties(runs: Sequence[Run]) -> list[Text]:
     """A line for what only plan.json records, where it is absent."""
-    silent = [r.name for r in runs if plan_number(r, "parameters") is None]
-    if not silent:
+    names = [r.name for r in runs if plan_number(r, "parameters") is None]
+    if not names:
         return []
-    return [Text(f"Parameters and compute are not recorded for {', '.join(silent)} (plan.json).", "absent")]
+    return [Text(f"Parameters and compute are not recorded for {', '.join(names)} (plan.json).", "absent")]
 
 
 def _batch(run: Run) -> str:
@@ -259,7 +259,7 @@ def _compute_dtype(run: Run) -> str:
 
 
 def _mfu(run: Run) -> str:
-    """The median; marked where the measured peak cannot be one."""
+    """The median; marked where it exceeds 100 %, so that the measured peak cannot be one."""
     value = _median(run.steps.finite("mfu"), 100)
     if value is None:
         return UNKNOWN
@@ -274,7 +274,7 @@ def _gib(run: Run) -> str:
 def same_samples(a: Run, b: Run) -> str:
     """Whether two runs saw the same samples in the same order, by the hashes in their step lines; "" if unknown.
 
-    Lines are compared that stand for the same steps.
+    Compares lines that stand for the same steps.
     """
     of_b = dict(zip(zip(b.steps.step, b.steps.stands_for, strict=True), b.steps.samples, strict=True))
     lines = zip(a.steps.step, a.steps.stands_for, a.steps.samples, strict=True)

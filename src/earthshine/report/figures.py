@@ -12,9 +12,9 @@ from earthshine.report.scales import Axis, fixed, linear_axis, log_axis, short
 
 NUM_COLORS = 6
 WIDE, HALF, PANEL, NARROW = 994, 486, 317, 330  # widths in CSS pixels at which text has its natural size
-MARKER_LIMIT = 60  # up to so many points, each has a mark and its value as a tooltip, where marks do not crowd
+MARKER_LIMIT = 60  # up to this many points, each has a marker and its value as a tooltip, if the markers have room
 INSET = 9  # pixels between the frame and the first and last point
-DIGIT, LETTER = 6.9, 6.4  # mean advance at the drawings' font size, generous
+DIGIT, LETTER = 6.9, 6.4  # mean width of a character at the drawings' font size, rounded up
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Chart:
 
 
 def _n(value: float) -> str:
-    """A coordinate with at most two decimals, as short as it goes."""
+    """A coordinate with at most two decimals, in as few characters as possible."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if value % 1 else f"{value:.0f}"
 
 
@@ -92,7 +92,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def marker(x: float, y: float, color: int, size: float = 3.6) -> str:
-    """The shape that goes with a color, so that color alone never tells two lines apart."""
+    """The shape that goes with a color, so that lines never differ by color alone."""
     s, k = size, (color + color // NUM_COLORS) % 3  # where colors repeat, the shape differs
     if k == 0:
         return f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{_n(s)}"/>'
@@ -131,7 +131,7 @@ def draw_chart(chart: Chart, width: float, height: float, ident: str) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """The rectangle between the axes, in SVG units, and how values map into it."""
+    """The rectangle between the axes, in SVG units, and the map of values into it."""
 
     left: float
     top: float
@@ -260,7 +260,7 @@ def draw_multiples(title: str, description: str, rows: Sequence[Multiple], width
     x_axis = linear_axis([x for row in rows for x in row.x], 2, tight=True)
     left = max(DIGIT * len(label) for label in axis.labels) + 12
     columns = max(1, int((width - left + MULTIPLE_GAP) / (MULTIPLE_WIDTH + MULTIPLE_GAP)))
-    columns = math.ceil(len(rows) / math.ceil(len(rows) / columns))  # as many in each row
+    columns = math.ceil(len(rows) / math.ceil(len(rows) / columns))  # rows of equal length
     cell = min(1.6 * MULTIPLE_WIDTH, (width - left + MULTIPLE_GAP) / columns - MULTIPLE_GAP)
     out = []
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""A report as one HTML page: no network, every text escaped, and one fixed script, without which nothing is lost."""
+"""A report as one HTML page: no network, every text escaped, and one fixed script that the page can do without."""
 
 import base64
 import hashlib
@@ -28,14 +28,14 @@ from earthshine.report.content import (
 from earthshine.report.figures import NUM_COLORS, heat_class, marker
 from earthshine.report.style import style_sheet
 
-# Shows the copy buttons, and copies the text beside the one that is pressed; where it may not, it selects it.
+# Shows the copy buttons. A pressed one copies the text beside it, or selects it where copying is not allowed.
 SCRIPT = """for(const b of document.querySelectorAll("button.copy")){b.hidden=false;
 b.addEventListener("click",async()=>{const p=b.nextElementSibling;let done="Copied";
 try{await navigator.clipboard.writeText(p.textContent)}
 catch{getSelection().selectAllChildren(p);done=document.execCommand("copy")?"Copied":"Selected"}
 b.textContent=done;setTimeout(()=>{b.textContent="Copy"},1600)})}"""
 
-# Nothing may be fetched, and only that script may run, whatever the run folders' texts hold.
+# Nothing may be fetched and only that script may run, whatever texts the run folders contain.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
     f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
@@ -143,7 +143,7 @@ def _table(table: Table) -> str:
         cells += [f"<td{kind(i)}>{_cell(cell)}</td>" for i, cell in enumerate(row[1:], 1)]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     label = escape(clean(table.caption).replace("**", "").replace("`", ""))
-    html = (  # the caption stands outside of what scrolls sideways, so that it can be read whole
+    html = (  # the caption is outside of the part that scrolls, so that it stays in view
         f'<div class="table"><p class="caption">{_inline(table.caption)}</p>'
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table aria-label="{label}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></div>"
@@ -157,9 +157,9 @@ def _cell(cell: Cell | str) -> str:
         return text
     if cell.color is not None:
         text = f'<span class="dot k{cell.color % NUM_COLORS}"></span>{text}'
-    if cell.share is not None:
+    if cell.fraction is not None:
         bad = " bad" if cell.tone == "bad" else ""
-        return f'{text}<span class="share{bad}"><i style="width:{max(0.02, cell.share):.1%}"></i></span>'
+        return f'{text}<span class="meter{bad}"><i style="width:{max(0.02, cell.fraction):.1%}"></i></span>'
     if cell.tone in ("good", "bad", "up", "down"):
         return f'<span class="chip {cell.tone}">{text}</span>'
     return f'<span class="dim">{text}</span>' if cell.tone == "quiet" else text

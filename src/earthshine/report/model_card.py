@@ -138,10 +138,10 @@ def _upcycling(recipe: Mapping[str, Any]) -> str:
     if not options:
         return ""
     text = (
-        "Every expert starts as a copy of the dense feed-forward network of its layer; attention, norms and embeddings "
-        "are copied; the router is initialized at random. The gate takes the softmax of the chosen experts' logits, so "
-        "the weights add up to one and the MoE computes what the dense model computed, until training moves the "
-        "experts apart (sparse upcycling: arXiv:2212.05055, arXiv:2412.09952)."
+        "Every expert starts as a copy of its layer's dense feed-forward network; attention, norms and embeddings are "
+        "copied; the router is initialized at random. The gate takes a softmax over the chosen experts' logits, so the "
+        "weights sum to one, and the MoE computes the dense model's function until training makes the experts differ "
+        "(sparse upcycling: arXiv:2212.05055, arXiv:2412.09952)."
     )
     layers = options.get("layers")
     rows = (
@@ -262,11 +262,11 @@ def _limitations(info: Mapping[str, Any]) -> str:
     """The limitations given, and those that follow from the facts."""
     items = [str(item) for item in info.get("limitations") or ()]
     if info.get("base_model"):
-        items.append(f"It inherits what `{info['base_model']}` has learned, its errors and its biases included.")
+        items.append(f"It inherits what `{info['base_model']}` has learned, including its errors and biases.")
     if info.get("evaluation"):
-        items.append("Only the evaluations above were made; nothing is known about other abilities, or about safety.")
+        items.append("Only the evaluations above were run; other abilities, and safety, were not evaluated.")
     if info.get("upcycling") and not info.get("training"):
-        items.append("Its experts have not been trained apart yet: it computes what the dense model computes.")
+        items.append("It has not been trained since upcycling: it still computes the dense model's function.")
     return "\n".join(f"- {inline_markdown(item)}" for item in items)
 
 

@@ -18,7 +18,7 @@ from earthshine.report.verdict import verdict
 from earthshine.run_folder import REPORT
 
 FORMAT = 1  # of report.json
-_NO_FOLDER = {".json", ".md", ".htm", ".pdf", ".txt", ".png", ".svg", ".csv"}  # a name that asks for a file
+_FILE_SUFFIXES = {".json", ".md", ".htm", ".pdf", ".txt", ".png", ".svg", ".csv"}  # meant as a file, not as a folder
 
 
 def write_report(runs: Sequence[Path | str], out: Path | str | None = None, title: str = "") -> Path:
@@ -29,16 +29,15 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None, titl
         out: a folder, or a file name ending in .html; by default the first run's folder. Earlier reports are replaced.
         title: of the page; by default made from the runs' names.
 
-    Raises ConfigError when something given is not a run folder or `out` cannot be written, DataError naming a damaged
-    file, DiskFullError.
-    The files are a function of the run folders: the same folders give the same bytes.
+    The files are a function of the run folders: the same folders give the same bytes. Raises ConfigError for a path
+    that is not a run folder and where `out` cannot be written, DataError for a damaged file, DiskFullError.
     """
-    read = read_runs(runs)
-    page = _page_path([run.path for run in read], None if out is None else Path(out))
-    compared = comparisons(read)
-    report = build(read, compared, page, title)
-    machine = to_json(_clean(machine_readable(read, compared, report)), indent=1)
-    files = {".html": to_html(report), ".md": to_markdown(report), ".json": machine + "\n"}
+    loaded = read_runs(runs)
+    page = _page_path([run.path for run in loaded], None if out is None else Path(out))
+    compared = comparisons(loaded)
+    report = build(loaded, compared, page, title)
+    data = to_json(_clean(machine_readable(loaded, compared, report)), indent=1)
+    files = {".html": to_html(report), ".md": to_markdown(report), ".json": data + "\n"}
     try:
         for suffix, text in files.items():
             atomic_write(page.with_suffix(suffix), text)
@@ -56,7 +55,7 @@ def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
         if out.is_dir():
             raise ConfigError(f"out={out} is a folder; give another name for the page, or a folder without .html.")
         return out
-    if (out.exists() and not out.is_dir()) or (out.suffix.lower() in _NO_FOLDER and not out.is_dir()):
+    if (out.exists() and not out.is_dir()) or (out.suffix.lower() in _FILE_SUFFIXES and not out.is_dir()):
         raise ConfigError(
             f"out={out} is a file that is not .html: give the page a name ending in .html, or a folder. "
             f"Its .md and .json are written beside it."
@@ -65,15 +64,15 @@ def _page_path(runs: Sequence[Path], out: Path | None) -> Path:
 
 
 def build(runs: Sequence[Run], compared: Sequence[Comparison], page: Path, title: str = "") -> Report:
-    """All that the report at `page` says."""
-    ran = Section(
+    """The whole content of the report at `page`, in the order of the page."""
+    what_was_run = Section(
         "runs", "Runs", "What was run", (facts.what_was_run(runs), *facts.starts(runs), *facts.unknown_properties(runs))
     )
     sections = (
         results.summary(runs, compared, evidence.exported_models(runs, page.parent)),
         training.curves_section(runs),
         evidence.reproduce_section(runs),
-        ran,
+        what_was_run,
         results.heldout_section(runs, compared),
         training.dynamics_section(runs),
         experts.experts_section(runs),

@@ -1,4 +1,4 @@
-"""What the training did for quality: the result in short, held-out losses and their differences, text samples."""
+"""What training did for quality: the result in short, held-out losses and their differences, text samples."""
 
 import math
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def verdict_sentence(c: Comparison) -> str:
-    """What may be concluded from one comparison, in one sentence."""
+    """What one comparison shows, in one sentence."""
     d = c.outcome
     if isinstance(d, str):
         return f"{c.sentence} not compared with {c.reference}: {d}."
@@ -92,7 +92,7 @@ def verdict_sentence(c: Comparison) -> str:
     size, _, error = with_error(abs(d.value), d.stderr).partition(" \u00b1 ")
     start = f"{c.sentence} {size} {UNIT} {way} than {c.reference}"
     if d.verdict == "no error":
-        return f"{start}, measured on a single sequence, so without a standard error: nothing follows from it."
+        return f"{start}, measured on a single sequence, so without a standard error: no conclusion."
     errors = f"{short(ratio(d))} times its standard error of {error}"
     if d.verdict == "unclear":
         return f"{start}, {errors}: **not significant** at {short(BAR)} standard errors."
@@ -117,7 +117,7 @@ def verdict_words(d: Difference) -> str:
 
 
 def summary(runs: Sequence[Run], compared: Sequence[Comparison], links: Sequence[Link]) -> Section:
-    """What a reader with one minute takes away: each run's result beside its cost, and the checks."""
+    """For a reader with one minute: each run's result beside its cost, and the checks."""
     cards = [card for i, run in enumerate(runs) if (card := _run_card(run, i, compared))]
     checks = [v for run in runs for v in run.verifications]
     if checks:
@@ -139,7 +139,7 @@ def _run_card(run: Run, color: int, compared: Sequence[Comparison]) -> Card | No
         return Card(run.name, fixed(after.loss), detail, color=color, facts=costs(run))
     if losses:
         detail = (
-            f"training loss of the last step, {UNIT}; {fixed(losses[0])} in the first (not held out before and after)"
+            f"training loss of the last step, {UNIT}; {fixed(losses[0])} in the first (no held-out losses to compare)"
         )
         return Card(run.name, fixed(losses[-1]), detail, color=color, facts=costs(run))
     return None
@@ -147,14 +147,14 @@ def _run_card(run: Run, color: int, compared: Sequence[Comparison]) -> Card | No
 
 def _checks_card(checks: Sequence[Verification]) -> Card:
     rows = [row for v in checks for row in v.rows]
-    good = all(v.ok for v in checks)
+    all_ok = all(v.ok for v in checks)
     count = f"{sum(r.ok for r in rows)} of {len(rows)}" if rows else f"{sum(v.ok for v in checks)} of {len(checks)}"
     facts = tuple((v.check, f"{sum(r.ok for r in v.rows)} of {len(v.rows)}" if v.rows else "") for v in checks)
-    used = [share for row in rows if (share := tolerance_used(row)) is not None]
-    if good and used:
+    used = [fraction for row in rows if (fraction := tolerance_used(row)) is not None]
+    if all_ok and used:
         facts += (("Closest to tolerance", f"{whole(100 * max(used))} %"),)
-    words = "checks hold" if good else "checks hold; see Verification"
-    return Card("Verification", count, words, "good" if good else "bad", facts=facts)
+    words = "checks hold" if all_ok else "checks hold; see Verification"
+    return Card("Verification", count, words, "good" if all_ok else "bad", facts=facts)
 
 
 def heldout_section(runs: Sequence[Run], compared: Sequence[Comparison]) -> Section:
@@ -192,10 +192,10 @@ def heldout_section(runs: Sequence[Run], compared: Sequence[Comparison]) -> Sect
 
 
 _CAVEAT = (
-    "Differences are paired by held-out sequence: what makes a text easy or hard for both models cancels, so the error "
-    "of a difference is much smaller than the two losses' own errors suggest. That error covers the choice of held-out "
-    "text, in which neighboring sequences may share a document. It does not cover the choice of seed or learning rate: "
-    "for that, train several runs of each kind."
+    "Differences are paired by held-out sequence: what makes a text easy or hard for both models cancels, so a "
+    "difference has a much smaller error than the two losses. That error covers the choice of held-out text, in which "
+    "neighboring sequences may share a document. It does not cover the choice of seed or learning rate: for that, "
+    "train several runs of each kind."
 )
 
 
@@ -224,8 +224,8 @@ def _interval_figure(title: str, measured: Sequence[tuple[Comparison, Difference
         "Read as the figure above."
         if second
         else (
-            "Left of zero is better. The point is the difference, the bar reaches two of its standard errors to either "
-            "side: where it does not touch zero, the difference is significant. Numbers are \u00b1 one standard error."
+            "Left of zero is better. The point is the difference, the bar two standard errors to either side: where it "
+            "does not touch zero, the difference is significant. Numbers are \u00b1 one standard error."
         )
     )
     return Figure(title, caption, (Drawing(wide, narrow),))
@@ -250,7 +250,7 @@ def _difference_table(measured: Sequence[tuple[Comparison, Difference]]) -> Tabl
     return Table(caption, headers, rows, frozenset(range(1, 5)))
 
 
-_SAMPLES = "Text as the model wrote it. A few samples say nothing about quality; they show that the model still writes."
+_SAMPLES = "Text as the model wrote it. So few samples do not measure quality; they show that the model still writes."
 
 
 def samples_section(runs: Sequence[Run]) -> Section:

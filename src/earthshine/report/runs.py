@@ -1,6 +1,6 @@
-"""Run folders read back, strictly: all that the report knows comes from here.
+"""Reading run folders, strictly: everything the report knows comes from here.
 
-A file that is absent is None or empty, and the page says so; a damaged file is a DataError that names it.
+An absent file becomes None or empty, and the page says so; a damaged file is a DataError that names it.
 """
 
 import json
@@ -72,7 +72,7 @@ class Steps:
 
     @property
     def word(self) -> str:
-        """What one line stands for, in the plural."""
+        """What one line stands for, in the plural, for captions."""
         return "steps" if sum(self.stands_for) == len(self) else "logged steps"
 
     def finite(self, name: str) -> list[float]:
@@ -153,7 +153,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[Run]:
-    """Read run folders; runs of the same name are told apart by their folders.
+    """Read run folders; runs of the same name also get the name of their folder.
 
     Raises ConfigError when there is none, one is given twice or is not a run folder; DataError for a damaged file.
     """
@@ -277,7 +277,7 @@ def _add_step(steps: Steps, data: dict[str, Any], where: str) -> None:
         steps.add(UPDATE_RMS + algorithm, _loose_number(update_rms, algorithm, f"{where}: update_rms"))
     if data.get("expert_load"):
         load = _relative_load(data["expert_load"], where)
-        worst_of_layer = {layer: max(shares) for layer, shares in load.items()}
+        worst_of_layer = {layer: max(multiples) for layer, multiples in load.items()}
         for layer, worst in worst_of_layer.items():
             steps.add(f"{LAYER_LOAD}{layer}", worst)
         ordered = sorted(worst_of_layer.values())
@@ -304,10 +304,10 @@ def _relative_load(raw: Any, where: str) -> dict[int, list[float]]:
     for layer, fractions in raw.items():
         try:
             total = math.fsum(fractions)
-            fine = layer.isdecimal() and math.isfinite(total) and min(fractions) >= 0
+            valid = layer.isdecimal() and math.isfinite(total) and min(fractions) >= 0
         except (TypeError, ValueError, OverflowError):
-            fine = False
-        if not fine:
+            valid = False
+        if not valid:
             raise DataError(f"{where}: expert_load[{layer!r}]={str(fractions)[:60]} must be fractions per expert.")
         load[int(layer)] = [len(fractions) * f / total if total else 0.0 for f in fractions]
     return dict(sorted(load.items()))

@@ -1,4 +1,4 @@
-"""Human-readable numbers and names, and the axes that carry numbers: formatting, ticks, thinning of long series."""
+"""Human-readable numbers and names, axes and their ticks, thinning of long series."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u207
 
 
 def fixed(value: float, digits: int = 4, sign: bool = False) -> str:
-    """A fixed number of digits and a true minus sign; 'n/a' when the value is not finite."""
+    """A fixed number of decimals and a true minus sign; 'n/a' when the value is not finite."""
     if not math.isfinite(value):
         return "n/a"
     text = f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
@@ -20,7 +20,8 @@ def fixed(value: float, digits: int = 4, sign: bool = False) -> str:
 
 
 def with_error(value: float, error: float, sign: bool = False) -> str:
-    """A value and its standard error: four digits, or as many as show two of the error's; the value alone without."""
+    """A value and its standard error: four decimals, or as many as show two digits of the error; the value alone if the
+    error is not finite."""
     if not math.isfinite(error):
         return fixed(value, 4, sign)
     digits = min(8, max(4, 1 - math.floor(math.log10(error)))) if error > 0 else 4
@@ -45,6 +46,7 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def whole(value: float) -> str:
+    """Rounded to an integer, with thousands separated: 1,234,567."""
     return f"{round(value):,}"
 
 

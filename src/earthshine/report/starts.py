@@ -30,7 +30,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Start:
-    """From `first_step` on. `another_run`: the fields with which it is no longer the run of one config."""
+    """One start of a run, from `first_step` on. `another_run`: the changed fields that make it another config's run."""
 
     first_step: int
     time: str = ""
@@ -42,7 +42,7 @@ class Start:
 
     @property
     def moved(self) -> bool:
-        """Whether last bits may differ from this start on; another host alone changes none."""
+        """Whether last bits may differ from this start on; another host alone changes nothing."""
         return any(c.field != "host" for c in self.environment)
 
     @property
@@ -60,14 +60,14 @@ def _short(text: str) -> str:
 
 
 def read_starts(path: Path) -> tuple[list[Start], list[int]]:
-    """The starts whose steps remain, and the numbers of damaged lines. Raises DataError as `start_of`."""
+    """The starts whose steps remain, and the line numbers of damaged records. Raises DataError as `start_of` does."""
     lines = list(start_lines(path))
     starts = effective(start_of(x.record, f"{path} line {x.number}") for x in lines if x.record is not None)
     return starts, [x.number for x in lines if x.record is None]
 
 
 def effective(records: Iterable[Start]) -> list[Start]:
-    """By first step, without those whose first step a later start repeated: none of their steps remain."""
+    """Starts by first step, without those that a later start went back beyond: none of their steps remain."""
     starts: list[Start] = []
     for start in records:
         starts = [s for s in starts if s.first_step < start.first_step] + [start]
@@ -75,7 +75,7 @@ def effective(records: Iterable[Start]) -> list[Start]:
 
 
 def start_of(record: Mapping[str, Any], where: str = STARTS) -> Start:
-    """Raises DataError for a record that is not a start."""
+    """A record of starts.jsonl as a `Start`. Raises DataError for a record that is not one."""
     first, changes = record.get("first_step"), record.get("changes")
     if isinstance(first, bool) or not isinstance(first, int) or not isinstance(changes, Mapping):
         raise DataError(f"{where}: a start needs 'first_step' (an integer) and 'changes' (an object).")

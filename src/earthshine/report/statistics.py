@@ -7,9 +7,9 @@ from typing import Literal
 
 from earthshine.report.runs import Heldout
 
-# A difference counts when it exceeds this many of its standard errors.
+# A difference is significant when it exceeds this many of its standard errors.
 BAR = 2.0
-# Two fp32 evaluations of one function differ by about this, relative to the loss; below it, nothing was measured.
+# Two fp32 evaluations of one function differ by about this, relative to the loss; smaller differences count as none.
 ROUNDING = 1e-5
 
 Verdict = Literal["lower", "higher", "unclear", "equal", "no error"]
@@ -30,26 +30,26 @@ class Difference:
 
 
 def paired(of: Heldout, to: Heldout, of_name: str, to_name: str) -> Difference | str:
-    """The difference of two evaluations of the same sequences, or a sentence why they cannot be compared.
+    """The difference of two evaluations of the same sequences, or the reason why they cannot be compared.
 
-    With w_i the share of sequence i in the tokens and d_i the difference of its mean losses, the difference is
+    With w_i the fraction of tokens that are in sequence i and d_i the difference of its mean losses, the difference is
     d = sum w_i d_i and its standard error sqrt(n/(n-1) * sum (w_i (d_i - d))^2): the linearized variance of a ratio
-    (Cochran 1977, section 6.3). What makes a text easy or hard for both models cancels in d_i,
-    so this is far smaller than what the two losses' own errors suggest.
+    (Cochran 1977, section 6.3). What makes a text easy or hard for both models cancels in d_i, so this is far smaller
+    than the two losses' own errors.
     """
     if not of.sequences or not to.sequences:
-        return "the losses of the single sequences are not recorded"
+        return "the losses of individual sequences are not recorded"
     counts = [n for _, n in of.sequences]
     if counts != [n for _, n in to.sequences] or of.bytes != to.bytes or of.identity != to.identity:
         return "they were measured on different held-out sequences"
     total = sum(counts)
-    shares = [n / total for n in counts]
+    weights = [n / total for n in counts]
     gaps = [a - b for (a, _), (b, _) in zip(of.sequences, to.sequences, strict=True)]
-    value = math.fsum(w * d for w, d in zip(shares, gaps, strict=True))
+    value = math.fsum(w * d for w, d in zip(weights, gaps, strict=True))
     n = len(gaps)
     stderr = math.nan
     if n > 1:
-        squares = math.fsum((w * (d - value)) ** 2 for w, d in zip(shares, gaps, strict=True))
+        squares = math.fsum((w * (d - value)) ** 2 for w, d in zip(weights, gaps, strict=True))
         stderr = math.sqrt(n / (n - 1) * squares)
     bits = of.bits_per_byte / of.loss if of.loss else math.nan
     verdict = _verdict(value, stderr, max(1.0, abs(of.loss)))

@@ -112,8 +112,8 @@ td.num,th.num{text-align:right;font-variant-numeric:tabular-nums;white-space:now
 background:var(--quiet-soft);color:var(--muted)}
 .chip.good,.chip.down{background:var(--good-soft);color:var(--good)}.chip.bad{background:var(--bad-soft);color:var(--bad)}
 .dim{color:var(--muted);white-space:nowrap}
-.share{display:block;height:4px;margin-top:5px;border-radius:2px;background:var(--soft);min-width:72px}
-.share i{display:block;height:4px;border-radius:2px;background:var(--good)}.share.bad i{background:var(--bad)}
+.meter{display:block;height:4px;margin-top:5px;border-radius:2px;background:var(--soft);min-width:72px}
+.meter i{display:block;height:4px;border-radius:2px;background:var(--good)}.meter.bad i{background:var(--bad)}
 .dot{display:inline-block;width:.68em;height:.68em;border-radius:50%;background:var(--c);margin-right:.55em}
 details{margin:0 0 16px}summary{cursor:pointer;color:var(--link);font-size:.9rem;padding:4px 0}
 details .table,details .copyable{margin-top:8px}

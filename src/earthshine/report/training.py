@@ -15,7 +15,7 @@ from earthshine.report.curves import (
     remarks,
     stretches,
 )
-from earthshine.report.facts import same_samples
+from earthshine.report.facts import dig, same_samples
 from earthshine.report.figures import HALF, NARROW, WIDE, Chart, Series, draw_chart
 from earthshine.report.runs import HEADS_CLIPPED, MAX_LOGIT, UPDATE_RMS, Run
 from earthshine.report.scales import fixed, short, whole
@@ -49,10 +49,10 @@ def curves_section(runs: Sequence[Run]) -> Section:
             marks=marks(runs),
         )
         wide, narrow = draw_chart(chart, WIDE, 380, "fig-loss-w"), draw_chart(chart, NARROW, 300, "fig-loss-n")
-        caption = "Training loss of each step's own batch, which is why it jumps from step to step."
+        caption = "Training loss, of each step's own batch: that is why it jumps from step to step."
         more = []
         if heldout:
-            caption += " Large hollow marks are held-out losses; their errors follow below."
+            caption += " Large hollow marks are held-out losses; their errors are further below."
             more = [LegendItem("held-out loss", 0, "point")]
         table = numbers_table("Training loss, nats per token", runs, [("", "loss", fixed)])
         elements.append(
@@ -112,29 +112,37 @@ def dynamics_section(runs: Sequence[Run]) -> Section:
 
 
 def _qk_clip_figure(runs: Sequence[Run]) -> list[Figure]:
-    """Attention's largest logit, and how many heads QK-Clip scaled; no figure where neither was recorded."""
+    """The largest attention logit, and how many heads QK-Clip scaled; no figure where neither was recorded."""
     drawn = [(i, r) for i, r in enumerate(runs) if r.steps.finite(MAX_LOGIT) or r.steps.finite(HEADS_CLIPPED)]
     if not drawn:
         return []
     threshold = ("optimizer", "qk_clip_threshold")
     panels = (
-        panel(runs, MAX_LOGIT, "Largest attention logit", "of all heads", "fig-logit", threshold, may_log=True),
+        panel(runs, MAX_LOGIT, "Largest attention logit", "per step", "fig-logit", threshold, may_log=True),
         panel(runs, HEADS_CLIPPED, "Heads clipped", "per step", "fig-clipped", from_zero=True, integer_y=True),
     )
     caption = "QK-Clip scales the query and key weights of each head whose largest logit exceeds the threshold"
     limits = sorted({short(v) for _, v in stretches([r for _, r in drawn], *threshold)})
     caption += f" of {' or '.join(limits)} (dashed, where in range)." if limits else "."
+    if any(_skips_layers(r) for _, r in drawn):
+        caption += " Layers with a frozen query or key projection are neither measured nor scaled."
     caption += remarks((r.name, lines(r, MAX_LOGIT, 0)[1]) for _, r in drawn)
     columns = [("largest logit", MAX_LOGIT, short), ("heads clipped", HEADS_CLIPPED, whole)]
     table = numbers_table("QK-Clip", runs, [c for c in columns if any(r.steps.finite(c[1]) for r in runs)])
     return [Figure("QK-Clip by step", caption, tuple(p for p in panels if p), legend(drawn), table)]
 
 
+def _skips_layers(run: Run) -> bool:
+    """Whether QK-Clip leaves out layers of a run, by its plan."""
+    layers, clipped = dig(run.model, "num_hidden_layers"), dig(run.plan, "qk_clip_layers")
+    return isinstance(layers, int) and isinstance(clipped, list) and len(clipped) < layers
+
+
 _NAMES = {"muon": "Muon", "adamw": "AdamW", "scion": "Scion"}
 
 
 def update_section(runs: Sequence[Run]) -> Section:
-    """Root mean square of the parameters' updates, one panel per algorithm."""
+    """Root mean square of the updates, one panel per algorithm."""
     algorithms = sorted({c.removeprefix(UPDATE_RMS) for r in runs for c in r.steps.columns if c.startswith(UPDATE_RMS)})
     elements: list[Element] = []
     panels, nominal_drawn = [], False
@@ -179,8 +187,8 @@ def update_section(runs: Sequence[Run]) -> Section:
 NS5_RANGE = (0.86, 1.08)  # what five Newton-Schulz steps give of the nominal size, by shape
 _NOMINAL = (
     " Dashed is Muon's nominal size (Moonlight: 0.2, about that of an AdamW update). Five Newton-Schulz steps bring "
-    f"singular values near 1, not to it: the actual size is {NS5_RANGE[0]} to {NS5_RANGE[1]} of the nominal one by the "
-    "matrix's shape (shaded), less where a gradient has few directions."
+    f"singular values near 1, not to 1: depending on the matrix's shape the actual size is {NS5_RANGE[0]} to "
+    f"{NS5_RANGE[1]} times the nominal one (shaded), less where a gradient has few directions."
 )
 
 

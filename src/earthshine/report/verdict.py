@@ -14,7 +14,7 @@ SIGNIFICANT = f"significant at {short(BAR)} standard errors"
 
 
 def verdict(runs: Sequence[Run], compared: Sequence[Comparison]) -> str:
-    """One sentence for a reader who reads no further, computed from the run folders alone."""
+    """One sentence, for a reader who reads no further; from the run folders alone."""
     function = _function_clause(runs)
     if len(runs) == 1:
         training = _one_run(runs[0], _course(runs[0], compared, 0), introduced=bool(function))
@@ -77,7 +77,7 @@ def _course(run: Run, compared: Sequence[Comparison], index: int) -> Course:
     if not losses:
         return Course("loss", "is not recorded", "nothing")
     first, last = _apart(losses[0], losses[-1])
-    held_out = f"the held-out loss was {fixed(before.loss, 2)} before" if before else "nothing held out"
+    held_out = f"the held-out loss was {fixed(before.loss, 2)} before" if before else "no held-out loss"
     return Course("training loss", f"went from {first} to {last} ({held_out})", "training")
 
 
@@ -182,7 +182,7 @@ def _many_runs(runs: Sequence[Run]) -> str:
     final = [(after, run) for run in runs if (after := evaluations(run)[1]) and run.name not in diverged]
     lost = f"{len(diverged)} of {len(runs)} runs **diverged** ({', '.join(diverged)})" if diverged else ""
     if len(final) < 2:
-        return lost or f"{len(runs)} runs were trained (nothing to compare was held out)"
+        return lost or f"{len(runs)} runs were trained (no held-out losses to compare)"
     (best, first), (worst, last) = min(final, key=lambda f: f[0].loss), max(final, key=lambda f: f[0].loss)
     gap = paired(best, worst, first.name, last.name)
     low, high = _apart(best.loss, worst.loss)

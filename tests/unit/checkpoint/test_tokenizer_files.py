@@ -1,4 +1,4 @@
-"""Everything of a tokenizer, of templates and of licences travels; weights, secrets and what a link fetches do not."""
+"""Everything of a tokenizer, of templates and of licenses travels; weights, secrets and what a link fetches do not."""
 
 import json
 from pathlib import Path

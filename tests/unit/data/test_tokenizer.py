@@ -18,7 +18,7 @@ def test_facts(tokenizer_dir: Path) -> None:
     t = load_tokenizer(tokenizer_dir)
     assert (t.vocab_size, t.eod) == (290, 0)
     assert t.sha256 == sha256_file(tokenizer_dir / "tokenizer.json")
-    assert load_tokenizer(tokenizer_dir / "tokenizer.json").eod == 0  # the file's neighbours count too
+    assert load_tokenizer(tokenizer_dir / "tokenizer.json").eod == 0  # the file's neighbors count too
 
 
 @settings(deadline=None, max_examples=50)

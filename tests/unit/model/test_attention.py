@@ -12,7 +12,7 @@ P = 12
 CONFIGS: dict[str, dict[str, object]] = {
     "grouped": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4},
     "biased": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4, "qkv_bias": True},
-    "normalised": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4, "qk_norm": True},
+    "normalized": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4, "qk_norm": True},
     "latent": {"head_dim": 10, "mla": MLAConfig(kv_lora_rank=16, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)},
     "latent, queries too": {
         "head_dim": 10,
@@ -68,7 +68,7 @@ def test_the_latent_cache_keeps_the_latent_and_the_shared_key_of_each_position_o
 
 
 @torch.no_grad()
-def test_what_is_cached_is_the_normalised_latent_and_the_rotated_key() -> None:
+def test_what_is_cached_is_the_normalized_latent_and_the_rotated_key() -> None:
     attention, x, rope = build("latent")
     cache = make_cache(config("latent"), 2, P, torch.float32, "cpu")
     decode(attention, x, rope, cache, [P])

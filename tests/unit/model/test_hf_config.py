@@ -202,7 +202,7 @@ def test_a_sliding_window_counts_only_where_it_is_in_force() -> None:
     mistral = to_hf(MODELS["mistral"])
     del mistral["sliding_window"]  # transformers' default is 4096: nothing for 64 positions
     assert from_hf(mistral) == MODELS["mistral"]
-    with pytest.raises(UnsupportedModelError, match="sliding_window is 4096, the default of a config that does not"):
+    with pytest.raises(UnsupportedModelError, match="sliding_window is 4096, the default where a config does not"):
         from_hf(mistral | {"max_position_embeddings": 8192})
     qwen = to_hf(MODELS["qwen3"])
     assert from_hf(qwen | {"sliding_window": 8}) == MODELS["qwen3"]
@@ -224,7 +224,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 16}
         ("qwen2_moe", {"attention_bias": True}, "attention_bias=True changes nothing"),
         ("qwen3", {"mlp_bias": True}, "mlp_bias=True changes nothing"),
         ("llama", {"scoring_func": "softmax", "moe_layer_freq": 2}, "scoring_func='softmax' changes nothing"),
-        ("qwen2", WINDOW | {"max_window_layers": 3}, "sliding_window=16 changes nothing: it is in force in no layer"),
+        ("qwen2", WINDOW | {"max_window_layers": 3}, "sliding_window=16 changes nothing: it applies to no layer"),
         ("qwen3", WINDOW | {"layer_types": ["full_attention"] * 3, "max_window_layers": 0}, "sliding_window=16"),
         ("qwen2_moe", WINDOW | {"max_window_layers": 0}, "sliding_window=16 changes nothing"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_parameters": None}, "by a factor of 1"),

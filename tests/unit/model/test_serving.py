@@ -1,4 +1,4 @@
-"""What is said of a class that the serving programs do not read in full; docs/serving.md has the sources."""
+"""The notes on what vLLM and SGLang do not read of a class; docs/serving.md has the sources."""
 
 import re
 from dataclasses import replace
@@ -28,21 +28,21 @@ def test_what_is_read_by_both(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "config, note",
+    "config, expected",
     [
-        (replace(MIXTRAL, head_dim=16), "SGLang's Mixtral takes head_dim for hidden_size / num_attention_heads"),
+        (replace(MIXTRAL, head_dim=16), "SGLang's Mixtral takes head_dim to be hidden_size / num_attention_heads"),
         (replace(MIXTRAL, rope_scaling=RopeScaling(kind="llama3")), "does not read the rotary scaling 'llama3'"),
-        (replace(MIXTRAL, tie_word_embeddings=True), "SGLang's copy of this class does not tie the output matrix"),
-        (some(QWEN2), "SGLang's Qwen2-MoE has experts in every layer, here 1 of 2 have"),
-        (some(QWEN3), "SGLang's Qwen3-MoE has experts in every layer, here 1 of 2 have"),
+        (replace(MIXTRAL, tie_word_embeddings=True), "SGLang's copy of this class has an output matrix of its own"),
+        (some(QWEN2), "SGLang's Qwen2-MoE has experts in every layer, this model in 1 of 2"),
+        (some(QWEN3), "SGLang's Qwen3-MoE has experts in every layer, this model in 1 of 2"),
         (replace(QWEN2, head_dim=16), "vLLM's and SGLang's Qwen2-MoE take head_dim .* neither serves it"),
-        (replace(QWEN2, qkv_bias=False), "vLLM's Qwen2-MoE has a bias on q, k and v, which is not here"),
-        (replace(QWEN2, tie_word_embeddings=True), "SGLang's copy of this class does not tie the output matrix"),
+        (replace(QWEN2, qkv_bias=False), "vLLM's Qwen2-MoE reads a bias of q, k and v, which this model lacks"),
+        (replace(QWEN2, tie_word_embeddings=True), "SGLang's copy of this class has an output matrix of its own"),
     ],
 )
-def test_what_is_not_read_is_said(config: ModelConfig, note: str) -> None:
-    (said,) = serving_notes(config)
-    assert re.search(note, said), said
+def test_what_is_not_read_has_a_note(config: ModelConfig, expected: str) -> None:
+    (note,) = serving_notes(config)
+    assert re.search(expected, note), note
 
 
 def test_zeros_are_written_only_where_they_are_all_that_is_missing() -> None:

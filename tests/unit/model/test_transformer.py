@@ -45,7 +45,7 @@ def test_documents_cannot_go_with_cached_positions() -> None:
     with torch.no_grad():
         whole = model(tokens, documents)
         torch.testing.assert_close(model(tokens, documents, cache), whole, atol=1e-5, rtol=1e-5)
-        with pytest.raises(ConfigError, match="documents_BS cannot go with cached positions"):
+        with pytest.raises(ConfigError, match="documents_BS cannot be combined with cached positions"):
             model(tokens, documents, cache)
 
 
@@ -75,7 +75,7 @@ def test_expert_counts_add_up_in_training_forwards_only() -> None:
     assert not any(c.any() for c in model.expert_counts().values())
 
 
-def test_initialisation_follows_the_scheme_and_the_seed() -> None:
+def test_initialization_follows_the_scheme_and_the_seed() -> None:
     """Standard deviations within 5 %, four standard errors of the smallest matrix."""
     model, again, other = build(), build(), Transformer(preset("llama3_tiny_e8t2"))
     initialize(other, seed=1)

@@ -81,7 +81,7 @@ def test_permute_gradients_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda x, w: unpermute(permute(x, routed) ** 2, routed, w), (x, w))
 
 
-def test_the_gate_breaks_ties_by_index_and_renormalises() -> None:
+def test_the_gate_breaks_ties_by_index_and_renormalizes() -> None:
     weights, chosen = topk_softmax(torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]]), 2)
     assert chosen.tolist() == [[1, 2], [0, 1]]
     torch.testing.assert_close(weights, torch.full((2, 2), 0.5))

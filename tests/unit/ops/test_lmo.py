@@ -55,7 +55,7 @@ def test_no_other_matrix_of_schatten_norm_one_is_steeper(p: float) -> None:
         assert float((G * other).sum()) / norm(other, p) < norm(G, q)
 
 
-def test_schatten_2_is_the_normalised_gradient_and_infinity_the_polar_factor() -> None:
+def test_schatten_2_is_the_normalized_gradient_and_infinity_the_polar_factor() -> None:
     G, U, Vh = with_spectrum([5.0, 3.0, 1.0, 1e-6])
     torch.testing.assert_close(schatten(G, 2.0), G / torch.linalg.matrix_norm(G), rtol=0, atol=1e-14)
     # The smallest value's direction is known to 1e-16 / 1e-6 only.

@@ -26,7 +26,7 @@ def test_double_is_double_and_gradients_are_those_of_finite_differences() -> Non
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-5), (x.requires_grad_(), w.requires_grad_()))
 
 
-def test_a_tiny_and_a_huge_row_are_normalised() -> None:
+def test_a_tiny_and_a_huge_row_are_normalized() -> None:
     x = torch.tensor([[1e-12, -1e-12], [1e15, 1e15]])
     torch.testing.assert_close(rms_norm(x, torch.ones(2), 1e-30)[0], torch.tensor([1.0, -1.0]), rtol=1e-5, atol=0)
     torch.testing.assert_close(rms_norm(x, torch.ones(2), 1e-30)[1], torch.tensor([1.0, 1.0]), rtol=1e-5, atol=0)

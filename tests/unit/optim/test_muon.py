@@ -253,7 +253,7 @@ def test_no_gradient_means_no_change_and_a_zero_gradient_no_nan() -> None:
 
 
 def test_a_step_writes_to_no_gradient_and_keeps_no_alias() -> None:
-    """torch once normalised the momentum buffer in place (nesterov=False, bf16: PR 194664)."""
+    """torch once normalized the momentum buffer in place (nesterov=False, bf16: PR 194664)."""
     for nesterov in (True, False):
         p = nn.Parameter(torch.zeros(4, 6))
         optimizer = Muon([p], lr=0.1, weight_decay=0.0, nesterov=nesterov, ns_dtype="float32")

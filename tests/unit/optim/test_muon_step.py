@@ -253,7 +253,7 @@ def test_a_row_of_a_table_is_three_numbers() -> None:
         Muon([nn.Parameter(torch.zeros(2, 3))], lr=LR, ns_coefficients=((2.0, -1.5),))
 
 
-def test_one_row_is_the_normalised_row_times_the_polynomial_of_one() -> None:
+def test_one_row_is_the_normalized_row_times_the_polynomial_of_one() -> None:
     x = 1.0
     for a, b, c in KELLER:
         x = a * x + b * x**3 + c * x**5

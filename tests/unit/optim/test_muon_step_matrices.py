@@ -354,7 +354,7 @@ def test_groups_with_options_of_their_own_are_optimizers_of_their_own() -> None:
 
 @pytest.mark.parametrize("recipe", ["default", "normuon", "skip idle", "bf16 momentum"])
 def test_part_of_a_batch_without_gradient_is_left_alone(recipe: str) -> None:
-    """One parameter in the middle of a batch, and two neighbours in another step: as if the others were alone."""
+    """One parameter in the middle of a batch, and two neighbors in another step: as if the others were alone."""
     shapes: list[tuple[int, ...]] = [(4, 6), (6, 4), (2, 4, 6), (4, 6)]
     missing = {1: {1}, 2: {0, 2}, 3: set()}
     params = [nn.Parameter(normal(*s, dtype=torch.float32)) for s in shapes]

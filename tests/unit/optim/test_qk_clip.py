@@ -239,12 +239,12 @@ def test_the_hook_clips_after_the_step_by_what_the_forwards_before_it_saw() -> N
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_normalised_queries_and_keys_are_refused() -> None:
-    normalised = ModelConfig(
+def test_normalized_queries_and_keys_are_refused() -> None:
+    normalized = ModelConfig(
         vocab_size=8, hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=4, qk_norm=True,
     )  # fmt: skip
-    attention = make_attention(normalised, 0)
+    attention = make_attention(normalized, 0)
     with pytest.raises(ConfigError, match="normalizes queries and keys.*cannot lower them. Leave QKClip out"):
         QKClip(attention)
 
@@ -326,7 +326,8 @@ def test_other_modules_are_described_by_the_caller() -> None:
         ({"0": HEADS | {"key_heads": 3}}, "4 query heads cannot share 3 key heads evenly"),
         ({"0": HEADS | {"query": ("to_p.weight",)}}, "query 'to_p.weight' must be a parameter"),
         ({"0": HEADS | {"heads": 8}}, "8 rows of to_q.weight are not 8 query heads"),
-        ({"0": HEADS | {"normalised": True}}, "normalizes queries and keys"),
+        ({"0": HEADS | {"normalized": True}}, "normalizes queries and keys"),
+        ({"0": HEADS | {"normalised": True}}, "'normalised' is not a known key. Did you mean 'normalized'"),
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(heads: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Stochastic rounding: each neighbour with the probability that makes the mean exact, by bits that know no layout."""
+"""Stochastic rounding: each neighbor with the probability that makes the mean exact, by bits that know no layout."""
 
 import copy
 from typing import Any
@@ -52,7 +52,7 @@ def test_bits_are_those_of_upcycling() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_mean_over_all_bits_is_the_number(dtype: torch.dtype) -> None:
-    """Over all 2^16 random numbers; 1e-3 of the distance of neighbours is a few of them. Also fp16's small numbers."""
+    """Over all 2^16 random numbers; 1e-3 of the distance of neighbors is a few of them. Also fp16's small numbers."""
     g = torch.Generator().manual_seed(0)
     numbers = torch.cat([torch.randn(40, generator=g) * 10.0**-k for k in range(9)])
     for x in numbers:

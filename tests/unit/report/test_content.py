@@ -120,10 +120,12 @@ def test_html_escapes_every_kind_of_block():
 
 
 def test_a_table_is_labelled_and_its_bar_is_drawn():
-    html = element_html(Table("Cap **t**", ("", "B"), ((Cell("r", color=1), Cell("50 %", share=0.5)),), frozenset({1})))
+    html = element_html(
+        Table("Cap **t**", ("", "B"), ((Cell("r", color=1), Cell("50 %", fraction=0.5)),), frozenset({1}))
+    )
     assert 'aria-label="Cap t"' in html and "<strong>t</strong>" in html
     assert '<th scope="row"><span class="dot k1"></span>r</th>' in html
-    assert '<td class="num">50 %<span class="share"><i style="width:50.0%"></i></span></td>' in html
+    assert '<td class="num">50 %<span class="meter"><i style="width:50.0%"></i></span></td>' in html
 
 
 def test_a_link_s_text_cannot_end_it():

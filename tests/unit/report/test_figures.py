@@ -193,7 +193,7 @@ def lab(color: str, blindness: str) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-def test_series_colours_can_be_told_apart(theme, blindness):
+def test_series_colors_can_be_told_apart(theme, blindness):
     """A distance of 2.3 in Lab is just noticeable; five times that between any two of the six."""
     colors = [lab(theme[f"c{i}"], blindness) for i in range(NUM_COLORS)]
     assert all(math.dist(a, b) > 11.5 for a, b in itertools.combinations(colors, 2))

@@ -232,7 +232,7 @@ def test_long_runs_are_thinned_and_the_caption_says_so(folder):
     steps = ({"kind": "step", "step": i, "loss": 2 + 1 / i, "lr": 0.1} for i in range(1, 5001))
     run.write("metrics.jsonl", "".join(json.dumps(s) + "\n" for s in steps))
     page = write_report([run.path])
-    assert "its 5,000 steps are drawn as 455 means of 11 each, shaded from their lowest" in read(page).text
+    assert "its 5,000 steps are drawn as 455 means of 11 each, shaded from lowest" in read(page).text
     assert page.stat().st_size < 250_000
     series = json.loads((run.path / "report.json").read_text())["runs"][0]["series"]
     assert series["loss"]["steps_averaged"] == 11 and len(series["loss"]["value"]) == 455
@@ -273,7 +273,7 @@ def test_only_metrics(folder):
     text = read(write_report([run.path])).text
     assert "cannot be repeated from its folder" in text
     assert "before (step 0)" in text and "after (step 4)" in text  # from metrics.jsonl
-    assert "the losses of the single sequences are not recorded" in text
+    assert "the losses of individual sequences are not recorded" in text
 
 
 def test_a_single_sequence_proves_nothing(folder, heldout_json):
@@ -339,7 +339,7 @@ def test_balance_is_drawn_where_it_was_recorded(folder):
     sparse, dense = folder("sparse", sparse=True), folder("dense")
     page = write_report([dense.path, sparse.path])
     text = read(page).text
-    assert "Balance by step" in text and "The balance loss, before its coefficient," in text
+    assert "Balance by step" in text and "The balance loss is the mean over layers," in text
     assert "Choices are dropped where" in text and "Dead experts" not in text
     series = json.loads(page.with_suffix(".json").read_text())["runs"][1]["series"]
     last = json.loads((sparse.path / "metrics.jsonl").read_text().splitlines()[-2])
@@ -384,6 +384,17 @@ def test_qk_clip_is_drawn_where_it_was_recorded(folder):
     assert "98.5" in text
     series = json.loads((run.path / "report.json").read_text())["runs"][0]["series"]
     assert series["heads_clipped"]["value"] == [3] * 4
+
+
+def test_the_qk_clip_figure_says_when_layers_are_left_out(folder):
+    run = folder("r")
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    run.write("metrics.jsonl", "".join(json.dumps(x | {"max_attention_logit": 98.5}) + "\n" for x in lines))
+    plan = json.loads((run.path / "plan.json").read_text())
+    num_layers = plan["model"]["num_hidden_layers"]
+    for clipped, left_out in ((num_layers, False), (num_layers - 1, True)):
+        run.write("plan.json", plan | {"qk_clip_layers": list(range(clipped))})
+        assert ("Layers with a frozen query or key" in read(write_report([run.path])).text) == left_out
 
 
 def test_same_folders_same_bytes(pair, tmp_path):

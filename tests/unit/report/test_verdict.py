@@ -96,7 +96,7 @@ def test_nothing_held_out(folder):
     run = folder("a")
     without_heldout(run)
     text = sentence(run)
-    assert "its training loss went from " in text and text.endswith(" (nothing held out); no check is recorded.")
+    assert "its training loss went from " in text and text.endswith(" (no held-out loss); no check is recorded.")
     run.remove("metrics.jsonl")
     assert sentence(run) == "no training step of a is recorded; no check is recorded.".replace("no", "No", 1)
 

@@ -59,7 +59,7 @@ def test_normals_equal_box_and_muller_by_the_math_library():
 
 
 def test_normals_are_normal():
-    """Each statistic of n = 10^6 draws within 5 of its standard errors; keys and neighbours uncorrelated."""
+    """Each statistic of n = 10^6 draws within 5 of its standard errors; keys and neighbors uncorrelated."""
     n = 1_000_000
     index = np.arange(n, dtype=np.uint64)
     for key in (0, 1, 2**64 - 1):
