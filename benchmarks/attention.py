@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--threads 1 2] [--samples 7] [--dtypes float32 bfloat16] [--json FILE]
 
-`ops.attention` chooses by these figures. GFLOP/s count the causal half of the square: two products forward, four
-backward.
+`ops.attention` chooses its kernel by these numbers. GFLOP/s count the causal half of the square: two matmuls forward,
+four backward.
 """
 
 import argparse
@@ -56,14 +56,14 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, samples: int) -> dict[st
             if sample >= 0:
                 times.append(spent)
     flops = 3 * 2 * B * H * (C + V) * S * (S + 1) / 2
-    found = {f"{name}{rows or ''}": statistics.median(times) for (name, rows), times in seconds.items()}
+    seconds_by_name = {f"{name}{rows or ''}": statistics.median(times) for (name, rows), times in seconds.items()}
     return {
         "shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "seconds": found,
-        "gflops": {name: flops / s / 1e9 for name, s in found.items()},
-        "sdpa_over_blocks": found["sdpa"] / found[f"blocks{CHOSEN_ROWS(C)}"],
+        "seconds": seconds_by_name,
+        "gflops": {name: flops / s / 1e9 for name, s in seconds_by_name.items()},
+        "sdpa_over_blocks": seconds_by_name["sdpa"] / seconds_by_name[f"blocks{CHOSEN_ROWS(C)}"],
     }
 
 
@@ -81,7 +81,7 @@ def main() -> None:
             peak = gemm_peak(pick_device("cpu"), DTYPES[dtype]) / 1e9
             rows = [measure(shape, DTYPES[dtype], options.samples) for shape in SHAPES]
             results += rows
-            print(f"\n{dtype}, {threads} threads, large product {peak:.0f} GFLOP/s; milliseconds (GFLOP/s)")
+            print(f"\n{dtype}, {threads} threads, large matmul {peak:.0f} GFLOP/s; milliseconds (GFLOP/s)")
             print(
                 table(
                     ["B, H, G, S, C, V", *rows[0]["seconds"], "sdpa / chosen blocks"],

@@ -193,9 +193,9 @@ def start(run: GridRun, root: Path, steps: int) -> None:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     log = root / f"{run.name}.{LOG}"
     with log.open("a") as out:
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads)
-    if done.returncode:
-        raise ConfigError(f"{run.name} ended with code {done.returncode}: see {log}.")
+        process = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | threads)
+    if process.returncode:
+        raise ConfigError(f"{run.name} ended with code {process.returncode}: see {log}.")
     result = _read(folder / RESULT)
     ended = "diverged" if result["diverged"] else f"held-out loss {result['heldout'][-1][1]:.4f}"
     print(f"{run.name}: {ended}, {sum(result['seconds']):.0f} s", flush=True)

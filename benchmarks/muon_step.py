@@ -3,19 +3,19 @@
     python benchmarks/muon_step.py [--set a|b|c|d|e|layer|ROWSxCOLS*COUNT,...] [--threads 1|2] [--samples 9] [--each]
                                    [--gradients gaussian|tokens] [--cap SECONDS] [--only NAME ...] [--json FILE]
 
-Each round times one whole step (momentum, Newton-Schulz, decay, update) of every side in turn, so that what else the
-machine does hits all of them. Peers: torch.optim.Muon on the matrices one by one; muonium, heavyball and
-pytorch_optimizer as they come from PyPI. All have K. Jordan's coefficients and five steps but heavyball, whose table is
-fixed. All of them force bf16, which a CPU without bf16 instructions runs many times slower than fp32: there the fair
-peers are torch's loop with the cast left out, and pytorch_optimizer patched to fp32, which are therefore timed as well.
-A side whose step would take longer than --cap by the measured rate of its type is left out, with that estimate; one
+Each round times one whole step (momentum, Newton-Schulz, decay, update) of every side in turn, so that other work on
+the machine hits all of them alike. Peers: torch.optim.Muon on the matrices one by one; muonium, heavyball and
+pytorch_optimizer as they come from PyPI. All take five steps of K. Jordan's coefficients, except heavyball, whose table
+is fixed. All of them force bf16, which a CPU without bf16 instructions runs many times slower than fp32: there the fair
+peers are torch's loop without the cast, and pytorch_optimizer patched to fp32, which are therefore timed as well. A
+side whose step would take longer than --cap, by the measured rate of its dtype, is left out, with that estimate; one
 whose samples together would is sampled once, and marked *.
 
-"x installed" and "x any" are times of the fastest peer, as installed and with the patched ones, over this side's.
-The rate is operations of the standard form per second, whatever is really computed, over that of a product of 1024 in
-the side's type in the same rounds, so it may exceed 100 %. Quality is of the first update: relative error to the same
-polynomial in fp64, and largest singular value, the worst over the shapes. CPU time is shown beside the clock's: on a
-machine that others use too it is the steadier of the two, on one thread. --each measures every shape by itself.
+"x installed" and "x any" are the time of the fastest peer, as installed or patched ones included, over this side's. "of
+GEMM" is the rate of the standard form's FLOPs, whatever is really computed, over that of a 1024 matmul in the side's
+dtype in the same rounds, so it may exceed 100 %. Error and largest singular value are of the first update, against the
+same polynomial in fp64, the worst over the shapes. CPU time is shown beside wall time: on a busy machine it is the
+steadier of the two, on one thread. --each measures every shape by itself.
 """
 
 import argparse
@@ -50,15 +50,15 @@ class Runner:
 
     def sample(self) -> float:
         """Seconds of one step on the same gradients: some peers write into them, or drop them."""
-        for p, own, g in zip(self.params, self.grads, self.given, strict=True):
-            p.grad = own.copy_(g)
+        for p, buffer, g in zip(self.params, self.grads, self.given, strict=True):
+            p.grad = buffer.copy_(g)
         seconds = timed(self.optimizer.step)
         self.samples.append(seconds)
         return seconds[0]
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the clock, and of CPU time over all threads."""
+    """Seconds of wall time, and of CPU time over all threads."""
     start, start_cpu = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - start, time.process_time() - start_cpu
@@ -98,15 +98,15 @@ def measure(sides: list[Side], shapes: list[Shape], options: argparse.Namespace)
     runners, rows, left_out = prepare(sides, shapes, options)
     dtypes = sorted({r.side.dtype for r in runners}, key=str)
     squares = {dtype: torch.randn(1024, 1024).to(dtype) for dtype in dtypes if gemm_peak(CPU, dtype, 256) > 2e10}
-    products: dict[torch.dtype, list[float]] = {dtype: [] for dtype in squares}
+    matmuls: dict[torch.dtype, list[float]] = {dtype: [] for dtype in squares}
     for n in range(options.samples):
         log(f"round {n + 1} of {options.samples}")
         for dtype, square in squares.items():
-            products[dtype].append(timed(lambda square=square: square @ square)[0])
+            matmuls[dtype].append(timed(lambda square=square: square @ square)[0])
         for runner in runners:
             if not runner.once:
                 runner.sample()
-    peaks = {d: 2 * 1024**3 / statistics.median(seconds) for d, seconds in products.items()}
+    peaks = {d: 2 * 1024**3 / statistics.median(seconds) for d, seconds in matmuls.items()}
     flops = sum(newton_schulz_flops(*shape) for shape in shapes)
     for row, runner in zip(rows, runners, strict=True):
         clock, cpu = ([pair[i] for pair in runner.samples] for i in (0, 1))

@@ -4,7 +4,7 @@
 
 Each number of workers is run in turn, `repeat` times over, so that a busy machine slows all of them alike; the best and
 the median are shown. Start-up of the workers is part of the time, as it is for a user. "library alone" is
-`tokenizers.encode_batch_fast` on the same texts, in memory, by as many of its own threads: what remains to be had.
+`tokenizers.encode_batch_fast` on the same texts, in memory, by as many of its own threads: the upper bound.
 Without a tokenizer a byte-level BPE of 8,192 entries is trained on the same sources first.
 """
 
@@ -36,7 +36,7 @@ print(tokens / (time.perf_counter() - start))
 
 
 def standard_library(mib: float) -> list[Path]:
-    """The first `mib` MiB of what Python ships, without installed packages and the test files that are no text."""
+    """The first `mib` MiB of what Python ships, without installed packages and test files that are not text."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [f for f in sorted(root.rglob("*.py")) if "site-packages" not in f.parts and _is_text(f)]
     ends = itertools.accumulate(f.stat().st_size for f in files)

@@ -4,25 +4,25 @@
                                     [--rounds 5] [--compile] [--json FILE]
 
 A step is forward, backward and fused AdamW on 4,096 tokens (8 x 512). transformers initializes a model and saves it;
-both sides load that. Before anything is timed, every side's loss and gradient norm are held to those that
-transformers' eager float32 model had. Each side first runs alone, in a process of its own: that gives its peak memory
-(VmHWM over the steps, less what the imports took), and one that takes too long or too much memory is left out, with
-the reason. Then all sides that are left step in turns in one process. Columns:
+both sides load that. Before anything is timed, every side's loss and gradient norm are held to those of transformers'
+eager float32 model. Each side first runs alone, in a process of its own: that gives its peak memory (VmHWM over the
+steps, less what the imports took), and one that takes too long or too much memory is left out, with the reason. Then
+the remaining sides step in turns in one process. Columns:
 
 tok/s     of the whole step, AdamW included
 MFU       (6 x active parameters, the head among them and the embedding not, + causal attention) x tokens, over the
-          time of forward and backward, over the rate of a large product in the same dtype and the same rounds
-Muon      this package's step in place of AdamW's; its share of a step of 4k, 16k and 64k tokens, where forward and
+          time of forward and backward, over the rate of a large matmul in the same dtype and the same rounds
+Muon      this package's step in place of AdamW's; its fraction of a step of 4k, 16k and 64k tokens, where forward and
           backward grow in proportion to the tokens
 DENSE     this package's dense model of equal active FLOPs: what the MoE costs
 
 In bf16 transformers' parameters (and so its AdamW) are bf16; this package's are float32, cast as they are used, and so
-are transformers' with --autocast. bf16 is measured only where its products are faster than float32's. The bias of
+are transformers' with --autocast. bf16 is measured only where its matmuls are faster than float32's. The bias of
 DeepSeek's router does not move, on either side, and there is no balance loss. The loss after all steps, on the one
 batch, shows whether both sides did the same: in float32 they agree.
 
-With --json FILE, each configuration is appended as one line as soon as it is done, and those that FILE already holds
-with the same options are only shown: delete the file, or name another, to measure again.
+With --json FILE, each configuration is appended as one line when it is done, and those that FILE already holds with
+the same options are only shown: delete the file, or name another, to measure again.
 """
 
 import argparse
@@ -60,12 +60,12 @@ def sides_of(model: str, dtype: str, options: argparse.Namespace) -> list[Side]:
     is_moe = model != "llama"
     compiled = (False, True) if options.compile else (False,)
     backends = options.backends if is_moe else [""]
-    found = [Side(library="earthshine", experts=b, compiled=c) for c, b in itertools.product(compiled, backends)]
+    own_sides = [Side(library="earthshine", experts=b, compiled=c) for c, b in itertools.product(compiled, backends)]
     if is_moe:
-        found += [Side(library="earthshine", experts="", dense=True, compiled=c) for c in compiled]
+        own_sides += [Side(library="earthshine", experts="", dense=True, compiled=c) for c in compiled]
     autocast = (False, True) if options.autocast and dtype == "bfloat16" else (False,)
     peers = itertools.product(autocast, compiled, options.experts if is_moe else [""], options.attention)
-    return found + [
+    return own_sides + [
         Side(library="transformers", experts=e, attention=a, compiled=c, autocast=auto) for auto, c, e, a in peers
     ]
 
@@ -112,7 +112,7 @@ def child() -> None:
 
 
 def try_sides(case: Case, options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Writes the weights and runs each side alone: what was found by name; and why sides are left out, by name."""
+    """Write the weights and run each side alone: its probe, by name; and why sides are left out, by name."""
     sides = sides_of(case.model, case.dtype, options)
     written = run_child("prepare", case)
     if "error" in written:
@@ -120,11 +120,13 @@ def try_sides(case: Case, options: argparse.Namespace) -> tuple[dict[str, dict[s
     if options.skip_memory:
         return {}, {s.name: "not tried alone (--skip-memory)" for s in sides if s.experts == "batched_mm"}
     log(f"{case.model}, {case.dtype}: each side alone, threads {case.threads}")
-    found: dict[str, dict[str, Any]] = {}
+    probes: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for side in sides:
         known = [s.name for s in sides if s != side and replace(s, attention=side.attention) == side]
-        if other := next((name for name in known if name in skipped), ""):  # it is the experts, not the attention
+        if other := next(
+            (name for name in known if name in skipped), ""
+        ):  # the experts are to blame, not the attention
             skipped[side.name] = f"as {other}"
             continue
         result = run_child("probe", case, options.budget, side=asdict(side))
@@ -132,15 +134,15 @@ def try_sides(case: Case, options: argparse.Namespace) -> tuple[dict[str, dict[s
             skipped[side.name] = result["error"]
             log(f"  {side.name}: left out: {result['error']}")
             continue
-        found[side.name] = result
+        probes[side.name] = result
         memory, seconds = human_bytes(result["memory_bytes"]), human_seconds(result["step_seconds"])
-        log(f"  {side.name}: {memory}, {seconds} a step alone")
-    peers = {s.name: found[s.name]["step_seconds"] for s in sides if not s.ours and s.name in found}
+        log(f"  {side.name}: {memory}, {seconds} per step alone")
+    peers = {s.name: probes[s.name]["step_seconds"] for s in sides if not s.ours and s.name in probes}
     for name, seconds in peers.items():
         if seconds > HOPELESS * min(peers.values()):
-            skipped[name] = f"{seconds:.1f} s a step alone, where their fastest takes {min(peers.values()):.1f} s"
+            skipped[name] = f"{seconds:.1f} s per step alone, where their fastest takes {min(peers.values()):.1f} s"
             log(f"  {name}: left out: {skipped[name]}")
-    return found, skipped
+    return probes, skipped
 
 
 def rows_of(case: Case, timed: list[Side], raw: dict[str, Any], probes: dict[str, dict[str, Any]]) -> list[dict]:
@@ -149,15 +151,15 @@ def rows_of(case: Case, timed: list[Side], raw: dict[str, Any], probes: dict[str
     rows = []
     for side, times in zip(timed, raw["sides"], strict=True):
         median = {name: statistics.median(times[name]) for name in ("forward", "backward", "adamw")}
-        both = median["forward"] + median["backward"]
-        whole = statistics.median(map(sum, zip(*(times[name] for name in median), strict=True)))
+        forward_backward = median["forward"] + median["backward"]
+        step = statistics.median(map(sum, zip(*(times[name] for name in median), strict=True)))
         flops = case.tokens * raw["dense_flops_per_token" if side.dense else "flops_per_token"]
         rows.append(
             {
                 "name": side.name,
                 "side": asdict(side),
-                "tokens_per_second": case.tokens / whole,
-                "mfu": flops / both / peak,
+                "tokens_per_second": case.tokens / step,
+                "mfu": flops / forward_backward / peak,
                 **{f"{name}_seconds": seconds for name, seconds in median.items()},
                 "memory_bytes": probes.get(side.name, {}).get("memory_bytes"),
                 "samples": times,
@@ -167,15 +169,15 @@ def rows_of(case: Case, timed: list[Side], raw: dict[str, Any], probes: dict[str
 
 
 def summarize(case: Case, rows: list[dict], raw: dict[str, Any], probes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The best of either side, the ratios, Muon's share, and the targets."""
+    """The best of either side, the ratios, Muon's fraction of a step, and the targets."""
 
     def best(library: str) -> dict[str, Any]:
-        mine = [r for r in rows if r["side"]["library"] == library and not r["side"]["dense"]]
-        return max(mine, key=lambda r: r["tokens_per_second"])
+        candidates = [r for r in rows if r["side"]["library"] == library and not r["side"]["dense"]]
+        return max(candidates, key=lambda r: r["tokens_per_second"])
 
     ours, theirs = best("earthshine"), best("transformers")
     muon = statistics.median(raw["muon_seconds"])
-    both = (ours["forward_seconds"] + ours["backward_seconds"]) / case.tokens
+    per_token = (ours["forward_seconds"] + ours["backward_seconds"]) / case.tokens
     dense = [r["tokens_per_second"] for r in rows if r["side"]["dense"]]
     memory = [p["memory_bytes"] for name, p in probes.items() if "transformers" in name and p.get("memory_bytes")]
     return {
@@ -190,7 +192,7 @@ def summarize(case: Case, rows: list[dict], raw: dict[str, Any], probes: dict[st
         "moe_over_dense_target": MOE_OVER_DENSE_TARGETS.get(case.model),
         "moe_over_dense": ours["tokens_per_second"] / max(dense) if dense else None,
         "muon_seconds": muon,
-        "muon_share": {str(n): muon / (muon + both * n) for n in MUON_TOKENS},
+        "muon_share": {str(n): muon / (muon + per_token * n) for n in MUON_TOKENS},
     }
 
 
@@ -231,9 +233,7 @@ def show(record: dict[str, Any]) -> str:
     """One configuration's table, and what was left out."""
     keys, rates, summary = record["options"], record["gemm_flops_per_second"], record["summary"]
     plural = "" if keys["threads"] == 1 else "s"
-    title = (
-        f"{keys['model']}, {keys['dtype']} (float32 products: {keys['precision']}), {keys['threads']} thread{plural}"
-    )
+    title = f"{keys['model']}, {keys['dtype']} (float32 matmuls: {keys['precision']}), {keys['threads']} thread{plural}"
     title += f" on {keys['device']}, {keys['tokens'] // keys['seq_len']} x {keys['seq_len']} tokens, medians of "
     title += f"{keys['rounds']}; {record['active_parameters'] / 1e6:.2f} M active parameters of "
     title += f"{record['total_parameters'] / 1e6:.2f} M\nGEMM of {record['gemm_size']} in the same rounds: "
@@ -284,7 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=4096, help="in a step")
+    parser.add_argument("--tokens", type=int, default=4096, help="per step")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--device", default="auto", help="auto, cpu or an accelerator's name")
     parser.add_argument("--compile", action="store_true", help="torch.compile'd sides too")
@@ -295,7 +295,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--matmul-precision", default="highest", choices=["highest", "high", "medium"])
     parser.add_argument("--budget", type=float, default=120, help="seconds for a side to load and step alone")
     parser.add_argument("--skip-memory", action="store_true", help="no side is run alone first; without batched_mm")
-    parser.add_argument("--force", action="store_true", help="bf16 even where its products are the slower ones")
+    parser.add_argument("--force", action="store_true", help="bf16 even where its matmuls are slower than float32's")
     parser.add_argument("--profile", action="store_true", help="print where each side's time goes, to stderr")
     parser.add_argument(
         "--json", type=Path, help="append a line of JSON per configuration here, instead of printing it"
@@ -307,22 +307,22 @@ def parse() -> argparse.Namespace:
 
 
 def dtypes_worth_measuring(options: argparse.Namespace, case: Case) -> list[str]:
-    found = run_child("peaks", case)
-    if "error" in found:
-        raise SystemExit(f"cannot measure the machine: {found['error']}")
-    rates = {name: found[name] for name in ("float32", "bfloat16")}
-    log(", ".join(f"{name} products at {rate / 1e9:.3g} GFLOP/s" for name, rate in rates.items()))
+    peaks = run_child("peaks", case)
+    if "error" in peaks:
+        raise SystemExit(f"cannot measure the machine: {peaks['error']}")
+    rates = {name: peaks[name] for name in ("float32", "bfloat16")}
+    log(", ".join(f"{name} matmuls at {rate / 1e9:.3g} GFLOP/s" for name, rate in rates.items()))
     if "bfloat16" in options.dtypes and rates["bfloat16"] <= rates["float32"] and not options.force:
         print(
-            f"bfloat16 is skipped: its products run at {rates['bfloat16'] / 1e9:.3g} GFLOP/s here, float32's at "
-            f"{rates['float32'] / 1e9:.3g} (--force runs it all the same)"
+            f"bfloat16 is skipped: its matmuls run at {rates['bfloat16'] / 1e9:.3g} GFLOP/s here, float32's at "
+            f"{rates['float32'] / 1e9:.3g} (--force runs it anyway)"
         )
         return [d for d in options.dtypes if d != "bfloat16"]
     return list(options.dtypes)
 
 
 def read_records(path: Path | None, lines: list[str]) -> list[dict[str, Any]]:
-    """What an earlier call wrote. Exits for a file that is of something else, before anything is measured."""
+    """What an earlier call wrote. Exits for any other kind of file, before anything is measured."""
     try:
         records = [json.loads(line) for line in lines]
         if all(record["benchmark"] == "train_step" for record in records):
@@ -348,7 +348,7 @@ def main() -> int:
     )
     keep = ("rounds", "compile", "autocast", "experts", "attention", "backends", "skip_memory")
     old = options.json.read_text().splitlines() if options.json and options.json.exists() else []
-    done = read_records(options.json, old)
+    earlier = read_records(options.json, old)
     records, failed = [], []
     for model, dtype in itertools.product(options.models, dtypes_worth_measuring(options, plan)):
         tried = None
@@ -357,7 +357,7 @@ def main() -> int:
                 case = replace(plan, model=model, dtype=dtype, threads=threads, directory=f"{scratch}/{model}")
                 keys = {k: v for k, v in asdict(case).items() if k != "directory"}
                 keys |= {k: getattr(options, k) for k in keep}
-                record = next((r for r in done if r.get("options") == keys), None)
+                record = next((r for r in earlier if r.get("options") == keys), None)
                 if record is None:
                     tried = tried or try_sides(replace(case, threads=min(options.threads)), options)
                     log(f"{model}, {dtype}, threads {threads}")

@@ -171,7 +171,7 @@ def show(result: dict[str, object]) -> str:
         ["plain write, synced", f"{size['plain_bytes_per_second']}/s", ""],
         ["ratio", f"{result['rate_ratio']:.3f}", f">= {MIN_RATE_RATIO}"],
         ["peak memory beyond the imports", size["memory_bytes"], f"< {human_bytes(MAX_MEMORY_BYTES)}"],
-        ["peak memory in all", size["peak_bytes"], ""],
+        ["peak memory, total", size["peak_bytes"], ""],
     ]
     return table(["what", "measured", "bar"], rows)
 

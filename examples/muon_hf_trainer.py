@@ -1,7 +1,7 @@
 """Muon in Hugging Face's Trainer: python examples/muon_hf_trainer.py
 
-Needs transformers and accelerate: pip install 'earthshine[hf]' accelerate. The Llama is tiny and starts from random
-weights and learns which token follows which; with a real model and data set only those two change.
+Needs transformers and accelerate: pip install 'earthshine[hf]' accelerate. A tiny Llama with random
+weights learns which token follows which; for a real one, change only the model and the data set.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Train a tiny Mixture-of-Experts model and plot its loss: python examples/train_tiny_moe.py [RUN]
 
-Everything is made here: a tokenizer, token shards of Python's own source files, a run folder (runs/example), and
-report.html in it, with the loss curve and the load of every expert.
+It makes everything it needs: a tokenizer, token shards of Python's own source files, a run folder (runs/example), and
+in it report.html, with the loss curve and the load of every expert.
 """
 
 import statistics
@@ -46,7 +46,7 @@ def main(run: Path = Path("runs/example"), num_steps: int = 30) -> Path:
         job, num_steps=num_steps, schedule=replace(job.schedule, warmup_steps=3),
         data=DataConfig(sources=(SourceConfig(path=str(shards)),)),
     )  # fmt: skip
-    summary = fit(job, run)  # once more resumes where it stopped; a finished run just returns
+    summary = fit(job, run)  # calling it again resumes; a finished run just returns
     print(f"{summary.step} steps, {summary.total_tokens:,} tokens, last loss {summary.loss:.3f}")
     print(f"open {write_report([run])} in a browser")
     return run

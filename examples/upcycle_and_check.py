@@ -1,7 +1,7 @@
 """Upcycle a dense checkpoint to an MoE and check that nothing changed: python examples/upcycle_and_check.py
 
-The dense Llama here is tiny and random, so that the script needs no download; give the path of your own Hugging Face
-directory instead: python examples/upcycle_and_check.py models/llama
+The dense Llama is tiny and random, so that nothing is downloaded. For your own Hugging Face directory:
+python examples/upcycle_and_check.py models/llama
 """
 
 import sys
@@ -30,7 +30,7 @@ def main(dense_dir: Path | None = None) -> float:
         moe_dir = Path(scratch) / "moe"
 
         plan = upcycle(dense_dir, moe_dir, UpcycleConfig(experts=8, top_k=2))
-        print(plan.table())  # sizes, and the ledger: what every tensor is made of
+        print(plan.table())  # parameters, and the ledger: what every tensor is made of
 
         # At step 0 every expert is a copy of the dense network, and the gate's weights sum to one: the same function.
         dense, moe = load_model(dense_dir), load_model(moe_dir)

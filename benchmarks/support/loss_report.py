@@ -1,4 +1,4 @@
-"""What a comparison of two optimizers' runs says: intervals over seeds, the figure and the page.
+"""The report of a comparison of two optimizers: intervals over seeds, the figure and the page.
 
 All intervals are Student's t at 95 % over seeds (Gosset 1908): mean +- t(0.975, n - 1) * s / sqrt(n). A seed determines
 initialization and sample order, so runs of one seed are pairs, and the interval of their differences is the one to
@@ -79,11 +79,11 @@ class Study:
             job = {key: value for key, value in result["job"].items() if key not in ("name", "seed", "optimizer")}
             optimizer = {k: v for k, v in result["job"]["optimizer"].items() if k not in ("algorithm", "lr")}
             shared.append((job, optimizer))
-        if any(one != shared[0] for one in shared):
+        if any(settings != shared[0] for settings in shared):
             raise ConfigError("the runs differ in more than optimizer, learning rate and seed: use one --dir for each.")
         for seed in self.seeds:
-            whole = [r for key, r in self.runs.items() if key[2] == seed and not r["diverged"]]
-            starts = {(r["samples"], r["heldout"][0][1]) for r in whole}
+            finished = [r for key, r in self.runs.items() if key[2] == seed and not r["diverged"]]
+            starts = {(r["samples"], r["heldout"][0][1]) for r in finished}
             if len(starts) > 1:
                 raise ConfigError(f"runs of seed {seed} differ in their samples or in their loss before step 1.")
 
@@ -144,20 +144,20 @@ class Study:
         first, second = sorted(NAMES, key=lambda a: interval(self.finals(a, self.best_lr(a))).mean)
         return first, second
 
-    def token_share(self) -> list[float]:
+    def token_fraction(self) -> list[float]:
         """By seed: the leader's tokens until it has the other's final held-out loss, over the other's tokens."""
         leader, other = self.leader()
-        shares = []
+        fractions = []
         for seed in self.seeds:
             last_step, level = self.heldout(other, seed)[-1]
-            shares.append(first_crossing(self.heldout(leader, seed), level) / last_step)
-        return shares
+            fractions.append(first_crossing(self.heldout(leader, seed), level) / last_step)
+        return fractions
 
     def plan(self, algorithm: str) -> dict[str, Any]:
         """What `train.derive` says of the optimizer's runs."""
         return dict(next(r for key, r in self.runs.items() if key[0] == algorithm)["plan"])
 
-    def newton_schulz_share(self) -> float:
+    def newton_schulz_fraction(self) -> float:
         """FLOPs of Newton-Schulz over those of forward and backward, per step."""
         plan = self.plan("muon")
         return float(plan["newton_schulz_flops_per_step"] / plan["forward_backward_flops_per_step"])
@@ -227,9 +227,9 @@ def _shorter(svg: str) -> str:
 
 def _finding(study: Study) -> str:
     leader, other = study.leader()
-    share = interval(study.token_share()).mean
-    if math.isfinite(share):
-        return f"{NAMES[leader]} reaches {NAMES[other]}'s loss with {100 * share:.0f} % of the tokens"
+    fraction = interval(study.token_fraction()).mean
+    if math.isfinite(fraction):
+        return f"{NAMES[leader]} reaches {NAMES[other]}'s loss with {100 * fraction:.0f} % of the tokens"
     return f"{NAMES[leader]} and {NAMES[other]} on a small MoE"
 
 
@@ -257,13 +257,13 @@ def _draw_curves(study: Study, axes: Any) -> None:
         _label(axes, f"{name}\n{_rate(study.best_lr(algorithm))}", x[-1], mean[-1], color)
         last = max(last, x[-1])
     leader, other = study.leader()
-    level, share = study.curve(other)[-1][1].mean, interval(study.token_share()).mean
-    if math.isfinite(share):
-        axes.plot([share * last, last], [level, level], color="#444444", linewidth=1, linestyle="--")
-        axes.plot([share * last], [level], marker="v", color="#444444", markersize=6)
+    level, fraction = study.curve(other)[-1][1].mean, interval(study.token_fraction()).mean
+    if math.isfinite(fraction):
+        axes.plot([fraction * last, last], [level, level], color="#444444", linewidth=1, linestyle="--")
+        axes.plot([fraction * last], [level], marker="v", color="#444444", markersize=6)
         axes.annotate(
-            f"{NAMES[other]}'s final loss, after\n{100 * share:.0f} % of the tokens",
-            (share * last, level),
+            f"{NAMES[other]}'s final loss, after\n{100 * fraction:.0f} % of the tokens",
+            (fraction * last, level),
             xytext=(-14, -12),  # below and left of both curves, which fall
             textcoords="offset points",
             ha="right",
@@ -370,7 +370,7 @@ def _findings(study: Study) -> list[str]:
     best = {a: study.best_lr(a) for a in NAMES}
     final = {a: interval(study.finals(a, best[a])) for a in NAMES}
     _, gap = study.difference()[-1]
-    shares = study.token_share()
+    fractions = study.token_fraction()
     where = {a: "at the edge of its grid" if study.at_edge(a) else "inside its grid" for a in NAMES}
     seconds = {a: study.seconds_per_step(a) for a in NAMES}
     rows = [
@@ -380,27 +380,27 @@ def _findings(study: Study) -> list[str]:
         f"| final held-out loss, nats per token | {final['muon']} | {final['adamw']} |",
         f"| difference paired by seed, Muon - AdamW | {gap} | |",
         f"| lowest final loss of any single run | {study.lowest('muon'):.3f} | {study.lowest('adamw'):.3f} |",
-        f"| FLOPs per step, relative to forward and backward | {1 + study.newton_schulz_share():.2f} | 1.00 |",
+        f"| FLOPs per step, relative to forward and backward | {1 + study.newton_schulz_fraction():.2f} | 1.00 |",
         f"| fastest step, seconds | {seconds['muon']:.2f} | {seconds['adamw']:.2f} |",
     ]
-    if all(math.isfinite(s) for s in shares):
-        listed = ", ".join(f"{s:.3f}" for s in shares)
+    if all(math.isfinite(s) for s in fractions):
+        listed = ", ".join(f"{s:.3f}" for s in fractions)
         rows += [
             "",
             f"Tokens to equal loss: {NAMES[leader]} reaches {NAMES[other]}'s final held-out loss with "
-            f"**{interval(shares)}** of {NAMES[other]}'s tokens (by seed: {listed}; linear between evaluations). "
-            f"{_in_flops(study, interval(shares).mean)}"
+            f"**{interval(fractions)}** of {NAMES[other]}'s tokens (by seed: {listed}; linear between evaluations). "
+            f"{_in_flops(study, interval(fractions).mean)}"
             f"At that point {NAMES[leader]}'s learning rate has not decayed yet, as {NAMES[other]}'s has at its end: a "
             f"{NAMES[leader]} run planned to end there was not measured.",
         ]
     return rows
 
 
-def _in_flops(study: Study, share: float) -> str:
-    """The sentence that turns a share of the tokens into one of FLOPs."""
-    cost = 1 + study.newton_schulz_share()
+def _in_flops(study: Study, fraction: float) -> str:
+    """The sentence that turns a fraction of the tokens into one of FLOPs."""
+    cost = 1 + study.newton_schulz_fraction()
     times = cost if study.leader()[0] == "muon" else 1 / cost
-    return f"With Newton-Schulz counted that is {share * times:.2f} of the FLOPs. "
+    return f"With Newton-Schulz counted that is {fraction * times:.2f} of the FLOPs. "
 
 
 def _setting(study: Study) -> list[str]:
@@ -456,6 +456,6 @@ def _limits(study: Study) -> list[str]:
         "- The learning rate is chosen, in factors of two, on the held-out text that is reported, for both alike. "
         "Weight decay, betas, momentum, schedule and warm-up are tuned for neither.",
         f"- Tokens are compared, not time. With so few tokens per step, Newton-Schulz adds "
-        f"{study.newton_schulz_share():.0%} to the FLOPs per step; it costs the same for any number of tokens, so its "
-        f"share falls as steps grow ([performance.md](performance.md)).",
+        f"{study.newton_schulz_fraction():.0%} to the FLOPs per step; it costs the same for any number of tokens, "
+        f"so that fraction falls as steps grow ([performance.md](performance.md)).",
     ]

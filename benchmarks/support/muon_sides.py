@@ -89,15 +89,15 @@ def gradients(shapes: Sequence[Shape], kind: str) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     if kind == "gaussian":
         return [torch.randn(shape, generator=g) for shape in shapes]
-    found = []
+    grads = []
     for shape in shapes:
         left, right = (torch.randn(n, 24, generator=g) + torch.randn(n, 1, generator=g) for n in shape)
-        found.append(left * torch.exp(1.5 * torch.randn(24, generator=g)) @ right.mT)
-    return found
+        grads.append(left * torch.exp(1.5 * torch.randn(24, generator=g)) @ right.mT)
+    return grads
 
 
 def own_sides(dtypes: Sequence[torch.dtype]) -> list[Side]:
-    """This package's Muon in each type, as torch.optim.Muon computes and by its own rule (the default)."""
+    """This package's Muon in each dtype: in the form that torch.optim.Muon computes, and by its own choice (auto)."""
 
     def side(dtype: torch.dtype, form: str) -> Side:
         name = str(dtype).removeprefix("torch.")
@@ -113,7 +113,7 @@ def own_sides(dtypes: Sequence[torch.dtype]) -> list[Side]:
 
 
 def peer_sides() -> tuple[list[Side], list[str]]:
-    """Every peer that can be had here, and a line for each that cannot, with the reason."""
+    """Every peer that is installed, and a line for each that is not, with the reason."""
     fp32, bf16 = torch.float32, torch.bfloat16
     common = {"lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY}
     sides = [
@@ -149,7 +149,7 @@ def _pytorch_optimizer(module: Any) -> list[Side]:
         return module.Muon([group], lr=LR, momentum=MOMENTUM, weight_decay=DECAY, use_adjusted_lr=True)
 
     class InFp32:
-        """Its batches of one shape with the type that its function takes but its optimizer does not pass on."""
+        """Its batches of one shape, in a dtype that its function takes but its optimizer does not pass on."""
 
         def __init__(self, params: list[nn.Parameter]) -> None:
             self.optimizer = build(params)
@@ -212,7 +212,7 @@ class Quality:
             O_MN = params[i].detach() / (-LR * side.factor(shape))
             difference = torch.linalg.vector_norm(O_MN - self._exact[key])
             error = max(error, float(difference / torch.linalg.vector_norm(self._exact[key])))
-            wide = O_MN if shape[0] <= shape[1] else O_MN.mT
-            gram_SS = (wide @ wide.mT).double()
+            O_SL = O_MN if shape[0] <= shape[1] else O_MN.mT
+            gram_SS = (O_SL @ O_SL.mT).double()
             largest = max(largest, float(torch.linalg.eigvalsh(gram_SS)[-1].clamp(min=0).sqrt()))
         return error, largest

@@ -28,12 +28,12 @@ from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.build import build_optimizer
 from earthshine.optim.config import OptimizerConfig
 
-# Relative differences to transformers' own float32 loss and gradient norm. In bf16, and in float32 products that may be
+# Relative differences to transformers' own float32 loss and gradient norm. In bf16, and in float32 matmuls that may be
 # rounded, a token near a tie between two experts may choose the other one; and transformers rounds its router too.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2)}
 LR = 1e-4
-# Of the machine's memory, what one side may hold: beyond that the system would end processes as it sees fit.
-MEMORY_SHARE = 0.8
+# The fraction of the machine's memory that one side may hold: beyond it the system would kill processes.
+MEMORY_FRACTION = 0.8
 PROFILE_ROWS = 15
 
 _COMMON = {
@@ -83,7 +83,7 @@ class Side:
 
     experts: transformers' experts implementation, or this package's backend.
     attention: transformers' attention implementation; "" for this package, which chooses itself.
-    autocast: of transformers, parameters in float32 and products in bf16, as this package does it.
+    autocast: of transformers: parameters in float32 and matmuls in bf16, as in this package.
     dense: not the model, but the dense one of equal active FLOPs.
     """
 
@@ -235,8 +235,8 @@ class Runner:
         return end - start
 
 
-class Product:
-    """Times square matrix products in a dtype, of a size that reaches the device's rate."""
+class MatmulRate:
+    """The rate of square matmuls in a dtype, of a size that reaches the device's peak."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device, self.size = device, 256
@@ -284,9 +284,9 @@ def prepare(case: Case) -> dict[str, Any]:
     tokens_BS = batch(case)
     loss = model(input_ids=tokens_BS, labels=tokens_BS).loss
     loss.backward()
-    found = {"loss": loss.item(), "gradient norm": gradient_norm(model)}
-    reference_path(case.directory).write_text(json.dumps(found))
-    return found
+    reference = {"loss": loss.item(), "gradient norm": gradient_norm(model)}
+    reference_path(case.directory).write_text(json.dumps(reference))
+    return reference
 
 
 def peaks(case: Case) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def probe(case: Case, side: Side) -> dict[str, Any]:
         import resource
 
         with suppress(OSError, ValueError):  # not every system can
-            limit = int(MEMORY_SHARE * total_memory_bytes())
+            limit = int(MEMORY_FRACTION * total_memory_bytes())
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     base = _resident_bytes() if on_cpu else 0
     runner = Runner(side, case)
@@ -334,13 +334,13 @@ def probe(case: Case, side: Side) -> dict[str, Any]:
 
 
 def measure(case: Case, sides: list[Side], rounds: int, profile: bool) -> dict[str, Any]:
-    """All times of all sides, in rounds: in each a product, then every side's step, beginning with another side.
+    """All times of all sides, in rounds: in each a matmul, then every side's step, starting with another side.
 
     Muon steps on this package's model at a learning rate of 0, which does all of the work and changes no weight.
     """
     torch._dynamo.config.recompile_limit = 64  # one limit for all the sides that share a function
     runners = [Runner(side, case) for side in sides]
-    product = Product(case.device, DTYPES[case.dtype])
+    matmul = MatmulRate(case.device, DTYPES[case.dtype])
     ours = next(r for r in runners if r.side.ours and not r.side.dense)
     muon, muon_times = build_optimizer(ours.model, OptimizerConfig(lr=0.0)), []
 
@@ -357,7 +357,7 @@ def measure(case: Case, sides: list[Side], rounds: int, profile: bool) -> dict[s
     rates = []
     for i in range(rounds):
         log(f"  round {i + 1} of {rounds}")
-        rates.append(product.rate())
+        rates.append(matmul.rate())
         first = i % len(runners)
         for runner in runners[first:] + runners[:first]:
             gc.collect()
@@ -370,7 +370,7 @@ def measure(case: Case, sides: list[Side], rounds: int, profile: bool) -> dict[s
     config = read_config(case.directory)
     counts = count_parameters(config)
     return {
-        "gemm_size": product.size,
+        "gemm_size": matmul.size,
         "gemm_flops_per_second": rates,
         "flops_per_token": train_flops_per_token(config, case.seq_len),
         "dense_flops_per_token": train_flops_per_token(dense_equivalent(config), case.seq_len) if config.is_moe else 0,

@@ -260,7 +260,7 @@ def test_a_full_disk_for_the_results_is_an_error(earthshine_env):
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_leaves_is_no_error_message(earthshine_env):
+def test_a_reader_that_leaves_is_not_an_error(earthshine_env):
     command = f"{sys.executable} -m earthshine.cli.main show llama3_8b | head -c 1 > /dev/null"
     done = subprocess.run(["bash", "-c", command], text=True, env=earthshine_env, capture_output=True)
     assert done.stderr == ""

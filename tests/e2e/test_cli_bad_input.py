@@ -100,7 +100,7 @@ def test_a_config_of_no_known_family(run, damaged, tmp_path):
     assert visible(tmp_path) == ["damaged"]
 
 
-def test_a_folder_that_is_no_model(run, tmp_path):
+def test_a_folder_that_is_not_a_model(run, tmp_path):
     assert_refused(run("upcycle", tmp_path / "nowhere", tmp_path / "out"), 2, "nowhere/config.json")
     assert_refused(run("generate", tmp_path / "nowhere", "--prompt", "a"), 2, "nowhere")
     assert visible(tmp_path) == []

@@ -36,7 +36,7 @@ def test_without_stdout(line, code):
     assert b"bug" not in done.stderr and b"Traceback" not in done.stderr
 
 
-def test_what_a_closed_stream_leaves_free_is_no_file_of_ours():
+def test_what_a_closed_stream_leaves_free_is_not_a_file_of_ours():
     """Descriptor 2 must not become the next file that is opened: libraries write to it."""
     code = """import os, sys
 from earthshine.cli.main import main

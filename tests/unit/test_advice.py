@@ -31,7 +31,7 @@ def test_what_is_there_instead(files: list[str], says: str, tmp_path: Path) -> N
         Store(tmp_path)
 
 
-def test_what_is_no_model_directory_is_named(tmp_path: Path) -> None:
+def test_what_is_not_a_model_directory_is_named(tmp_path: Path) -> None:
     gguf, other = tmp_path / "m.bin", tmp_path / "notes.txt"
     gguf.write_bytes(b"GGUF" + bytes(8))
     other.write_text("hello")

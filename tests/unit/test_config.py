@@ -194,7 +194,7 @@ def test_what_is_refused(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("data", [None, [], "x", 1, [["name", "a"]]], ids=str)
-def test_what_is_no_object_is_refused(data: Any) -> None:
+def test_what_is_not_an_object_is_refused(data: Any) -> None:
     with pytest.raises(ConfigError, match=r"^Vehicle=.* must be an object with the fields of Vehicle\.$"):
         decode(Vehicle, data)
     with pytest.raises(ConfigError, match=r"^Vehicle\.name is missing: Vehicle needs it\.$"):
@@ -293,7 +293,7 @@ def test_a_key_that_stands_twice_anywhere_is_refused_and_once_in_each_object_is_
         (b"[1]", r"^Vehicle=\[1\] must be an object"),
     ],
 )
-def test_a_file_that_is_no_config_is_named(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_config_is_named(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "vehicle.json"
     if content is not None:
         path.write_bytes(content)

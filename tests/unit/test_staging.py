@@ -124,7 +124,7 @@ def test_two_writers_exclude_each_other(tmp_path):
         pass
 
 
-def test_without_locks_the_work_is_done_and_said(tmp_path, monkeypatch, capsys):
+def test_without_locks_the_work_is_done_and_reported(tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise OSError(errno.ENOSYS, "function not implemented")
 

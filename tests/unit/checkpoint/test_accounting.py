@@ -93,7 +93,7 @@ def test_stacks_that_do_not_fit_are_named(models, hf_dir, change, message):
         load_model(hf_dir(config, damaged))
 
 
-def test_layers_for_multi_token_prediction_are_left_out_and_said(hf_dir, deepseek, capsys):
+def test_layers_for_multi_token_prediction_are_left_out_and_reported(hf_dir, deepseek, capsys):
     """As in DeepSeek-V3, whose layer 61 is one; transformers leaves it out as well."""
 
     def with_mtp(tensors):
@@ -138,7 +138,7 @@ def test_tensors_that_do_not_fit_are_named(dense, hf_dir, change, message):
         load_model(hf_dir(dense, change))
 
 
-def test_old_buffers_and_a_tied_copy_are_left_out_and_said(hf_dir, dense, capsys):
+def test_old_buffers_and_a_tied_copy_are_left_out_and_reported(hf_dir, dense, capsys):
     def change(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -164,7 +164,7 @@ def test_a_config_that_claims_more_than_there_is_is_refused_before_memory_is_tak
         load_model(source)
 
 
-def test_tensors_without_elements_are_left_out_and_said(hf_dir, deepseek, capsys):
+def test_tensors_without_elements_are_left_out_and_reported(hf_dir, deepseek, capsys):
     """transformers writes them for a DeepSeek without a shared expert."""
     bare = replace(deepseek, moe=replace(deepseek.moe, shared_intermediate_size=0, shared_gated=True))
     name = "model.layers.1.mlp.shared_experts.gate_proj.weight"

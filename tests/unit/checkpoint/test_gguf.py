@@ -79,7 +79,7 @@ def test_how_others_cut_is_transformers_table(model: Transformer, tmp_path: Path
     assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["ignore_merges"] is True
 
 
-def test_an_unknown_cut_is_refused_and_none_is_said(
+def test_an_unknown_cut_is_refused_and_none_is_reported(
     model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UnsupportedModelError, match="tokenizer.ggml.pre='gpt-9' is not known: texts would be cut into"):

@@ -287,7 +287,9 @@ def test_tensors_that_are_optional_may_differ(what: str, tmp_path: Path) -> None
         assert torch.equal(tensor, before[name] if name == differs else tensors(1)[name])
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_reported_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=1))
     with pytest.raises(DiskFullError, match=r"step-000001 needs .*, but 1000 B are free there.*checkpoint.keep"):
         save(tmp_path, 1)
@@ -314,7 +316,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_no_trace(
     assert names(tmp_path) == ["step-000001"]
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_goes_at_the_next(tmp_path: Path) -> None:
+def test_what_a_killed_save_left_is_not_a_checkpoint_and_goes_at_the_next(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     shutil.copytree(folder, folder.with_name(".step-000002.tmp"))
     shutil.copytree(folder, folder.with_name(".step-000000.old"))

@@ -54,7 +54,7 @@ def test_the_class_is_kept(tokenizer, source, target, declared, reader, written)
 
 
 @pytest.mark.parametrize("source, declared", [("llama", "LlamaTokenizer"), ("llama", "GPT2Tokenizer")])
-def test_a_class_that_cannot_be_kept_is_said(source: str, declared: str) -> None:
+def test_a_class_that_cannot_be_kept_is_reported(source: str, declared: str) -> None:
     """Whatever the files declare, a Mixtral's are read as they stand."""
     reading = kept(PIECES, source, "mixtral", declared)
     assert (reading.before, reading.after, reading.written) == (declared, "TokenizersBackend", "")
@@ -63,7 +63,7 @@ def test_a_class_that_cannot_be_kept_is_said(source: str, declared: str) -> None
     )
 
 
-def test_a_vocabulary_that_only_the_old_class_reads_is_said() -> None:
+def test_a_vocabulary_that_only_the_old_class_reads_is_reported() -> None:
     files = {"vocab.json": b"{}", "merges.txt": b"", "tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer"}'}
     _, reading = keep_class(files, "llama", "mixtral")
     assert reading is not None and "that needs a tokenizer.json, and there is none. To make one" in reading.sentence
@@ -90,7 +90,7 @@ def test_settings_that_cannot_be_read_travel_as_they_are_unless_a_class_is_neede
     assert keep_class({"LICENSE": b""}, "llama", "qwen2_moe") == ({"LICENSE": b""}, None)
 
 
-def test_ids_without_a_row_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ids_without_a_row_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     bpe = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<think>"}]}
     unigram = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": []}
     assert [num_ids(json.dumps(t).encode()) for t in (bpe, unigram, {"a": 1}, [])] == [3, 2, 0, 0]

@@ -55,7 +55,9 @@ def test_an_end_token_that_texts_need_stays_and_ids_are_kept(tokenizer_of: Token
     assert load_tokenizer(tmp_path, "<eod>").encode("w1 w2 what", special=False) == [1, 2, 3]
 
 
-def test_a_special_token_without_another_spelling_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_special_token_without_another_spelling_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """WordLevel without an unknown token refuses what it does not hold: the text would be refused with it."""
     backend = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "a": 1}))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

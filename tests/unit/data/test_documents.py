@@ -41,7 +41,7 @@ def test_hidden_and_repeated_files_are_left_aside(tmp_path: Path) -> None:
     assert dict(aside) == {"hidden": 2, "named twice": 2}
 
 
-def test_what_is_no_document(tmp_path: Path) -> None:
+def test_what_is_not_a_document(tmp_path: Path) -> None:
     contents = {
         "a.txt": b"text",
         "b.bin": b"\x00\x01",

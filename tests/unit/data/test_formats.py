@@ -209,7 +209,7 @@ def test_what_looks_like_data_and_is_not_read(tmp_path: Path, name: str) -> None
         ("b.json", b"[ ]\n"),
     ],
 )
-def test_what_is_no_data(tmp_path: Path, name: str, raw: bytes) -> None:
+def test_what_is_not_data(tmp_path: Path, name: str, raw: bytes) -> None:
     form = recognize(write(tmp_path / name, raw), "text")
     assert (form.kind, form.fix) == ("none", "")
 

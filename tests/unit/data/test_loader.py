@@ -113,7 +113,7 @@ def test_both_rules_give_the_same_batches_where_only_ends_are_end_tokens(make_sh
         assert rows([old.next_step()]) == rows([new.next_step()])
 
 
-def test_the_rule_of_a_run_and_what_is_said_of_it(make_shards: ShardMaker) -> None:
+def test_the_rule_of_a_run_and_what_is_reported_of_it(make_shards: ShardMaker) -> None:
     text = make_shards("text", [[1] * 40], tokenization={**RECORD, "special_spellings": "text", "bos_ids": [9]})
     chat = make_shards("chat", [[1] * 40], tokenization={**RECORD, "bos_ids": [9]}, unknown_tokens=4)
     plain, old = make_shards("plain", [[1] * 40], tokenization=RECORD), make_shards("old", [[1] * 40])

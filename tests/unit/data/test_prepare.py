@@ -130,7 +130,7 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(
     assert TokenShards(tmp_path / "out").num_bytes == len("the moon </s>")
 
 
-def test_what_a_tokenizer_cannot_spell_is_counted_and_said(
+def test_what_a_tokenizer_cannot_spell_is_counted_and_reported(
     tmp_path: Path, tokenizer_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = prepared(tmp_path, tokenizer_of("word_level"), "the moon shines", "the unheard of moon")
@@ -138,7 +138,7 @@ def test_what_a_tokenizer_cannot_spell_is_counted_and_said(
     assert "33.33% of the tokens (3) are the unknown token <unk> (id 0)" in capsys.readouterr().err
 
 
-def test_characters_that_vanish_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_characters_that_vanish_are_counted_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """BPE without bytes and without an unknown token leaves out what it lacks, and says nothing."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "a": 1, "b": 2}, []))
     backend.add_special_tokens(["</s>"])
@@ -166,7 +166,7 @@ def test_a_tokenizer_without_an_unknown_token_takes_what_it_can_spell(tmp_path: 
         load_tokenizer(tmp_path / "t", "</s>").encode("earth")
 
 
-def test_nothing_lost_is_nothing_said(
+def test_nothing_lost_is_nothing_reported(
     tmp_path: Path, tokenizer_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for kind in ("gpt2", "llama2"):
@@ -176,7 +176,7 @@ def test_nothing_lost_is_nothing_said(
     assert "warning" not in capsys.readouterr().err
 
 
-def test_an_end_token_that_texts_hold_is_said(
+def test_an_end_token_that_texts_hold_is_reported(
     tmp_path: Path, tokenizer_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = prepared(tmp_path, tokenizer_of("gpt2"), "oh! my!", eod="!")
@@ -206,7 +206,7 @@ def test_long_documents_stay_one_document(
     assert TokenShards(tmp_path / "out").document(0).tolist() == [*load_tokenizer(tokenizer_dir).encode(text), 0]
 
 
-def test_progress_and_skips_are_said(
+def test_progress_and_skips_are_reported(
     tmp_path: Path, corpus: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare([corpus], tokenizer_dir, tmp_path / "out")

@@ -125,7 +125,7 @@ def test_wrong_index(counting_shards: Path, change: dict[str, object], message: 
         TokenShards(counting_shards)
 
 
-def test_index_that_is_no_json_or_leaves_the_folder(counting_shards: Path) -> None:
+def test_index_that_is_not_json_or_leaves_the_folder(counting_shards: Path) -> None:
     file = counting_shards / "index.json"
     index = json.loads(file.read_text())
     index["shards"][0]["file"] = "../shard-00000.bin"

@@ -164,7 +164,7 @@ def test_a_file_that_makes_the_library_panic_is_refused(tmp_path: Path, content:
         tokenizer.encode_prompt("a b")
 
 
-def test_more_ids_than_the_model_beside_has_rows_is_said(
+def test_more_ids_than_the_model_beside_has_rows_is_reported(
     tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"

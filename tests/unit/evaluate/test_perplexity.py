@@ -162,7 +162,7 @@ def test_stderr_of_equal_sequences_is_that_of_a_mean() -> None:
     assert ratio_stderr([2.0, 4.0], [1, 2]) == 0
 
 
-def test_a_loss_that_is_not_finite_is_no_result(shards: Path) -> None:
+def test_a_loss_that_is_not_finite_is_not_a_result(shards: Path) -> None:
     """The first window without a number is named, whatever the batch it is in."""
     model = Transformer(replace(preset("llama3_tiny"), tie_word_embeddings=False)).train()
     initialize(model, seed=0)

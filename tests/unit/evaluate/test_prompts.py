@@ -60,7 +60,7 @@ def test_a_prompt_is_encoded_as_the_data(
     assert prompts.encode("hi")[0] == 1
 
 
-def test_marks_can_be_asked_for_and_what_they_are_is_said(
+def test_marks_can_be_asked_for_and_what_they_are_is_reported(
     tokenizer: Path, make_run: RunMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     t = load_tokenizer(tokenizer)

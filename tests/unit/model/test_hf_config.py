@@ -230,7 +230,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 16}
         ("llama", {"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_parameters": None}, "by a factor of 1"),
     ],
 )
-def test_what_changes_nothing_is_accepted_and_said(family: str, change: dict[str, Any], said: str) -> None:
+def test_what_changes_nothing_is_accepted_and_reported(family: str, change: dict[str, Any], said: str) -> None:
     """transformers 5.23 gives the same logits with and without each of them."""
     hf = to_hf(MODELS[family])
     assert without_effect(hf) == []

@@ -36,7 +36,7 @@ def flatten(module: nn.Module, name: str, elements: int) -> None:
 
 @pytest.mark.parametrize("elements", [0, 5])
 @pytest.mark.parametrize("kind", list(MODULES))
-def test_a_piece_of_a_weight_is_no_vector(kind: str, elements: int) -> None:
+def test_a_piece_of_a_weight_is_not_a_vector(kind: str, elements: int) -> None:
     make, name = MODULES[kind]
     model = nn.ModuleDict({"block": make()})
     flatten(model["block"], name, elements)

@@ -147,7 +147,7 @@ def test_state_exists_before_the_first_step() -> None:
     assert set(optimizer.state) == set(model.parameters())
 
 
-def test_state_dict_round_trip_goes_on_bit_for_bit() -> None:
+def test_state_dict_round_trip_resumes_bit_for_bit() -> None:
     a, b = tiny_model(), tiny_model()
     opt_a, opt_b = tiny_optimizer(a), tiny_optimizer(b)
     train(a, opt_a, 3, seed=1)
@@ -219,7 +219,7 @@ def test_other_parameters_or_missing_state_are_refused() -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_go_on_alike(how: str) -> None:
+def test_copies_continue_alike(how: str) -> None:
     a = tiny_model()
     opt_a = tiny_optimizer(a)
     train(a, opt_a, 2, seed=1)

@@ -120,7 +120,7 @@ def test_a_hyper_parameter_that_differs_is_refused_from_a_distributed_checkpoint
         set_state_dict(b, muon(b), model_state_dict=model_state, optim_state_dict=optimizer_state, options=options)
 
 
-def test_another_process_goes_on_from_a_file_of_weights_only(tmp_path: Path) -> None:
+def test_another_process_resumes_from_a_file_of_weights_only(tmp_path: Path) -> None:
     """Everything a state dict can hold: every algorithm, tables, names, a rate as a tensor."""
     script = textwrap.dedent(
         """

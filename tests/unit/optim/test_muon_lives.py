@@ -126,7 +126,7 @@ def test_each_group_has_its_own_rate() -> None:
 
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
-def test_a_scheduled_run_goes_on_bit_for_bit(name: str) -> None:
+def test_a_scheduled_run_resumes_bit_for_bit(name: str) -> None:
     a, b = Small(), Small()
     opt_a, opt_b = muon(a), muon(b)
     sched_a, sched_b = SCHEDULERS[name](opt_a), SCHEDULERS[name](opt_b)
@@ -381,7 +381,7 @@ def test_a_later_group_is_as_one_from_the_start() -> None:
     optimizers[0].load_state_dict(optimizers[1].state_dict())
 
 
-def test_a_group_that_is_no_group_leaves_nothing_behind() -> None:
+def test_a_group_that_is_not_a_group_leaves_nothing_behind() -> None:
     p, optimizer = one_matrix()
     for wrong in ({"betas": 0.9}, {"ns_coefficients": 3}, {"matrices": 7}, {"weight_decay": -1.0}):
         with pytest.raises((ConfigError, TypeError)):

@@ -149,7 +149,7 @@ def test_names_that_only_one_side_has_are_no_difference(named: bool) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{}, {"state": {}}, {"param_groups": []}, {"state": [], "param_groups": []}])
-def test_what_is_no_optimizers_state(wrong: dict[str, Any]) -> None:
+def test_what_is_not_an_optimizers_state(wrong: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="it needs 'state' and 'param_groups'"):
         muon(parameters()).load_state_dict(wrong)
 

@@ -131,7 +131,7 @@ def test_other_options_that_a_loop_sets_are_checked_too(name: str, value: Any) -
 # ---------------------------------------------------------------------------------------------------------- parameters
 
 
-def test_what_is_no_list_of_parameters() -> None:
+def test_what_is_not_a_list_of_parameters() -> None:
     with pytest.raises(ConfigError, match=r"params is a Linear: give Muon param_groups\(model\)"):
         muon(nn.Linear(2, 3))
     with pytest.raises(ConfigError, match=r"entries \['algorithm'.* has no 'params'"):

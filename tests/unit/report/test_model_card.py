@@ -88,7 +88,7 @@ def test_what_is_unknown_is_left_out():
         assert "None" not in smaller and "nan" not in smaller
 
 
-def test_a_folder_is_no_hub_id():
+def test_a_folder_is_not_a_hub_id():
     for path in ("/home/me/models/dense", "../dense", "models/smollm2/dense", "dense", "a b"):
         card = model_card({"base_model": path})
         assert "base_model" not in "".join(front_matter(card))

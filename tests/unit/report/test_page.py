@@ -245,7 +245,7 @@ def test_runs_of_any_length(folder, num_steps):
     assert ("mean over 5 neighboring steps" in text) == (num_steps > 60)
 
 
-def test_what_is_missing_is_said(folder):
+def test_what_is_missing_is_reported(folder):
     run = folder("bare")
     run.remove("plan.json", "env.json", "metrics.jsonl")
     for name in ("heldout-before", "heldout-after", "samples-before", "samples-after"):
@@ -314,14 +314,14 @@ def test_a_diverged_run_is_drawn_without_its_last_step(folder):
     json.loads((run.path / "report.json").read_text(), parse_constant=pytest.fail)  # strict JSON
 
 
-def test_unused_experts_are_said(folder):
+def test_unused_experts_are_reported(folder):
     run = folder("r", num_steps=1)
     line = {"kind": "step", "step": 1, "loss": 1.0, "expert_load": {"0": [0.5, 0.5, 0.0, 0.0], "1": [0, 0, 0, 0]}}
     run.write("metrics.jsonl", json.dumps(line) + "\n")
     assert "6 experts received no token (gray)" in read(write_report([run.path])).text
 
 
-def test_how_experts_were_balanced_is_said(pair, folder):
+def test_how_experts_were_balanced_is_reported(pair, folder):
     text = read(write_report([run.path for run in pair])).text
     words = "switch loss per micro-batch, 0.01; z-loss, 0.001; capacity factor 1.25 per assignment"
     assert f"Expert balancing no experts {words}" in text

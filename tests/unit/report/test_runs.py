@@ -49,7 +49,7 @@ def test_columns_have_a_value_a_step(folder):
     assert len(steps.column("never written")) == 0
 
 
-def test_a_line_that_is_being_written_is_left_out_and_said(pair):
+def test_a_line_that_is_being_written_is_left_out_and_reported(pair):
     path = pair[0].path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "step", "st')
     run = read_run(path.parent)
@@ -58,7 +58,7 @@ def test_a_line_that_is_being_written_is_left_out_and_said(pair):
 
 
 @pytest.mark.parametrize("line", ["nonsense", "\0" * 40, "3", '{"kind": "step", "st', "[" * 100_000])
-def test_a_damaged_line_is_left_out_and_said(pair, line, capsys):
+def test_a_damaged_line_is_left_out_and_reported(pair, line, capsys):
     """As training leaves it out, and sets it aside, when the run resumes."""
     path = pair[0].path / "metrics.jsonl"
     lines = path.read_text().splitlines()
@@ -137,7 +137,7 @@ def test_absent_files_are_noted(pair):
     assert any("metrics.jsonl is absent" in note for note in run.notes)
 
 
-def test_files_of_another_kind_are_said(pair):
+def test_files_of_another_kind_are_reported(pair):
     pair[0].write("eval/accuracy.json", {"kind": "harness"})
     path = pair[0].path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "alien"}\n')

@@ -61,7 +61,7 @@ def test_the_difference_from_the_dense_model_is_judged(pair, heldout_json, loss,
         assert words in sentence(*order)
 
 
-def test_a_check_that_does_not_hold_is_said_first_and_last(pair):
+def test_a_check_that_does_not_hold_is_reported_first_and_last(pair):
     failing(pair[1])
     text = sentence(*pair)
     assert text.startswith(

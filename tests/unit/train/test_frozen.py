@@ -54,7 +54,7 @@ def test_a_router_s_bias_stays_where_the_router_is_frozen_or_it_is_named(
     assert ("router bias frozen in layers" in derive(job).table()) == bias_stays
 
 
-def test_what_is_frozen_is_said(make_job: JobMaker, moonlight_model: ModelConfig) -> None:
+def test_what_is_frozen_is_reported(make_job: JobMaker, moonlight_model: ModelConfig) -> None:
     model = Transformer(moonlight_model)
     groups = param_groups(model, freeze=["*.router.bias_E"])
     lines = [" ".join(line.split()) for line in describe(groups, model).splitlines()]

@@ -126,7 +126,7 @@ def test_it_is_at_least_one(value: int, make_job: JobMaker) -> None:
         make_job(log_every=value)
 
 
-def test_what_is_missing_of_the_steps_done_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_missing_of_the_steps_done_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.append({"kind": "step", "step": 5, "steps": 5, "loss": 1.0})
     metrics.append({"kind": "step", "step": 6, "loss": 1.0})
@@ -165,7 +165,7 @@ def test_a_step_is_read_while_the_one_before_is_computed(
     assert [r["samples"] for r in steps(tmp_path / "run")] == [r["samples"] for r in steps(tmp_path / "whole")]
 
 
-def test_data_that_goes_away_is_said_by_the_step_that_needs_it(
+def test_data_that_goes_away_is_reported_by_the_step_that_needs_it(
     make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was done before is recorded and, where a checkpoint is due, saved."""

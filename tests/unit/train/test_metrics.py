@@ -56,7 +56,7 @@ def test_the_held_out_line() -> None:
     assert "bits per byte (lossy)" in heldout_line(record | {"lost": "what was not spelled"})
 
 
-def test_what_is_said_of_a_step_s_routing() -> None:
+def test_what_is_reported_of_a_step_s_routing() -> None:
     record = routing_record({1: [4, 4, 4, 4], 3: [8, 4, 4, 0], 4: [7, 1, 0, 0]}, None)
     assert record["expert_load"]["1"] == [0.25] * 4 and record["expert_load"]["3"] == [0.5, 0.25, 0.25, 0.0]
     assert record["max_violation"] == 7 / 2 - 1  # layer 4, whose mean is 2
@@ -138,7 +138,7 @@ def test_a_last_line_without_its_end_is_not_glued_to_the_next(tmp_path: Path) ->
     assert metrics.loss_at(4) == 0.1 and len(list(metrics.read())) == 6
 
 
-def test_lost_steps_and_a_lost_file_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_steps_and_a_lost_file_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = filled(tmp_path / "metrics.jsonl")
     metrics.truncate_after(3)
     assert capsys.readouterr().err == ""

@@ -194,7 +194,7 @@ def test_a_threshold_that_no_logit_reaches_changes_no_bit(job: Callable[..., Tra
     assert without == records(tmp_path / "off") and not added & set(steps(tmp_path / "off")[0])
 
 
-def test_what_is_clipped_is_said(
+def test_what_is_clipped_is_reported(
     job: Callable[..., TrainJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the dry run's table, of frozen layers in a warning, and in the step's line."""

@@ -197,7 +197,7 @@ def test_a_start_of_another_shape_stops_neither_resume_nor_report(job: TrainJob,
     assert "fast from step 1" in write_report([tmp_path / "run"]).with_suffix(".md").read_text()
 
 
-def test_another_place_is_said_and_the_first_one_kept(
+def test_another_place_is_reported_and_the_first_one_kept(
     make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job()

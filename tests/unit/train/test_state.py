@@ -153,7 +153,7 @@ def test_a_run_from_before_checkpoints_named_the_end_token_resumes(make_job: Job
     assert restored(job, tmp_path, CPU).model.config.eos_token_ids == (0,)
 
 
-def test_a_warm_start_from_a_run_of_another_tokenizer_is_said(
+def test_a_warm_start_from_a_run_of_another_tokenizer_is_reported(
     make_job: JobMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job()

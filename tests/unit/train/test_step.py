@@ -91,7 +91,9 @@ def test_the_switch_loss_by_micro_batch_depends_on_the_cut(micro_model: Callable
 
 
 @pytest.mark.parametrize("which", BALANCED)
-def test_what_balances_is_in_the_gradient_and_is_said(which: str, micro_model: Callable[[bool], ModelConfig]) -> None:
+def test_what_balances_is_in_the_gradient_and_is_reported(
+    which: str, micro_model: Callable[[bool], ModelConfig]
+) -> None:
     """Its gradient is the difference to that of the loss alone, and twice the coefficient doubles it."""
     config, router = micro_model(True), "blocks.1.moe.router.weight"
     batch = uneven_batch(config.vocab_size)
