@@ -195,7 +195,7 @@ def override(config: T, assignments: Sequence[str]) -> T:
         part: Any = config
         for depth, key in enumerate(keys):
             if dataclasses.is_dataclass(part) and isinstance(node, dict) and key not in node:
-                (key,) = _renamed(part, {key: None}, ".".join(keys[:depth]))
+                (key,) = _renamed(part, {key: None}, ".".join([type(config).__name__, *keys[:depth]]))
                 keys[depth] = key
             if not isinstance(node, dict) or key not in node:
                 known = node if isinstance(node, dict) else ()
@@ -210,7 +210,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
         if isinstance(node[keys[-1]], str) and not isinstance(value, str):
             value = text
         if isinstance(node[keys[-1]], dict) and isinstance(value, dict) and "kind" not in value:
-            value = {**node[keys[-1]], **(_renamed(part, value, path) if dataclasses.is_dataclass(part) else value)}
+            where = f"{type(config).__name__}.{path}"
+            value = {**node[keys[-1]], **(_renamed(part, value, where) if dataclasses.is_dataclass(part) else value)}
         node[keys[-1]] = value
     return decode(type(config), data)
 

@@ -74,6 +74,8 @@ def quickstart(
         raise ConfigError(
             f"tokens_per_step={tokens} must be a multiple of the quickstart's sequence length, {SEQ_LEN}."
         )
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps={steps} must be at least 1.")
     _say("1/6 a real Llama: SmolLM2-135M-Instruct, out of its GGUF file")
     dense = _dense_model(root / "models" / "smollm2", weights)
     _say("2/6 the plan of all 30 layers upcycled to 8 experts, top-2")

@@ -97,6 +97,10 @@ def test_train_leaves_a_run_folder(run, run_dir, tiny_job, shards):
     assert code == 0, err
     code, _, err = run("train", run_dir / "config.json", "--run", run_dir)
     assert code == 0, err
+    resume = f"earthshine train {run_dir}/config.json --run {run_dir}\n"
+    for path in (run_dir, run_dir / "checkpoints" / "step-000004"):
+        code, _, err = run("train", path)
+        assert (code, err) == (2, f"earthshine: {path} is a run, not a job: resume it with {resume}")
 
 
 def test_verify_checkpoint(run, run_dir):

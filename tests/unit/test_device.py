@@ -187,15 +187,29 @@ def test_newton_schulz_dtype_by_device(monkeypatch):
     assert devices.resolve_ns_dtype("auto", torch.device("meta")) == torch.bfloat16  # not a CPU
 
 
-def test_gemm_peak_is_the_rate_of_the_median_product_and_is_remembered(monkeypatch):
-    seconds = itertools.cycle([2e-4, 1e-3, 3e-4])  # one of three disturbed
-    monkeypatch.setattr(devices, "_time_matmul", lambda device, dtype, size: lambda: next(seconds))
-    monkeypatch.setattr(devices, "_BUDGET_SECONDS", 0.0)
+@pytest.mark.parametrize(("one_thread", "best"), [(1.0, 2 * 512**3 / 2e-4), (1e-5, 2 * 256**3 / 1e-5)])
+def test_gemm_peak_of_a_cpu_is_the_best_rate_also_of_one_thread_and_is_remembered(monkeypatch, one_thread, best):
+    """Two threads that wait for each other on a busy machine must not make a peak of a hundredth."""
+    seconds = itertools.cycle([1e-3, 2e-4, 3e-4])  # one of three undisturbed
+    threads = 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    def set_num_threads(number):
+        nonlocal threads
+        threads = number
+
+    def time_matmul(device, dtype, size):
+        return (lambda: one_thread) if threads == 1 else (lambda: next(seconds))
+
+    monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
+    monkeypatch.setattr(devices, "_time_matmul", time_matmul)
+    monkeypatch.setattr(devices, "_BUDGET_SECONDS", 1e-2)
+    monkeypatch.setattr(devices.time, "perf_counter", itertools.count().__next__)  # the budget is spent at once
     devices._gemm_peak.cache_clear()
-    peak = devices.gemm_peak(CPU, torch.float64, size=128)
-    assert peak == 2 * 128**3 / 3e-4
+    peak = devices.gemm_peak(CPU, torch.float64, size=512)
+    assert (peak, threads) == (best, 2)
     monkeypatch.setattr(devices, "_time_matmul", lambda device, dtype, size: pytest.fail("measured again"))
-    assert devices.gemm_peak("cpu", torch.float64, size=128) == peak
+    assert devices.gemm_peak("cpu", torch.float64, size=512) == peak
     devices._gemm_peak.cache_clear()
 
 

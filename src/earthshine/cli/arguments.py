@@ -42,10 +42,8 @@ class Positional:
 def parse(command: ModuleType, name: str, args: Sequence[str]) -> Any:
     """The command's options. Raises ConfigError, with the nearest name, for arguments that are none of its own."""
     options, prog, args = _chosen(command, f"earthshine {name}", list(args))
-    args = [_hyphened(arg) for arg in args]
     parser = _parser(options, prog)
-    _refuse_unknown_options(options, prog, args)
-    values, rest = parser.parse_known_intermixed_args(args)
+    values, rest = parser.parse_known_intermixed_args(_spelled(options, prog, args))
     if rest:
         parser.error(f"there is no {'option' if rest[0].startswith('-') else 'place for'} '{rest[0]}'")
     required = [(field, about) for field, _, about in _fields(options) if field.default is dataclasses.MISSING]
@@ -121,10 +119,13 @@ def _chosen(command: ModuleType, prog: str, args: list[str]) -> tuple[Any, str, 
     if not hasattr(command, "SUBCOMMANDS"):
         return command.Options, prog, args
     name = args[0]
+    if name.startswith("-"):
+        raise ConfigError(
+            f"{_name(prog)} needs a subcommand before '{name}': {', '.join(command.SUBCOMMANDS)}. See {prog} --help."
+        )
     if name not in command.SUBCOMMANDS:
-        what = "option" if name.startswith("-") else "subcommand"
         suggestion = nearest(name, command.SUBCOMMANDS)
-        raise ConfigError(f"{_name(prog)} has no {what} '{name}'.{suggestion} See {prog} --help.")
+        raise ConfigError(f"{_name(prog)} has no subcommand '{name}'.{suggestion} See {prog} --help.")
     return command.SUBCOMMANDS[name], f"{prog} {name}", args[1:]
 
 
@@ -140,6 +141,8 @@ class _Parser(argparse.ArgumentParser):
         option, _, what = message.removeprefix("argument ").partition(": ")
         if what == "expected one argument":
             what += f"; a value that begins with - is written {option}=-VALUE"
+        elif what.startswith("ignored explicit argument"):
+            what = "it takes no value"
         message = f"{option}: {what}" if what else option
         raise ConfigError(f"{message}{'' if message[-1] in '.?' else '.'} See {self.prog} --help.")
 
@@ -159,9 +162,7 @@ def _parser(options: Any, prog: str) -> _Parser:
     named = parser.add_argument_group("options")
     usage = [prog]
     for field, kind, about in _fields(options):
-        required = (
-            field.default is dataclasses.MISSING
-        )  # argparse is not told, which would name some of what is missing
+        required = field.default is dataclasses.MISSING  # argparse is not told: it would not name all that is missing
         settings: dict[str, Any] = {"help": _help(options, field), "default": None if required else field.default}
         several, label = _item(kind) is not kind, _label(field, about)
         if _place(about):
@@ -264,21 +265,24 @@ def _texts(options: Any) -> dict[str, str]:
     return texts
 
 
-def _hyphened(arg: str) -> str:
-    """`--max_new_tokens` is `--max-new-tokens`; a value after = stays as it is."""
-    name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else arg
+def _spelled(options: Any, prog: str, args: Sequence[str]) -> list[str]:
+    """The arguments with hyphens in the names of options: `--max_new_tokens` is `--max-new-tokens`.
 
-
-def _refuse_unknown_options(options: Any, prog: str, args: Sequence[str]) -> None:
-    """Before argparse, which would first say what is missing: most often it is what was misspelled."""
+    Raises ConfigError for an unknown option: argparse would first say what is missing, which most often is what was
+    misspelled.
+    """
     known = {_label(field, about) for field, _, about in _fields(options) if not _place(about)}
-    for arg in args:
-        name = arg.partition("=")[0]
-        if name == "--":
-            return
-        if name.startswith("--") and " " not in arg and name not in known:
-            raise ConfigError(f"{_name(prog)} has no option '{name}'.{nearest(name, known)} See {prog} --help.")
+    spelled: list[str] = []
+    for i, arg in enumerate(args):
+        if arg == "--":  # all that follows is positional
+            return [*spelled, *args[i:]]
+        name, equals, value = arg.partition("=")
+        if name.startswith("--") and " " not in name:  # with a space it is a text, to argparse too
+            name = name.replace("_", "-")
+            if name not in known | _HELP_FLAGS:
+                raise ConfigError(f"{_name(prog)} has no option '{name}'.{nearest(name, known)} See {prog} --help.")
+        spelled.append(name + equals + value)
+    return spelled
 
 
 def _usable(name: str, value: Any) -> Any:

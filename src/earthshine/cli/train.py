@@ -10,6 +10,7 @@ from earthshine.cli.options import json_text, print_json, print_outcome, shell_q
 from earthshine.config import diff, encode, load_json, not_defaults, override
 from earthshine.console import log
 from earthshine.errors import ConfigError, nearest
+from earthshine.run_folder import CONFIG, is_run, run_of
 
 if TYPE_CHECKING:
     from earthshine.train.job import TrainJob
@@ -151,6 +152,10 @@ def resolve(name: str, overrides: tuple[str, ...]) -> "tuple[TrainJob, str]":
 
     if name.endswith(".json"):
         return override(load_json(TrainJob, name), overrides), ""
+    if is_run(Path(name)):
+        folder = run_of(Path(name))
+        again = f"earthshine train {shell_quoted(folder / CONFIG)} --run {shell_quoted(folder)}"
+        raise ConfigError(f"{name} is a run, not a job: resume it with {again}")
     if name not in RECIPES:
         raise ConfigError(f"recipe '{name}' is not known, nor is it the path of a .json file.{nearest(name, RECIPES)}")
     return fit_vocabulary(override(RECIPES[name](), overrides), overrides)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from earthshine.console import log
@@ -15,15 +15,16 @@ _LOCK = ".lock"
 
 @contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it; a new one in which nothing was written is removed again.
+    """Make the folder and keep other processes out of it; a new one in which nothing was written is removed again, with
+    the folders above it that were made for it.
 
     Raises ConfigError when another process trains there, OutputExistsError when it is not a run folder, or a
     name in it is taken by something else.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise OutputExistsError(f"run folder {run_dir} is a file: choose another path.")
-    new = not run_dir.exists()
-    if not new and not (run_dir / CONFIG).exists() and not all(map(_left_by_a_kill, run_dir.iterdir())):
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]  # from the inside out
+    if not made and not (run_dir / CONFIG).exists() and not all(map(_left_by_a_kill, run_dir.iterdir())):
         raise OutputExistsError(f"{run_dir} exists and is not a run folder (no {CONFIG}): choose another path.")
     _check_kinds(run_dir)
     make_folder(run_dir)
@@ -35,9 +36,11 @@ def claim(run_dir: Path) -> Iterator[None]:
         locked = True
         yield
     finally:
-        if locked and new and [p.name for p in run_dir.iterdir()] == [_LOCK]:
+        if locked and made and [p.name for p in run_dir.iterdir()] == [_LOCK]:
             lock.unlink()
-            run_dir.rmdir()
+            with suppress(OSError):  # another run may have begun beside it
+                for folder in made:
+                    folder.rmdir()
         os.close(fd)
 
 

@@ -74,13 +74,23 @@ def test_everything_by_default_and_everything_given() -> None:
         ("soup --heat warm", "--heat: 'warm' is not a number. See earthshine cook --help."),
         ("soup --size big", "--size: 'big' is not one of its values."),
         ("soup --size smal", "--size: 'smal' is not one of its values. Did you mean 'small'? See"),
-        ("soup --dry-run=yes", "--dry-run: ignored explicit argument 'yes'."),
+        ("soup --dry-run=yes", "--dry-run: it takes no value. See earthshine cook --help."),
+        ("soup --help=oven", "-h/--help: it takes no value."),
     ],
 )
 def test_complaints_are_one_line(line: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(command, "cook", line.split())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_only_the_names_of_options_are_respelled() -> None:
+    """Not a text that begins like one; a misspelled option is one whatever its value."""
+    options = parse(command, "cook", ["soup_of", "--dry_run", "a_b=1", "--oven=--my_oven"])
+    assert options == Options(dish=Path("soup_of"), extras=("a_b=1",), oven=Path("--my_oven"), dry_run=True)
+    assert parse(command, "cook", ["soup", "--oven", "--my_oven is hot"]).oven == Path("--my_oven is hot")
+    with pytest.raises(ConfigError, match="cook has no option '--ovn'. Did you mean '--oven'?"):
+        parse(command, "cook", ["soup", "--ovn=my oven"])
 
 
 def test_help_is_the_source_and_shows_no_default_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,13 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
 
 
 def test_a_new_folder_goes_again_when_nothing_came_of_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no data"), claim(tmp_path / "run"):
+    with pytest.raises(ValueError, match="no data"), claim(tmp_path / "runs" / "mine" / "a"):
         raise ValueError("no data")
-    assert not (tmp_path / "run").exists()
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(ValueError, match="no data"), claim(tmp_path / "runs" / "mine" / "a"):
+        (tmp_path / "runs" / "b").mkdir()  # another run began
+        raise ValueError("no data")
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["runs", "runs/b"]
 
 
 def test_an_empty_folder_is_used_and_kept(tmp_path: Path) -> None:
