@@ -32,8 +32,10 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno not in _FULL:
             raise
+        free = free_bytes(path)
+        left = f" ({human_bytes(free)} free there)" if math.isfinite(free) else ""
         raise DiskFullError(
-            f"{path} could not be written: the disk is full ({human_bytes(free_bytes(path))} free there). "
+            f"{path} could not be written: the disk is full{left}. "
             f"Free some space or choose another folder, then run the same command again."
         ) from e
 
@@ -106,6 +108,12 @@ def atomic_write(path: Path, data: str | bytes) -> None:
         sync_folder(path.parent)
 
 
+def remove_temporary_files(folder: Path) -> None:
+    """Delete what `atomic_write` left in a folder when it was killed. Only for the process that alone writes there."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
 def _umask() -> int:
     """The process's umask, which can only be read by setting it; mkstemp's files are 0600 whatever it is."""
     mask = os.umask(0o022)
@@ -171,11 +179,14 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or would be once it and its parents exist."""
+def free_bytes(path: Path) -> float:
+    """Bytes that this user may still write where `path` is, or would be once it and its parents exist.
+
+    Infinity where the file system does not say: some FUSE and network file systems report a size of 0 blocks.
+    """
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     usage = os.statvfs(existing)
-    return usage.f_bavail * usage.f_frsize
+    return usage.f_bavail * usage.f_frsize if usage.f_blocks else math.inf
 
 
 def require_space(path: Path, num_bytes: int, hint: str) -> None:

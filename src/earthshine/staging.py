@@ -16,7 +16,14 @@ from typing import Any
 from earthshine.config import diff, read_json
 from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import make_folder, naming_full_disk, sync_folder, try_lock, write_json
+from earthshine.files import (
+    make_folder,
+    naming_full_disk,
+    remove_temporary_files,
+    sync_folder,
+    try_lock,
+    write_json,
+)
 
 RESUME_FILE = "resume.json"
 
@@ -41,11 +48,13 @@ def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None, rep
     belongs to other work; DiskFullError.
     """
     if not replace:
-        _require_absent(out_dir, "choose another output folder, or remove this one")
+        require_absent(out_dir)
     staging = staging_path(out_dir)
     make_folder(staging)
     with contextlib.nullcontext() if replace else _locked(staging, out_dir):
-        if resume is None or not _is_continued(staging, resume):
+        if resume is not None and _is_continued(staging, resume):
+            remove_temporary_files(staging)
+        else:
             _empty(staging)
         try:
             with naming_full_disk(out_dir):
@@ -55,7 +64,7 @@ def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None, rep
                 (staging / RESUME_FILE).unlink(missing_ok=True)
                 sync_folder(staging)
                 if not replace:
-                    _require_absent(out_dir, "it appeared while it was being written: remove it and try again")
+                    require_absent(out_dir, "it appeared while it was being written: remove it and try again")
                 elif out_dir.exists():
                     discard(out_dir)
                 staging.rename(out_dir)
@@ -82,7 +91,8 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
         _remove(path)
 
 
-def _require_absent(out_dir: Path, fix: str) -> None:
+def require_absent(out_dir: Path, fix: str = "choose another output folder, or remove this one") -> None:
+    """Raises OutputExistsError when there is anything at `out_dir`, if only a link to nowhere."""
     if os.path.lexists(out_dir):
         raise OutputExistsError(f"{out_dir} exists: {fix}.")
 
@@ -98,6 +108,9 @@ def _locked(staging: Path, out_dir: Path) -> Iterator[None]:
             raise ConfigError(f"{out_dir} is being written by another process; wait for it or stop it.") from e
         if not locked:
             log(f"warning: the file system of {out_dir} has no locks; make sure that no other process writes there.")
+        require_absent(out_dir)  # a writer that ended since we looked has put what we have locked there, or removed it
+        if not staging.exists():
+            raise ConfigError(f"another process has just given up writing {out_dir}; run the same command again.")
         yield
     finally:
         os.close(fd)

@@ -125,7 +125,7 @@ def test_space_is_required_before_it_is_used(tmp_path, monkeypatch, where, num_b
 
     def statvfs(path):
         asked.append(path)
-        return SimpleNamespace(f_bavail=3 << 10, f_frsize=1 << 10, f_bfree=1 << 40, f_bsize=1 << 20)
+        return SimpleNamespace(f_bavail=3 << 10, f_frsize=1 << 10, f_blocks=1 << 40, f_bfree=1 << 40, f_bsize=1 << 20)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     path = tmp_path / where
@@ -135,6 +135,14 @@ def test_space_is_required_before_it_is_used(tmp_path, monkeypatch, where, num_b
         with pytest.raises(DiskFullError, match=re.escape(str(path)) + " " + error):
             files.require_space(path, num_bytes, "Lower keep.")
     assert set(asked) == {tmp_path}
+
+
+def test_a_file_system_that_does_not_say_its_size_is_no_full_disk(tmp_path, monkeypatch):
+    """Some FUSE file systems, and /proc, answer with zeros."""
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=0, f_frsize=4096, f_blocks=0))
+    files.require_space(tmp_path, 1 << 40, "")
+    with pytest.raises(DiskFullError, match="the disk is full\\. Free some"), files.naming_full_disk(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "ENOTSUP", "ENOSYS", "EBADF"])

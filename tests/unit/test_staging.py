@@ -41,6 +41,18 @@ def test_an_interrupt_leaves_what_can_be_continued(tmp_path):
     assert [p.name for p in out.iterdir()] == ["a"]
 
 
+def test_what_is_continued_has_no_temporary_files(tmp_path):
+    """A kill inside `atomic_write` leaves one; it would be in the finished directory for good."""
+    staging = staging_path(tmp_path / "out")
+    staging.mkdir()
+    (staging / "resume.json").write_text('{"job": 1}')
+    (staging / "a").write_text("1")
+    (staging / ".config.json.x1y2.tmp").write_text("half")
+    with staged_directory(tmp_path / "out", resume={"job": 1}):
+        pass
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a"]
+
+
 def test_without_a_key_leftovers_are_not_trusted(tmp_path):
     out = tmp_path / "out"
     (staging_path(out) / "sub").mkdir(parents=True)
@@ -122,6 +134,22 @@ def test_two_writers_exclude_each_other(tmp_path):
     os.close(fd)
     with staged_directory(out):
         pass
+
+
+@pytest.mark.parametrize("ended", ["complete", "failed"])
+def test_a_writer_that_ends_between_the_look_and_the_lock(tmp_path, monkeypatch, ended):
+    """The lock is then on what is no longer the hidden directory."""
+    out = tmp_path / "out"
+
+    def locked_after(fd):
+        staging_path(out).rename(out) if ended == "complete" else staging_path(out).rmdir()
+        return True
+
+    monkeypatch.setattr("earthshine.staging.try_lock", locked_after)
+    message = "out exists" if ended == "complete" else "run the same command again"
+    with pytest.raises(ConfigError, match=message), staged_directory(out):
+        raise AssertionError("two at once")
+    assert out.exists() == (ended == "complete")
 
 
 def test_without_locks_the_work_is_done_and_reported(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ from earthshine.checkpoint.tokenizer_files import (
 )
 from earthshine.config import encode, parse_object
 from earthshine.console import log
-from earthshine.errors import CheckpointError, ConfigError, OutputExistsError, nearest
+from earthshine.errors import CheckpointError, ConfigError, nearest
 from earthshine.model.config import ModelConfig
 from earthshine.model.counts import count_parameters
 from earthshine.model.hf_config import to_hf
@@ -50,7 +50,7 @@ from earthshine.run_folder import (
     run_of,
     start_lines,
 )
-from earthshine.staging import staged_directory
+from earthshine.staging import require_absent, staged_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CARD = "README.md"
@@ -76,8 +76,7 @@ def export(
     source, out_dir = Path(source), Path(out_dir)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} cannot be exported.{nearest(dtype, DTYPES)}")
-    if out_dir.exists():
-        raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
+    require_absent(out_dir)
     named = None if tokenizer_dir is None else tokenizer_and_license_files(tokenizer_dir)
     if named is not None and not has_tokenizer(named):
         raise ConfigError(

@@ -75,7 +75,9 @@ def save(
     _remove_leftovers(run_dir)
     needed = _bytes_of(tensors)
     require_space(final, needed, _SPACE_HINT)
-    with staged_directory(final, replace=True) as staging:  # one that exists is damaged, or we had resumed from it
+    with staged_directory(
+        final, replace=True
+    ) as staging:  # one that exists is damaged, or we would have resumed from it
         _write_tensors(staging / _TENSORS, tensors, final, needed)
         write_json(staging / _STATE, dict(state))
         manifests.write(staging, step=step, model=encode(model), job=dict(job), tokenization=tokenization)

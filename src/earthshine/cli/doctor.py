@@ -1,5 +1,6 @@
 """`earthshine doctor`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,9 +44,10 @@ def run(options: Options) -> None:
         ("expert matmuls", f"{experts['backend']}: {experts['reason']}"),
         ("attention", f"{attention['backend']}: {attention['reason']}"),
     ]
+    free = human_bytes(disk["free_bytes"]) if math.isfinite(disk["free_bytes"]) else "not reported"
     rows += [(f"matmul in {name}", f"{flops / 1e9:,.1f} GFLOP/s") for name, flops in measured["gemm_flops"].items()]
     rows += [
-        ("disk free", f"{human_bytes(disk['free_bytes'])} at {disk['path']}"),
+        ("disk free", f"{free} at {disk['path']}"),
         ("disk write", f"{human_bytes(disk['write_bytes_per_second'])}/s, sequential, synced"),
     ]
     print(table(("what", "value"), rows))

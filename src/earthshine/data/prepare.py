@@ -43,8 +43,8 @@ from earthshine.data.long_text import encode_in_pieces
 from earthshine.data.shards import ShardWriter, token_dtype
 from earthshine.data.tokenization import Tokenization
 from earthshine.data.tokenizer import load_tokenizer, warn_of_missing_rows
-from earthshine.errors import ConfigError, DataError, OutputExistsError
-from earthshine.staging import staged_directory
+from earthshine.errors import ConfigError, DataError
+from earthshine.staging import require_absent, staged_directory
 
 _PIECE_CHARS = 1 << 20  # longest text that is encoded whole: `tokenizers` holds about 100 bytes per character
 _TASKS_PER_WORKER = 3
@@ -206,8 +206,7 @@ def prepare(
             raise ConfigError(f"{name}={value} must be at least 1.")
     if not inputs:
         raise ConfigError("inputs=[] names nothing to read; give files or folders of text, JSON or parquet.")
-    if os.path.lexists(out):
-        raise OutputExistsError(f"out={out} exists: choose another folder, or remove this one.")
+    require_absent(out)
     encoder = Encoder(Path(tokenizer), eod, text_key, special_tokens)
     warn_of_missing_rows(encoder.tokenizer)
     files, aside = find_files(inputs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import make_folder, try_lock
+from earthshine.files import make_folder, remove_temporary_files, try_lock
 from earthshine.run_folder import CONFIG, DAMAGED, ENV, EVAL, METRICS, ORIGIN, PLAN, STARTS
 
 _LOCK = ".lock"
@@ -61,8 +61,7 @@ def _left_by_a_kill(path: Path) -> bool:
 def remove_leftovers(run_dir: Path) -> None:
     """Delete the temporary files of interrupted writes. Only for the process that has claimed the folder."""
     for folder in (run_dir, run_dir / EVAL):
-        for path in folder.glob(".*.tmp"):
-            path.unlink()
+        remove_temporary_files(folder)
 
 
 def _lock(fd: int, run_dir: Path) -> None:

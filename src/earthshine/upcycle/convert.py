@@ -14,10 +14,10 @@ from earthshine.checkpoint.safetensors_writer import OutputTensor
 from earthshine.checkpoint.tokenizer_class import warn_of_ids_beyond
 from earthshine.config import read_json
 from earthshine.console import log, progress
-from earthshine.errors import OutputExistsError, WeightsError
+from earthshine.errors import WeightsError
 from earthshine.files import require_space, sha256_file, write_json
 from earthshine.run_folder import UPCYCLING
-from earthshine.staging import staged_directory, staging_path
+from earthshine.staging import require_absent, staged_directory, staging_path
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.plan import Target, UpcyclePlan, plan_upcycle
 from earthshine.upcycle.tensor_rules import TensorRule
@@ -42,8 +42,7 @@ def upcycle(
     Raises ConfigError or OutputExistsError for the request, WeightsError for the source, DiskFullError.
     """
     out_dir = Path(out_dir)
-    if out_dir.exists():
-        raise OutputExistsError(f"{out_dir} exists: choose another output folder, or remove this one.")
+    require_absent(out_dir)
     plan = plan_upcycle(dense_dir, options)
     warn_of_ids_beyond(plan.files, plan.target_config.vocab_size, dense_dir)
     if plan.reading is not None and plan.reading.before != plan.reading.after:

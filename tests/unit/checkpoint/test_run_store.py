@@ -290,7 +290,7 @@ def test_tensors_that_are_optional_may_differ(what: str, tmp_path: Path) -> None
 def test_too_little_room_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=1))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=1, f_blocks=1))
     with pytest.raises(DiskFullError, match=r"step-000001 needs .*, but 1000 B are free there.*checkpoint.keep"):
         save(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
@@ -307,7 +307,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_and_no_trace(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if where == "tensors":  # torch says that its zip file ended early
-        monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=next(free), f_frsize=1))
+        monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=next(free), f_frsize=1, f_blocks=1))
         monkeypatch.setattr("torch.distributed.checkpoint.filesystem.torch.save", full)
     else:
         monkeypatch.setattr(run_store, "write_json", full)

@@ -49,7 +49,7 @@ def test_no_place_for_the_key(make_job: JobMaker, tmp_path: Path, monkeypatch: p
 def test_a_user_without_a_home(make_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    with pytest.raises(ConfigError, match=r"no home: set XDG_CONFIG_HOME"):
+    with pytest.raises(ConfigError, match=r"no home folder\. Set XDG_CONFIG_HOME"):
         fit(make_job(), tmp_path / "run")
 
 
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_written_to(
 
 
 def free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=num_bytes, f_frsize=1))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=num_bytes, f_frsize=1, f_blocks=1))
 
 
 @pytest.mark.usefixtures("no_step")

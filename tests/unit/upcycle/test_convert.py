@@ -201,6 +201,12 @@ def test_an_existing_output_is_untouched(dense_dir, tmp_path):
     assert left_in(tmp_path / "out") == ["mine"]
 
 
+def test_a_link_to_nowhere_is_an_output_that_exists_before_the_source_is_read(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputExistsError, match="out exists"):
+        upcycle(tmp_path / "no source", tmp_path / "out")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that holds 200 kB: a tmpfs where mounting is permitted, else writes that run out of space."""
@@ -221,7 +227,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         return write(fd, data)
 
     monkeypatch.setattr(os, "write", limited)
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=200_000, f_frsize=1))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=200_000, f_frsize=1, f_blocks=1))
     yield folder
 
 
@@ -246,7 +252,7 @@ def test_space_that_a_killed_conversion_holds_is_counted(dense_dir, tmp_path, mo
     (staging_path(out) / "part").write_bytes(bytes(50_000))
     free = plan.num_bytes + convert.SPARE_BYTES - 50_000
     for spare, fits in ((0, True), (-1, False)):
-        stat = SimpleNamespace(f_bavail=free + spare, f_frsize=1)
+        stat = SimpleNamespace(f_bavail=free + spare, f_frsize=1, f_blocks=1)
         monkeypatch.setattr(os, "statvfs", lambda path, stat=stat: stat)
         if fits:
             convert._check_space(plan, out)
