@@ -13,6 +13,7 @@ from earthshine.report.starts import mid_run_changes, segments, starts_table
 
 UNKNOWN = "not recorded"
 NOTHING = "nothing"  # changed between starts
+NONE = "none"  # of the parameters
 _MANY_EPOCHS = 4  # as `data.usage`, beyond which training warns; report reads run folders only
 
 
@@ -166,6 +167,11 @@ def _show(value: Any, form: Any = whole) -> str:
     return str(form(value)) if form is str or isinstance(value, int | float) else str(value)
 
 
+def _count_or_none(run: Run, key: str) -> str:
+    """A number of parameters in the plan."""
+    return NONE if plan_number(run, key) == 0 else _show(plan_number(run, key))
+
+
 def what_was_run(runs: Sequence[Run]) -> Table:
     """One column per run, one row per property; a row without a value in any run is left out."""
     rows: list[tuple[str, list[str]]] = [
@@ -175,8 +181,8 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("Active per token", [_show(plan_number(r, "active_parameters")) for r in runs]),
         ("Parameters trained by Muon", [_show(plan_number(r, "muon_parameters")) for r in runs]),
         ("Parameters trained by AdamW", [_show(plan_number(r, "adamw_parameters")) for r in runs]),
-        ("Parameters trained by Scion", [_show(plan_number(r, "scion_parameters") or None) for r in runs]),
-        ("Parameters frozen", [_show(plan_number(r, "frozen_parameters") or None) for r in runs]),
+        ("Parameters trained by Scion", [_count_or_none(r, "scion_parameters") for r in runs]),
+        ("Parameters frozen", [_count_or_none(r, "frozen_parameters") for r in runs]),
         ("Steps", [steps_words(r) for r in runs]),
         ("Batch", [_batch(r) for r in runs]),
         ("Tokens trained on", [_show(tokens_done(r)) for r in runs]),
@@ -197,12 +203,14 @@ def what_was_run(runs: Sequence[Run]) -> Table:
         ("MFU (median)", [_mfu(r) for r in runs]),
         ("Peak memory", [_gib(r) for r in runs]),
     ]
-    filled = [(name, values) for name, values in rows if not set(values) <= {UNKNOWN, NOTHING, "no experts", flops(0)}]
+    empty = {UNKNOWN, NOTHING, NONE, "no experts", flops(0)}
+    filled = [(name, values) for name, values in rows if not set(values) <= empty]
     return Table(
         caption="How each run was configured and how it went. MFU: FLOPs per second over the measured matmul peak.",
         headers=("", *(r.name for r in runs)),
         rows=tuple(
-            (name, *(Cell(v, "quiet" if v in (UNKNOWN, NOTHING) else "") for v in values)) for name, values in filled
+            (name, *(Cell(v, "quiet" if v in (UNKNOWN, NOTHING, NONE) else "") for v in values))
+            for name, values in filled
         ),
     )
 

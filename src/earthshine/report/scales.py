@@ -96,7 +96,7 @@ def linear_axis(
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         pad = 1.0 if integers else (abs(high) * 0.05 or 1.0)
-        low, high = low - pad, high + pad
+        low, high = low if from_zero else low - pad, high + pad
     step = _round_step((high - low) / max(1, target), integers)
     if tight:
         tick = math.ceil(high / step - 1e-9) * step

@@ -386,6 +386,16 @@ def test_qk_clip_is_drawn_where_it_was_recorded(folder):
     assert series["heads_clipped"]["value"] == [3] * 4
 
 
+def test_a_run_without_frozen_parameters_has_none(folder):
+    runs = folder("a"), folder("b")
+    for run, frozen in zip(runs, (0, 9216), strict=True):
+        plan = json.loads((run.path / "plan.json").read_text())
+        run.write("plan.json", plan | {"frozen_parameters": frozen, "scion_parameters": 0})
+    write_report([run.path for run in runs])
+    markdown = (runs[0].path / "report.md").read_text()
+    assert "| Parameters frozen | none | 9,216 |" in markdown and "trained by Scion" not in markdown
+
+
 def test_the_qk_clip_figure_says_when_layers_are_left_out(folder):
     run = folder("r")
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]

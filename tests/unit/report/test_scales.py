@@ -57,6 +57,11 @@ def test_a_linear_axis_holds_its_values(values, tight, from_zero):
         assert len(set(axis.labels)) == len(axis.labels) or max(map(abs, values)) > 1e4  # rounded to 3 digits
 
 
+@pytest.mark.parametrize("integers", [False, True])
+def test_counts_that_are_all_zero_have_no_negative_axis(integers):
+    assert linear_axis([0, 0], integers=integers, from_zero=True).low == 0
+
+
 @given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=20))
 def test_a_log_axis_holds_its_values(values):
     axis = log_axis(values)
