@@ -166,7 +166,7 @@ def build(side: Side, case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
         ours.compile_blocks()
     targets_BS = torch.cat([tokens_BS[:, 1:], torch.full_like(tokens_BS[:, :1], -100)], dim=1)
     num_targets = targets_BS.numel() - targets_BS.shape[0]
-    return ours, lambda: ours.loss_sum(tokens_BS, targets_BS) / num_targets
+    return ours, lambda: ours.losses(tokens_BS, targets_BS).nll / num_targets
 
 
 def gradient_norm(model: nn.Module) -> float:

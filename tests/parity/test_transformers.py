@@ -151,7 +151,7 @@ def test_logits_and_every_gradient_equal_transformers(family: Family, data: st.D
     expected = theirs(tokens).logits
     assert_equal_logits(ours(tokens), expected, "logits")
     nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
-    ours.loss_sum(tokens[:, :-1], tokens[:, 1:]).backward()
+    ours.losses(tokens[:, :-1], tokens[:, 1:]).nll.backward()
     gradients = {name: torch.zeros_like(t) for name, t in theirs.state_dict().items()}  # 0 for what has none: the bias
     gradients |= {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     reference = under_our_names(config, gradients)

@@ -37,7 +37,7 @@ class Packing:
     """Documents laid end to end and cut into windows.
 
     Holds the order and the cumulative lengths of the documents: 16 bytes per document, none per token.
-    num_windows, left_out: see `cut`.
+    num_windows: see `cut`.
     """
 
     def __init__(self, lengths_N: NDArray[np.integer], seq_len: int, order_N: NDArray[np.int64] | None = None) -> None:
@@ -46,7 +46,7 @@ class Packing:
         self._order_N = order_N
         self._ends_N = np.cumsum(lengths_N if order_N is None else lengths_N[order_N], dtype=np.int64)
         self._seq_len = seq_len
-        self.num_windows, self.left_out = cut(int(self._ends_N[-1]) if len(self._ends_N) else 0, seq_len)
+        self.num_windows, _ = cut(int(self._ends_N[-1]) if len(self._ends_N) else 0, seq_len)
 
     def pieces(self, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """What window `window` is made of: documents [P], and of each the tokens from start [P] to stop [P]."""
@@ -71,7 +71,6 @@ class Epoch:
         order_N = permutation(len(lengths_N), seed=seed, source=source, epoch=epoch, what=DOCUMENTS)
         self._packing = Packing(lengths_N, seq_len, order_N)
         self.num_samples = self._packing.num_windows
-        self.left_out = self._packing.left_out
         self._window_M = permutation(self.num_samples, seed=seed, source=source, epoch=epoch, what=WINDOWS)
 
     def sample(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -204,16 +204,6 @@ class TokenShards:
         parts = zip(self._idx, self._first_document.tolist(), strict=False)
         return sum(int(idx[1::2][: max(stop - first, 0)].sum()) for idx, first in parts)
 
-    def document(self, i: int) -> NDArray[Any]:
-        """The tokens of document i, its end-of-document token included: a read-only view."""
-        if not 0 <= i < self.num_documents:
-            raise DataError(f"document={i} is not in {self.path}: it has documents 0 to {self.num_documents - 1}.")
-        shard = int(np.searchsorted(self._first_document, i, side="right")) - 1
-        starts = self._idx[shard][::2]
-        row = i - int(self._first_document[shard])
-        stop = starts[row + 1] if row + 1 < len(starts) else self._shards[shard]["tokens"]
-        return self._tokens[shard][starts[row] : stop]
-
     def read(
         self,
         document_P: NDArray[np.int64],

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from earthshine.errors import ConfigError, nearest
 from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig
 
 
@@ -160,10 +159,3 @@ PRESETS = {
         moonlight_16b_a3b,
     )
 }
-
-
-def preset(name: str) -> ModelConfig:
-    """The preset of that name. Raises ConfigError, with the nearest name, when there is none."""
-    if name not in PRESETS:
-        raise ConfigError(f"preset '{name}' is not known.{nearest(name, PRESETS)}")
-    return PRESETS[name]()

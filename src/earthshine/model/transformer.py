@@ -178,14 +178,6 @@ class Transformer(nn.Module):
         h_BD = self.hidden(tokens_BS, cache=cache)[:, -1]
         return at_least_float32(F.linear(h_BD, to_compute(self.head_weight_VD, h_BD)))
 
-    def loss_sum(self, tokens_BS: Tensor, targets_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
-        """The sum over targets other than -100 of the negative log likelihood, in nats; 0-d, float32.
-
-        A sum, so that dividing by a step's number of targets gives the same gradient however the step is cut.
-        """
-        h_BSD = self.hidden(tokens_BS, documents_BS)
-        return self._loss(h_BSD.flatten(0, 1), targets_BS.flatten())
-
     def losses(
         self,
         tokens_BS: Tensor,
@@ -193,8 +185,9 @@ class Transformer(nn.Module):
         documents_BS: Tensor | None = None,
         step_counts: Mapping[int, Tensor] | None = None,
     ) -> Losses:
-        """`loss_sum`, and the sums of the losses that keep experts balanced: 0 in evaluation and for dense models.
+        """The loss over targets other than -100, and those that keep experts balanced: 0 in evaluation and if dense.
 
+        Sums, so that dividing by a step's number of targets gives the same gradient however the step is cut.
         step_counts: `routing_counts` of the whole step, for the Switch loss with scope="step".
         """
         h_BSD, stats = self._hidden(tokens_BS, documents_BS, step_counts=step_counts)
@@ -215,7 +208,7 @@ class Transformer(nn.Module):
         return {layer: s.counts_E for layer, s in stats.items()}
 
     def sequence_loss_sums(self, tokens_BS: Tensor, targets_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
-        """`loss_sum` of each sequence by itself: (B,)."""
+        """`Losses.nll` of each sequence by itself: (B,)."""
         h_BSD = self.hidden(tokens_BS, documents_BS)
         return torch.stack([self._loss(h_SD, targets_S) for h_SD, targets_S in zip(h_BSD, targets_BS, strict=True)])
 

@@ -10,12 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
 
 from earthshine.checkpoint.accounting import match_tensors
 from earthshine.checkpoint.hf import read_config
@@ -92,15 +90,6 @@ class UpcyclePlan:
     def num_bytes(self) -> int:
         """Bytes of all target tensors."""
         return sum(t.num_bytes for t in self.targets)
-
-    @cached_property
-    def by_name(self) -> dict[str, Target]:
-        """The targets by their Hugging Face name."""
-        return {t.entry.hf: t for t in self.targets}
-
-    def read(self, name: str, slices: Sequence[slice] | None = None) -> Tensor:
-        """Any part of a target tensor. Raises WeightsError when its source is damaged or not finite."""
-        return self.by_name[name].rule.read(self.store, slices)
 
     def ledger(self) -> list[LedgerRow]:
         """One row per role, in the order of writing, and one per unused source."""

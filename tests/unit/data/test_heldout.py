@@ -12,13 +12,14 @@ from earthshine.data.heldout import HeldOut, check_beside_training
 from earthshine.data.loader import Loader
 from earthshine.data.shards import TokenShards
 from earthshine.errors import ConfigError, DataError
+from token_documents import document_tokens
 
 ShardMaker = Callable[..., Path]
 
 
 def test_file_order_and_limits(counting_shards: Path) -> None:
     shards = TokenShards(counting_shards)
-    stream = np.concatenate([shards.document(i) for i in range(shards.num_documents)])
+    stream = np.concatenate([document_tokens(shards, i) for i in range(shards.num_documents)])
     heldout = HeldOut(counting_shards, seq_len=16)
     whole = list(heldout.batches(4))
     tokens = torch.cat([b.tokens_BS for b in whole]).numpy().ravel()

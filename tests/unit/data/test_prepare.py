@@ -22,6 +22,7 @@ from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.data.tokenizer import load_tokenizer
 from earthshine.errors import ConfigError, DataError, DiskFullError, OutputExistsError
 from earthshine.staging import staging_path
+from token_documents import document_tokens
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path: Path, corpus: Path, tokeniz
     assert summary["skipped"] == {"binary": 1, "empty": 1, "not UTF-8": 1}
     assert shards.tokenizer_sha256 == t.sha256
     assert shards.eod == 0
-    got = [shards.document(i).tolist() for i in range(120)]
+    got = [document_tokens(shards, i).tolist() for i in range(120)]
     assert all(d[-1] == 0 and 0 not in d[:-1] for d in got)
     assert t.decode(got[0][:-1]) == "the earth is number 0, \u5730\u7403"
     assert got[81] == [*t.encode((corpus / "more" / "01.py").read_text()), 0]
@@ -94,7 +95,7 @@ def test_an_end_token_in_a_document_does_not_end_it(
     tmp_path: Path, tokenizer_of: Callable[[str], Path], kind: str
 ) -> None:
     shards = prepared(tmp_path, tokenizer_of(kind), "the moon </s> is lit", "</s>the moon")
-    documents = [shards.document(i).tolist() for i in range(2)]
+    documents = [document_tokens(shards, i).tolist() for i in range(2)]
     assert [d.count(shards.eod) for d in documents] == [1, 1]
     assert all(d[-1] == shards.eod for d in documents)
     assert shards.tokenization.recorded and shards.tokenization.special_spellings == "text"
@@ -107,8 +108,8 @@ def test_spellings_become_tokens_where_that_is_asked_for(
     t = load_tokenizer(tokenizer_of("llama3"))
     text = "<s>the moon</s> is lit</s>"
     shards = prepared(tmp_path, tokenizer_of("llama3"), text, "the sun", special_tokens=True)
-    assert shards.document(0).tolist() == t.encode(text)  # neither its beginning nor its end is doubled
-    assert shards.document(1).tolist() == [*t.bos_ids, *t.encode("the sun"), t.eod]
+    assert document_tokens(shards, 0).tolist() == t.encode(text)  # neither its beginning nor its end is doubled
+    assert document_tokens(shards, 1).tolist() == [*t.bos_ids, *t.encode("the sun"), t.eod]
     assert shards.lengths().tolist() == [len(t.encode(text)), len(t.encode("the sun")) + 2]
     assert shards.tokenization.special_spellings == "tokens"
     err = capsys.readouterr().err
@@ -126,7 +127,7 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(
     prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "out", workers=workers)
     shards, t = TokenShards(tmp_path / "out"), load_tokenizer(tokenizer)
     assert t.bos_ids == shards.tokenization.bos_ids != ()
-    assert shards.document(0).tolist() == [*t.encode_prompt("the moon </s>", special=False), t.eod]
+    assert document_tokens(shards, 0).tolist() == [*t.encode_prompt("the moon </s>", special=False), t.eod]
     assert TokenShards(tmp_path / "out").num_bytes == len("the moon </s>")
 
 
@@ -192,7 +193,7 @@ def test_pieces_of_a_long_document_have_its_tokens(
     monkeypatch.setattr(module, "_PIECE_CHARS", 600)
     text = "the moon is lit\nby the earth. " * 100
     shards, t = prepared(tmp_path, tokenizer_of(kind), text), load_tokenizer(tokenizer_of(kind))
-    assert shards.document(0).tolist() == [*t.encode_prompt(text, special=False), t.eod]
+    assert document_tokens(shards, 0).tolist() == [*t.encode_prompt(text, special=False), t.eod]
 
 
 def test_long_documents_stay_one_document(
@@ -203,7 +204,10 @@ def test_long_documents_stay_one_document(
     monkeypatch.setattr(module, "_PIECE_CHARS", 100)
     assert prepare([tmp_path / "a.txt"], tokenizer_dir, tmp_path / "out")["encoded_in_pieces"] == 1
     assert "1 documents of more than 100 characters were encoded in pieces" in capsys.readouterr().err
-    assert TokenShards(tmp_path / "out").document(0).tolist() == [*load_tokenizer(tokenizer_dir).encode(text), 0]
+    assert document_tokens(TokenShards(tmp_path / "out"), 0).tolist() == [
+        *load_tokenizer(tokenizer_dir).encode(text),
+        0,
+    ]
 
 
 def test_progress_and_skips_are_reported(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from earthshine.data.shards import ShardWriter, TokenShards, token_dtype
 from earthshine.errors import DataError
+from token_documents import document_tokens
 
 
 @settings(deadline=None, max_examples=15)
@@ -30,7 +31,7 @@ def test_what_is_written_is_read(
         assert index["shards"] == []
         return
     shards = TokenShards(folder)
-    assert [shards.document(i).tolist() for i in range(shards.num_documents)] == documents
+    assert [document_tokens(shards, i).tolist() for i in range(shards.num_documents)] == documents
     assert shards.lengths().tolist() == [len(d) for d in documents]
     assert shards.num_tokens == sum(map(len, documents))
     assert shards.num_bytes == sum(i for batch in batches for i in range(len(batch)))
@@ -50,20 +51,15 @@ def test_token_type(vocab_size: int, name: str) -> None:
 
 def test_large_vocabularies_keep_their_ids(make_shards: Callable[..., Path]) -> None:
     shards = TokenShards(make_shards("large", [[65536, 128255]], vocab_size=128256))
-    assert shards.document(0).tolist() == [65536, 128255, 0]
+    assert document_tokens(shards, 0).tolist() == [65536, 128255, 0]
     assert shards.index["dtype"] == "uint32"
 
 
 def test_shards_stay_on_disk(counting_shards: Path) -> None:
     """Reading goes through a memory map, not a copy of the shard."""
-    view = TokenShards(counting_shards).document(3)
-    assert not view.flags.owndata
-    assert not view.flags.writeable
-
-
-def test_document_out_of_range(counting_shards: Path) -> None:
-    with pytest.raises(DataError, match="document=30 is not in .*: it has documents 0 to 29"):
-        TokenShards(counting_shards).document(30)
+    views = TokenShards(counting_shards)._tokens
+    assert views
+    assert all(isinstance(view.base, np.memmap) and not view.flags.writeable for view in views)
 
 
 @pytest.mark.parametrize("name", ["shard-00000.bin", "shard-00001.idx"])

@@ -11,13 +11,13 @@ import torch
 
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.evaluate.generate import generate, stop_ids
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer, initialize
 
 
 @pytest.fixture(scope="module", params=["llama3_tiny_e8t2", "moonlight_tiny"])
 def model(request: pytest.FixtureRequest) -> Transformer:
-    built = Transformer(preset(request.param))
+    built = Transformer(PRESETS[request.param]())
     initialize(built, seed=0)
     return built
 
@@ -52,7 +52,7 @@ def test_logits_that_are_not_finite_choose_nothing(
     temperature: float, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """argmax would take the NaN's id, and a greedy text of broken weights would look like a text."""
-    broken = Transformer(preset("llama3_tiny"))
+    broken = Transformer(PRESETS["llama3_tiny"]())
     initialize(broken, seed=0)
     broken.train()
     right, calls = broken.next_token_logits, []
@@ -92,7 +92,7 @@ def test_bad_requests_are_refused(model: Transformer, ids: list[int], options: d
 
 
 def test_the_generation_config_adds_ids_that_end_a_text(tmp_path: Path) -> None:
-    config = replace(preset("llama3_tiny"), eos_token_ids=(3,))
+    config = replace(PRESETS["llama3_tiny"](), eos_token_ids=(3,))
     assert stop_ids(tmp_path, config) == (3,)
     path = tmp_path / "generation_config.json"
     for text, ids in (('{"eos_token_id": [3, 7]}', (3, 7)), ('{"eos_token_id": 9}', (3, 9)), ("{}", (3,))):
@@ -107,4 +107,4 @@ def test_the_generation_config_adds_ids_that_end_a_text(tmp_path: Path) -> None:
 def test_an_end_token_of_another_type_is_refused(tmp_path: Path, eos: object) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(ConfigError, match="eos_token_id=.* must be a token id or a list of them"):
-        stop_ids(tmp_path, preset("llama3_tiny"))
+        stop_ids(tmp_path, PRESETS["llama3_tiny"]())

@@ -16,9 +16,10 @@ from earthshine.data.prepare import prepare
 from earthshine.data.shards import ShardWriter, TokenShards
 from earthshine.errors import ConfigError, TrainingDivergedError
 from earthshine.evaluate.perplexity import bytes_per_token, heldout_loss, ratio_stderr
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.training_options import CapacityConfig, TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
+from token_documents import document_tokens
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_equals_torch_document_by_document(shards: Path) -> None:
     """With attention inside documents and one window that holds several, each document counts as if it were alone."""
-    model = Transformer(preset("llama3_tiny_e8t2"))
+    model = Transformer(PRESETS["llama3_tiny_e8t2"]())
     initialize(model, seed=0)
     result = heldout_loss(model, shards, seq_len=20, max_sequences=0, batch=3)
     data = TokenShards(shards)
-    stream = [data.document(i).astype("int64") for i in range(data.num_documents)]
+    stream = [document_tokens(data, i).astype("int64") for i in range(data.num_documents)]
     flat = torch.from_numpy(np.concatenate(stream))
     document = torch.cat([torch.full((len(d),), i) for i, d in enumerate(stream)])
     total, tokens = 0.0, 0
@@ -69,18 +70,20 @@ def test_bits_per_byte_of_a_text_that_cannot_be_spelled_are_marked(tmp_path: Pat
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.txt").write_text("w x w y " * 20)
     prepare([tmp_path / "a.txt"], tmp_path / "tokenizer.json", tmp_path / "shards", eod="</s>", workers=1)
-    model = Transformer(preset("llama3_tiny"))
+    model = Transformer(PRESETS["llama3_tiny"]())
     initialize(model, seed=0)
     assert heldout_loss(model, tmp_path / "shards", seq_len=20)["lost"] == "49.38% of the tokens are unknown (<unk>)"
 
 
 def test_attention_across_documents_is_the_plain_loss_of_the_stream(shards: Path) -> None:
     """Every token is a target then, documents' first ones too; the result says which text it is of."""
-    model = Transformer(preset("llama3_tiny")).train()
+    model = Transformer(PRESETS["llama3_tiny"]()).train()
     initialize(model, seed=0)
     result = heldout_loss(model, shards, seq_len=20, max_sequences=3, document_attention=False)
     data = TokenShards(shards)
-    flat = torch.from_numpy(np.concatenate([data.document(i) for i in range(data.num_documents)]).astype("int64"))
+    flat = torch.from_numpy(
+        np.concatenate([document_tokens(data, i) for i in range(data.num_documents)]).astype("int64")
+    )
     logits = model(flat[:60].view(3, 20)).flatten(0, 1)
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, flat[1:61]).item(), rel=1e-5)
     assert result["tokens"] == 60 and result["sha256"] == data.fingerprint and model.training
@@ -114,7 +117,7 @@ def test_shards_are_opened_and_hashed_once(shards: Path, monkeypatch: pytest.Mon
     read_index, sha256_file = shards_module.read_index, shards_module.sha256_file
     monkeypatch.setattr(shards_module, "read_index", lambda path: opened.append(path) or read_index(path))
     monkeypatch.setattr(shards_module, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
-    model = Transformer(preset("llama3_tiny"))
+    model = Transformer(PRESETS["llama3_tiny"]())
     initialize(model, seed=0)
     heldout_loss(model, shards, seq_len=20, max_sequences=2)
     assert opened == [shards]
@@ -125,7 +128,7 @@ def test_shards_are_opened_and_hashed_once(shards: Path, monkeypatch: pytest.Mon
 def test_evaluation_drops_nothing_and_changes_nothing(shards: Path, name: str) -> None:
     """In the middle of a step of training, with hardly any capacity: no count, no bias, no mode, no loss is another."""
     capacity = TrainingOptions(capacity=CapacityConfig(factor=0.1))
-    free, tight = Transformer(preset(name)), Transformer(preset(name), training=capacity).train()
+    free, tight = Transformer(PRESETS[name]()), Transformer(PRESETS[name](), training=capacity).train()
     initialize(free, seed=0)
     initialize(tight, seed=0)
     tokens_BS = torch.arange(48).view(2, 24)
@@ -150,7 +153,7 @@ def test_evaluation_drops_nothing_and_changes_nothing(shards: Path, name: str) -
 )
 def test_windows_that_have_no_meaning(shards: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        heldout_loss(Transformer(preset("llama3_tiny")), shards, **options)
+        heldout_loss(Transformer(PRESETS["llama3_tiny"]()), shards, **options)
 
 
 def test_stderr_of_equal_sequences_is_that_of_a_mean() -> None:
@@ -164,10 +167,10 @@ def test_stderr_of_equal_sequences_is_that_of_a_mean() -> None:
 
 def test_a_loss_that_is_not_finite_is_not_a_result(shards: Path) -> None:
     """The first window without a number is named, whatever the batch it is in."""
-    model = Transformer(replace(preset("llama3_tiny"), tie_word_embeddings=False)).train()
+    model = Transformer(replace(PRESETS["llama3_tiny"](), tie_word_embeddings=False)).train()
     initialize(model, seed=0)
     data = TokenShards(shards)
-    flat = np.concatenate([data.document(i) for i in range(data.num_documents)])
+    flat = np.concatenate([document_tokens(data, i) for i in range(data.num_documents)])
     first = next(i for i in range(20, len(flat)) if flat[i] not in flat[:20])
     with torch.no_grad():
         model.embed.weight[int(flat[first])] = torch.nan

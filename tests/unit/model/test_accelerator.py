@@ -125,7 +125,7 @@ def model_of(config: ModelConfig, **options: Any) -> tuple[Transformer, Tensor]:
 
 def gradients(model: Transformer, tokens: Tensor, documents: Tensor | None) -> list[Tensor]:
     model.zero_grad()
-    loss = model.train().loss_sum(tokens, tokens.roll(-1, 1), documents)
+    loss = model.train().losses(tokens, tokens.roll(-1, 1), documents).nll
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 

@@ -7,12 +7,12 @@ import pytest
 from earthshine.config import decode, encode
 from earthshine.errors import ConfigError
 from earthshine.model.config import ModelConfig
-from earthshine.model.presets import PRESETS, preset
+from earthshine.model.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_survives_json(name: str) -> None:
-    assert decode(ModelConfig, encode(preset(name))) == preset(name)
+    assert decode(ModelConfig, encode(PRESETS[name]())) == PRESETS[name]()
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_a_preset_survives_json(name: str) -> None:
     ],
 )
 def test_contradictions_are_named(change: dict, message: str) -> None:
-    data = encode(preset("llama3_tiny_e8t2"))
+    data = encode(PRESETS["llama3_tiny_e8t2"]())
     data["moe"] |= change
     with pytest.raises(ConfigError, match=message):
         decode(ModelConfig, data)
@@ -36,7 +36,7 @@ def test_contradictions_are_named(change: dict, message: str) -> None:
 def test_what_would_be_planned_for_minutes_is_refused_at_once() -> None:
     """A slip of the keyboard: 100,000 layers, a million experts."""
     with pytest.raises(ConfigError, match="num_hidden_layers=100000 must be at most 4096"):
-        replace(preset("llama3_tiny"), num_hidden_layers=10**5)
-    moe = preset("llama3_tiny_e8t2")
+        replace(PRESETS["llama3_tiny"](), num_hidden_layers=10**5)
+    moe = PRESETS["llama3_tiny_e8t2"]()
     with pytest.raises(ConfigError, match="expert networks: at most 65,536 are possible"):
         replace(moe, moe=replace(moe.moe, num_experts=10**6))

@@ -21,7 +21,7 @@ from earthshine.model.counts import (
     train_flops_per_token,
 )
 from earthshine.model.parameters import parameter_shapes
-from earthshine.model.presets import PRESETS, llama3_8b, preset
+from earthshine.model.presets import PRESETS, llama3_8b
 from earthshine.model.training_options import TrainingOptions
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.ops import attention
@@ -42,7 +42,7 @@ def test_totals_of_every_family(architecture: ModelConfig) -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_totals_of_every_preset(name: str) -> None:
-    assert_stored_elements(preset(name))
+    assert_stored_elements(PRESETS[name]())
 
 
 PUBLISHED = {
@@ -57,13 +57,13 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_sizes(name: str) -> None:
-    counts = count_parameters(preset(name))
+    counts = count_parameters(PRESETS[name]())
     assert (counts.total, counts.active) == PUBLISHED[name]
 
 
 def test_moonlight_without_embeddings() -> None:
     """15.29 B and 2.24 B in arXiv:2502.16982, section 3.3."""
-    counts = count_parameters(preset("moonlight_16b_a3b"))
+    counts = count_parameters(PRESETS["moonlight_16b_a3b"]())
     assert (counts.total_non_embedding, counts.active_non_embedding) == (15_289_021_568, 2_243_687_552)
 
 
@@ -199,7 +199,7 @@ def test_attention_is_a_part_of_the_count_that_one_per_cent_would_show(architect
 
 
 def test_training_is_forward_and_backward() -> None:
-    config = preset("llama3_tiny_e8t2")
+    config = PRESETS["llama3_tiny_e8t2"]()
     both = forward_flops_per_token(config, SEQ) + backward_flops_per_token(config, SEQ)
     assert train_flops_per_token(config, SEQ) == both == 3 * forward_flops_per_token(config, SEQ)
 

@@ -11,7 +11,7 @@ from earthshine.errors import ConfigError, UnsupportedModelError
 from earthshine.model.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from earthshine.model.hf_config import from_hf, to_hf, without_effect
 from earthshine.model.hf_families import FAMILIES
-from earthshine.model.presets import PRESETS, preset
+from earthshine.model.presets import PRESETS
 
 DENSE = ModelConfig(
     vocab_size=64,
@@ -89,7 +89,7 @@ MOONLIGHT: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_round_trips(name: str) -> None:
-    config = preset(name)
+    config = PRESETS[name]()
     assert from_hf(to_hf(config)) == config
 
 
@@ -133,7 +133,7 @@ def test_heads_that_transformers_refuses_in_a_llama_are_written_as_a_mistral() -
 
 
 def test_moonlight_is_read() -> None:
-    assert from_hf(MOONLIGHT) == replace(preset("moonlight_16b_a3b"), eos_token_ids=(163586,))
+    assert from_hf(MOONLIGHT) == replace(PRESETS["moonlight_16b_a3b"](), eos_token_ids=(163586,))
 
 
 def test_multi_token_prediction_stands_beside_the_model() -> None:
@@ -142,7 +142,7 @@ def test_multi_token_prediction_stands_beside_the_model() -> None:
 
 def test_old_and_new_places_of_rope_are_read() -> None:
     yarn = RopeScaling(kind="yarn", factor=4.0, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=16)
-    for config in (preset("llama3_8b"), replace(DENSE, rope_scaling=yarn)):
+    for config in (PRESETS["llama3_8b"](), replace(DENSE, rope_scaling=yarn)):
         hf = to_hf(config)
         for drop in ("rope_parameters", "rope_theta"):
             assert from_hf({k: v for k, v in hf.items() if k != drop}) == config
@@ -335,12 +335,12 @@ def test_a_missing_size_is_named(field: str) -> None:
 
 def test_what_would_be_planned_for_minutes_is_refused_at_once() -> None:
     """A config.json of 500 bytes: 100,000 layers, a million experts."""
-    hf = to_hf(preset("llama3_tiny"))
+    hf = to_hf(PRESETS["llama3_tiny"]())
     for layers in (4097, 10**5, 3 * 10**6, 10**300):
         with pytest.raises(ConfigError, match=r"num_hidden_layers=\d+ must be an integer .* at most 4096"):
             from_hf(hf | {"num_hidden_layers": layers})
     with pytest.raises(ConfigError, match="expert networks"):
-        from_hf(to_hf(preset("llama3_tiny_e8t2")) | {"num_local_experts": 10**6})
+        from_hf(to_hf(PRESETS["llama3_tiny_e8t2"]()) | {"num_local_experts": 10**6})
 
 
 ODD = [None, True, -1, 0, 2**70, 10**400, 1.5, math.nan, math.inf, "", "2", [], [1], [[1]], [None], {}, {"a": 1}, [{}]]
@@ -350,7 +350,7 @@ ODD += [{"rope_type": []}, {"rope_type": "yarn", "factor": "2"}, {"type": {}, "f
 @pytest.mark.parametrize("name", ["llama3_tiny", "llama3_tiny_e8t2", "moonlight_tiny"])
 def test_a_config_with_a_value_of_any_type_is_read_or_refused(name: str) -> None:
     """Never a bare TypeError: each key in turn has each odd value."""
-    hf = to_hf(preset(name))
+    hf = to_hf(PRESETS[name]())
     keys = {*hf, "layer_types", "mlp_only_layers", "rope_parameters", "rope_scaling", "sliding_window", "num_experts"}
     for key in sorted(keys):
         for value in ODD:

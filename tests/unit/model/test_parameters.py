@@ -7,7 +7,7 @@ import torch
 
 from earthshine.model.config import ModelConfig
 from earthshine.model.parameters import parameter_shapes
-from earthshine.model.presets import PRESETS, preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer
 from earthshine.optim.groups import describe, param_groups
 from earthshine.optim.logical_matrices import logical_matrices
@@ -42,12 +42,12 @@ def test_every_family(architecture: ModelConfig) -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset(name: str) -> None:
-    assert_the_list_is_the_model(preset(name))
+    assert_the_list_is_the_model(PRESETS[name]())
 
 
 def test_the_optimizers_table_of_latent_attention_and_a_biased_gate() -> None:
     """Whole stored matrices to Muon; norms to AdamW; the gate's bias is a buffer, which no optimizer sees."""
-    model = built(preset("moonlight_tiny"))
+    model = built(PRESETS["moonlight_tiny"]())
     lines = [" ".join(line.split()) for line in describe(param_groups(model), model).splitlines()]
     assert "muon blocks.*.attn.kv_a_proj_with_mqa.weight 3 18,432 1 of 48 x 128 linear layer (Linear)" in lines
     assert "muon blocks.*.attn.kv_b_proj.weight 3 24,576 1 of 256 x 32 linear layer (Linear)" in lines
@@ -61,5 +61,5 @@ def test_the_optimizers_table_of_biases_and_of_norms_of_heads() -> None:
         ({"qkv_bias": True}, "adamw blocks.*.attn.k_proj.bias 3 144 48 vector or scalar"),
         ({"qk_norm": True}, "adamw blocks.*.attn.k_norm.weight 3 72 24 norm (RMSNorm)"),
     ):
-        table = describe(param_groups(built(replace(preset("llama3_tiny"), **changes))))
+        table = describe(param_groups(built(replace(PRESETS["llama3_tiny"](), **changes))))
         assert line in [" ".join(found.split()) for found in table.splitlines()]

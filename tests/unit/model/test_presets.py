@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from earthshine.errors import ConfigError
 from earthshine.model.presets import (
     PRESETS,
     llama3_8b,
@@ -12,7 +11,6 @@ from earthshine.model.presets import (
     mixtral_8x7b,
     moonlight_16b_a3b,
     moonlight_tiny,
-    preset,
 )
 
 
@@ -20,7 +18,7 @@ from earthshine.model.presets import (
 def test_a_preset_is_found_by_its_name_and_fits_a_hugging_face_class(name: str) -> None:
     families = {"moonlight": "deepseek_v3", "mixtral": "mixtral"}
     usual = "mixtral" if name.endswith("_e8t2") else "llama"
-    assert preset(name).family == families.get(name.partition("_")[0], usual)
+    assert PRESETS[name]().family == families.get(name.partition("_")[0], usual)
 
 
 def test_small_presets_have_the_shape_of_the_large_ones() -> None:
@@ -79,8 +77,3 @@ def test_moonlights_gates_are_scaled_by_its_appendix_c(make) -> None:
     """Both are rounded to three decimals, as the published 2.446 is."""
     moe = make().moe
     assert moe.routed_scaling == pytest.approx(gate_scaling(moe.num_experts, moe.top_k), abs=5e-4)
-
-
-def test_an_unknown_preset_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'llama3_tiny'"):
-        preset("lama3_tiny")

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from earthshine.errors import ConfigError
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer, initialize
 
 
 def build(name: str = "llama3_tiny_e8t2", **options: object) -> Transformer:
-    model = Transformer(preset(name), **options)
+    model = Transformer(PRESETS[name](), **options)
     initialize(model, seed=0)
     return model
 
@@ -54,7 +54,7 @@ def test_counts_without_gradient_are_those_of_the_training_forward() -> None:
     model = build(compute_dtype=torch.bfloat16).train()
     tokens = torch.randint(0, 2048, (2, 96), generator=torch.Generator().manual_seed(0))
     before = model.routing_counts(tokens)
-    model.loss_sum(tokens, tokens)
+    model.losses(tokens, tokens)
     for layer, counts_E in model.expert_counts().items():
         assert torch.equal(before[layer], counts_E)
     with pytest.raises(ValueError, match="call model.train"):
@@ -64,12 +64,12 @@ def test_counts_without_gradient_are_those_of_the_training_forward() -> None:
 def test_expert_counts_add_up_in_training_forwards_only() -> None:
     model = build()
     tokens = torch.randint(0, 2048, (2, 10))
-    model.loss_sum(tokens, tokens)
-    model.loss_sum(tokens, tokens)
+    model.losses(tokens, tokens)
+    model.losses(tokens, tokens)
     assert {layer: int(c.sum()) for layer, c in model.expert_counts().items()} == {0: 80, 1: 80, 2: 80}
     with torch.no_grad():
-        model.loss_sum(tokens, tokens)
-    model.eval().loss_sum(tokens, tokens)
+        model.losses(tokens, tokens)
+    model.eval().losses(tokens, tokens)
     assert all(int(c.sum()) == 80 for c in model.expert_counts().values())
     model.reset_expert_counts()
     assert not any(c.any() for c in model.expert_counts().values())
@@ -77,7 +77,7 @@ def test_expert_counts_add_up_in_training_forwards_only() -> None:
 
 def test_initialization_follows_the_scheme_and_the_seed() -> None:
     """Standard deviations within 5 %, four standard errors of the smallest matrix."""
-    model, again, other = build(), build(), Transformer(preset("llama3_tiny_e8t2"))
+    model, again, other = build(), build(), Transformer(PRESETS["llama3_tiny_e8t2"]())
     initialize(other, seed=1)
     for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -94,7 +94,7 @@ def test_sequence_losses_add_up_to_the_loss() -> None:
     model = build()
     tokens, targets = torch.randint(0, 2048, (3, 8)), torch.randint(0, 2048, (3, 8))
     targets[0, :3] = -100
-    rows, whole = model.sequence_loss_sums(tokens, targets), model.loss_sum(tokens, targets)
+    rows, whole = model.sequence_loss_sums(tokens, targets), model.losses(tokens, targets).nll
     torch.testing.assert_close(rows.sum(), whole, rtol=1e-6, atol=0)
     whole.backward()
     gradient = model.embed.weight.grad.clone()
@@ -108,5 +108,5 @@ def test_bfloat16_compute_keeps_float32_parameters_and_comes_near() -> None:
     fine, coarse = build("llama3_tiny"), build("llama3_tiny", compute_dtype=torch.bfloat16)
     tokens = torch.randint(0, 2048, (1, 6))
     torch.testing.assert_close(coarse(tokens), fine(tokens), atol=1e-2, rtol=0)
-    coarse.loss_sum(tokens, tokens).backward()
+    coarse.losses(tokens, tokens).nll.backward()
     assert {p.dtype for p in coarse.parameters()} == {p.grad.dtype for p in coarse.parameters()} == {torch.float32}

@@ -11,7 +11,7 @@ from settings import SETTINGS
 
 from earthshine.model.config import ModelConfig
 from earthshine.model.parameters import ParameterShape, parameter_shapes
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer
 from earthshine.ops.orthogonalize import resolve_method
 from earthshine.optim.build import build_optimizer
@@ -70,14 +70,14 @@ def _flops(M: int, N: int, group: dict[str, Any]) -> int:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_cost_is_that_of_the_optimizer_that_is_built(name: str, option: str) -> None:
     config = OPTIONS[option]
-    model = preset(name)
+    model = PRESETS[name]()
     if config.router == "adamw" and not model.is_moe:
         pytest.skip("a dense model has no router")
     assert cost(config, trained(model, config)) == of_the_built(model, config)
 
 
 def _changed(field: str, value: Any) -> Callable[[], ModelConfig]:
-    return lambda: replace(preset("llama3_tiny_e8t2"), **{field: value})
+    return lambda: replace(PRESETS["llama3_tiny_e8t2"](), **{field: value})
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def _changed(field: str, value: Any) -> Callable[[], ModelConfig]:
     [
         _changed("tie_word_embeddings", True),
         _changed("qk_norm", True),
-        lambda: replace(preset("moonlight_tiny"), mla=replace(preset("moonlight_tiny").mla, q_lora_rank=24)),
+        lambda: replace(PRESETS["moonlight_tiny"](), mla=replace(PRESETS["moonlight_tiny"]().mla, q_lora_rank=24)),
     ],
     ids=["tied", "qk norm", "latent queries"],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from earthshine.errors import ConfigError
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer
 from earthshine.optim.groups import describe, param_groups
 
@@ -208,7 +208,7 @@ def test_what_scion_takes_from_adamw() -> None:
 def test_scion_s_rule_for_the_embedding_of_our_own_models(tied: bool) -> None:
     """Where it is the head as well there is no second module that would show it."""
     with torch.device("meta"):
-        model = Transformer(replace(preset("llama3_tiny"), tie_word_embeddings=tied))
+        model = Transformer(replace(PRESETS["llama3_tiny"](), tie_word_embeddings=tied))
     for whole in (model, nn.ModuleDict({"wrapped": model})):
         scion = next(g for g in param_groups(whole, non_matrix="scion") if g["algorithm"] == "scion")
         lmos = {

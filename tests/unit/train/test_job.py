@@ -146,7 +146,7 @@ def router_gradient(model: ModelConfig) -> torch.Tensor:
     """That of the next-token loss."""
     built = Transformer(model)
     initialize(built, seed=0)
-    built.loss_sum(torch.arange(8)[None], torch.arange(1, 9)[None]).backward()
+    built.losses(torch.arange(8)[None], torch.arange(1, 9)[None]).nll.backward()
     gradient = dict(built.named_parameters())["blocks.1.moe.router.weight"].grad
     assert gradient is not None
     # The derivative of s / (s + 1e-20) is a difference that rounds to 8e-11 here; a router that learns has 5e-4.

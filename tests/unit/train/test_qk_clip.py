@@ -17,7 +17,7 @@ from earthshine.errors import ConfigError
 from earthshine.model.attention import rope_frequencies
 from earthshine.model.config import ModelConfig
 from earthshine.model.parameters import query_key_projections
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.optim.config import OptimizerConfig
 from earthshine.train.derive import derive
@@ -237,7 +237,7 @@ def test_it_is_a_hyper_parameter_that_older_runs_did_not_have(job: Callable[...,
 
 @pytest.mark.parametrize("name", ["llama3_tiny", "moonlight_tiny", "biased", "latent queries"])
 def test_projections_named_without_the_model_are_those_that_its_modules_declare(name: str) -> None:
-    c = preset(name if "tiny" in name else "moonlight_tiny" if "latent" in name else "llama3_tiny")
+    c = PRESETS[name if "tiny" in name else "moonlight_tiny" if "latent" in name else "llama3_tiny"]()
     c = replace(c, qkv_bias=name == "biased")
     if name == "latent queries":
         c = replace(c, mla=replace(c.mla, q_lora_rank=24))

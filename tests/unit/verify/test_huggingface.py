@@ -12,7 +12,7 @@ from earthshine.checkpoint.hf import save_model
 from earthshine.errors import ConfigError
 from earthshine.model.config import MLAConfig, MoEConfig
 from earthshine.model.hf_families import HF_CLASSES
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.convert import upcycle
@@ -39,7 +39,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_means_the_same_to_transformers(family: str, tmp_path: Path) -> None:
-    model = Transformer(replace(preset("llama3_tiny"), **FAMILIES[family]))  # type: ignore[arg-type]
+    model = Transformer(replace(PRESETS["llama3_tiny"](), **FAMILIES[family]))  # type: ignore[arg-type]
     initialize(model, seed=0)
     assert model.config.family == family
     with torch.no_grad():  # what `initialize` leaves at zero could be lost unseen

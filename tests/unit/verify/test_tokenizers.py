@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from earthshine.checkpoint.hf import save_model
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.convert import upcycle
@@ -29,7 +29,7 @@ def upcycled(tmp_path: Path) -> Maker:
         special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
         trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)
         tokenizer.train_from_iterator(["The Moon has no light of its own. Hello, world! a b c"] * 20, trainer)
-        model = Transformer(preset("llama3_tiny"))
+        model = Transformer(PRESETS["llama3_tiny"]())
         initialize(model, seed=0)
         save_model(model, model.config, tmp_path / "dense")
         tokenizer.save(str(tmp_path / "dense" / "tokenizer.json"))

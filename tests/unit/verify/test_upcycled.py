@@ -11,7 +11,7 @@ from earthshine.checkpoint.load import load_model
 from earthshine.errors import ConfigError
 from earthshine.files import to_json
 from earthshine.model.config import ModelConfig
-from earthshine.model.presets import preset
+from earthshine.model.presets import PRESETS
 from earthshine.model.transformer import Transformer, initialize
 from earthshine.upcycle.config import UpcycleConfig
 from earthshine.upcycle.convert import upcycle
@@ -65,7 +65,7 @@ def test_an_expert_that_no_token_reaches_is_proved_by_the_hashes(dense: Path, tm
 def test_models_that_do_not_belong_together_are_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a dense model and an MoE"):
         verify_upcycle(dense, dense)
-    other = preset("llama3_tiny_e8t2")
+    other = PRESETS["llama3_tiny_e8t2"]()
     other = ModelConfig(**{**vars(other), "vocab_size": 100})
     model = Transformer(other)
     initialize(model, 0)
