@@ -10,7 +10,8 @@ blocks. Rounding leaves R with small negative eigenvalues that grow by a^2 per s
 before they matter keeps the accuracy of the standard form (`newton_schulz_tables.gram_restarts`).
 
 How we differ from torch.optim.Muon: the norm is taken in at least fp32, before any cast, with a floor of 1e-30 instead
-of 1e-7, which shrinks small gradients; the caller chooses the dtype; the input is overwritten only with `consume`.
+of 1e-7, which shrinks small gradients; the caller chooses the dtype (`device.resolve_ns_dtype`); the input is
+overwritten only with `consume`.
 
 In fp32 on a CPU a matrix's result has the same bits alone and in any batch, on any number of threads: "any layout gives
 the bits of one process" rests on it. MKL guarantees that except for tiny sides (see _MIN_SIDE).

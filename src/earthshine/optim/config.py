@@ -40,7 +40,8 @@ class GroupOptions:
     skip_idle: no update for a matrix whose gradient is zero everywhere (an expert without tokens): see `optim.muon`.
     ns_coefficients: a table of `ops.orthogonalize.COEFFICIENTS`, or "table": the rows (a, b, c) of `ns_table`.
     ns_steps: how many steps are taken; 0 for as many as the table is made for.
-    ns_dtype: dtype of Newton-Schulz; "auto" is fp32 on a CPU unless bf16 is measured faster, bf16 elsewhere.
+    ns_dtype: dtype of Newton-Schulz; "auto" is fp32 on a CPU unless bf16 is measured faster, bf16 elsewhere
+        (`device.resolve_ns_dtype`).
     ns_form: "standard" is torch.optim.Muon's order of operations; "gram" iterates on the small Gram matrix;
         "auto" takes the faster by the rule of `ops.orthogonalize.choose_form`.
     ns_compile: run Newton-Schulz through torch.compile.

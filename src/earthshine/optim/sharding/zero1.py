@@ -1,4 +1,4 @@
-"""ZeRO-1 for parameters that every rank holds whole: each rank keeps the optimizer state of its share of the rows.
+"""ZeRO-1 for parameters that every rank holds whole: each rank keeps the optimizer state of a range of rows.
 
 Moonlight's Distributed Muon (arXiv:2502.16982, Algorithm 1): gradients are reduce-scattered, momentum is updated on
 this rank's rows, matrices that a boundary cuts are completed, every rank updates its rows, and the parameters are
