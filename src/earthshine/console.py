@@ -228,6 +228,11 @@ def human_bytes(n: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number and what it counts: "1 file", "1,024 files"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def human_count(n: float) -> str:
     """A count in powers of a thousand: 999 -> '999', 1234 -> '1.23k', 5_000_000 -> '5.00M', then B and T."""
     size = float(n)

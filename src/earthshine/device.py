@@ -349,7 +349,7 @@ def choose_compute_dtype(requested: str, device: torch.device | str) -> ComputeC
         dtype = torch.bfloat16 if faster else torch.float32
         verb = "is" if faster else "is only"
         threads = " on one thread" if device.type == "cpu" else ""
-        reason = f"bf16 {verb} {speedup:.2g}x as fast as fp32 here (square matmuls{threads})"
+        reason = f"bf16 {verb} {speedup:.2g}x as fast as fp32 here, in square matmuls{threads}"
         if not faster:
             reason += f", below the {BF16_MIN_SPEEDUP}x required"
     return ComputeChoice(dtype, reason, gemm_peak(device, dtype))

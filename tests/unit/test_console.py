@@ -42,6 +42,10 @@ def test_human_seconds(s, text):
     assert console.human_seconds(s) == text
 
 
+def test_one_thing_is_singular():
+    assert [console.counted(n, "file") for n in (0, 1, 2, 1024)] == ["0 files", "1 file", "2 files", "1,024 files"]
+
+
 def test_log_is_one_plain_line_on_stderr(capsys):
     console.log("half [red]done[/red] 1/2")
     captured = capsys.readouterr()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from earthshine.cli.options import print_json
-from earthshine.console import human_bytes, log, table
+from earthshine.console import counted, human_bytes, log, table
 from earthshine.errors import ConfigError
 
 DESCRIPTION = "What this machine is and can do: versions, device, compute dtype and why, measured speed, disk."
@@ -36,7 +36,7 @@ def run(options: Options) -> None:
     rows = [(name, version or "not installed") for name, version in env["versions"].items()]
     rows += [
         ("platform", env["platform"]),
-        ("processor", f"{env['cpu']}, {env['cores']} cores, {env['threads']} threads used"),
+        ("processor", f"{env['cpu']}, {counted(env['cores'], 'core')}, {counted(env['threads'], 'thread')} used"),
         ("features", " ".join(env["cpu_flags"]) or "unknown"),
         ("device", f"{env['device']} ({env['device_name']})"),
         ("memory", human_bytes(env["memory_bytes"])),

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from earthshine.console import human_count, human_seconds, log, printable, progress
+from earthshine.console import counted, human_count, human_seconds, log, printable, progress
 from earthshine.data.documents import (
     Document,
     EncodingTask,
@@ -228,7 +228,7 @@ def prepare(
     seconds = time.monotonic() - start
     log(
         f"prepare: {out} has {human_count(index['tokens'])} tokens of {human_count(index['documents'])} documents in "
-        f"{len(index['shards'])} shards, made in {human_seconds(seconds)}."
+        f"{counted(len(index['shards']), 'shard')}, made in {human_seconds(seconds)}."
     )
     return {
         "out": str(out),

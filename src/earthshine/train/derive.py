@@ -198,7 +198,7 @@ def _warnings(job: TrainJob, model: ModelConfig, sources: Sequence[SourceUse]) -
         frozen = [layer for layer in range(model.num_hidden_layers) if layer not in clipped]
         if frozen:
             warnings.append(
-                f"optimizer.freeze keeps queries or keys of layers {', '.join(map(str, frozen))}: QK-Clip leaves these "
-                f"layers alone, and their logits are not in max_attention_logit."
+                f"QK-Clip skips layers whose queries or keys are frozen ({', '.join(map(str, frozen))}): their logits "
+                f"are not in max_attention_logit."
             )
     return tuple(warnings)

@@ -11,7 +11,7 @@ import torch
 from earthshine.checkpoint import manifest as manifests
 from earthshine.checkpoint import run_store
 from earthshine.config import decode, parse_object
-from earthshine.console import log
+from earthshine.console import counted, log
 from earthshine.errors import CheckpointError, ConfigError
 from earthshine.run_folder import CHECKPOINTS, CONFIG, METRICS, checkpoint_folders, read_steps
 from earthshine.train.job import TrainJob
@@ -48,7 +48,7 @@ def _rows(folder: Path, trust: bool) -> list[dict[str, Any]]:
         manifests.check_files(manifest)
     except CheckpointError as e:
         return [row(f"{folder.name}: damaged", 1, 0, str(e))]
-    hashes = row(f"{folder.name}: files that differ from the manifest", 0, 0, f"{len(manifest.files)} files")
+    hashes = row(f"{folder.name}: files that differ from the manifest", 0, 0, counted(len(manifest.files), "file"))
     if not (manifest.trusted or trust):
         return [hashes, row(f"{folder.name}: not made here", 1, 0, "not read; --trust if you know where it is from")]
     checkpoint = run_store.latest(folder, trust=trust)
@@ -80,13 +80,18 @@ def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str
         done_again = range(manifests.read(before).step + 1, last + 1)
         lines_a, lines_b = (_step_lines(folder / METRICS, done_again) for folder in (run, copy))
     rows = [
-        row("replay: tensors that differ", len(different), 0, f"{len(a)} tensors {', '.join(different[:3])}".strip())
+        row(
+            "replay: tensors that differ",
+            len(different),
+            0,
+            f"{counted(len(a), 'tensor')} {', '.join(different[:3])}".strip(),
+        )
     ]
     lost = len(lines_b.keys() - lines_a.keys())
-    note = f"{len(lines_b)} steps" + (f", {lost} of which {METRICS} has lost" if lost else "")
+    note = counted(len(lines_b), "step") + (f", {lost} of which {METRICS} has lost" if lost else "")
     for key in ("loss", "lr", "grad_norm", "samples"):
         unequal = sum(lines_a.get(step, {}).get(key) != line.get(key) for step, line in lines_b.items())
-        rows.append(row(f"replay: steps whose {key} differs", unequal, 0, note))
+        rows.append(row(f"replay: steps that differ in {key}", unequal, 0, note))
     return rows
 
 

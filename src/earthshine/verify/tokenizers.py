@@ -16,7 +16,7 @@ from earthshine.checkpoint.tokenizer_files import (
     tokenizer_and_license_files,
 )
 from earthshine.config import parse_object, read_json
-from earthshine.console import log
+from earthshine.console import counted, log
 from earthshine.files import sha256_file
 from earthshine.run_folder import UPCYCLING
 from earthshine.verify.measure import TEXT, row
@@ -162,7 +162,12 @@ def _unchanged(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
     if not names:
         return []
     return [
-        row("tokenizer files that differ from their record", len(other), 0, ", ".join(other) or f"{len(names)} files")
+        row(
+            "tokenizer files that differ from their record",
+            len(other),
+            0,
+            ", ".join(other) or counted(len(names), "file"),
+        )
     ]
 
 

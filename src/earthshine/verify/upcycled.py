@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from earthshine.checkpoint.load import load_model
+from earthshine.console import counted
 from earthshine.errors import ConfigError, WeightsError
 from earthshine.model.moe import Experts
 from earthshine.run_folder import UPCYCLING
@@ -79,6 +80,6 @@ def verify_upcycle(
 
 def _files_row(moe_dir: Path) -> dict[str, Any]:
     try:
-        return row("files that differ from their record", 0, 0, f"{check_upcycled_files(moe_dir)} files")
+        return row("files that differ from their record", 0, 0, counted(check_upcycled_files(moe_dir), "file"))
     except WeightsError as e:
         return row("files that differ from their record", 1, 0, str(e))

@@ -205,7 +205,7 @@ def test_what_is_clipped_is_reported(
     fit(frozen, tmp_path, stop_after=1)
     err = capsys.readouterr().err
     assert "attention logits above 0.5, in 1 layer\n" in err
-    assert "warning: optimizer.freeze keeps queries or keys of layers 0: QK-Clip leaves these layers alone" in err
+    assert "warning: QK-Clip skips layers whose queries or keys are frozen (0)" in err
     (line,) = steps(tmp_path)
     step_line = next(one for one in err.splitlines() if one.startswith("step "))
     assert f"logit {line['max_attention_logit']:5.1f}" in step_line
