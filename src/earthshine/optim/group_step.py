@@ -16,7 +16,7 @@ from earthshine.device import at_least_float32_dtype
 from earthshine.errors import ConfigError
 from earthshine.optim.logical_matrices import Spec
 from earthshine.optim.measure import Measure
-from earthshine.optim.options import PER_PARAMETER, STATIC, initial_options, name_of
+from earthshine.optim.options import PER_PARAMETER, STATIC, name_of, settable_options
 from earthshine.optim.rounding import NARROW, Noise, elements
 from earthshine.optim.sharding import traffic
 from earthshine.optim.sharding.local_shards import LocalShards
@@ -51,9 +51,9 @@ class GroupStep(ABC):
 
     def __init__(self, group: Mapping[str, Any], process_group: Any, reduce_gradients: bool, bucket_bytes: int) -> None:
         self.group, self.params = group, list(group["params"])
-        self.options = initial_options(group)
+        self.options = settable_options(group)
         self.per_parameter = {key: copy(group.get(key)) for key in PER_PARAMETER}
-        self._planned = {key: group.get(key) for key in ("algorithm", *STATIC)}
+        self._static = {key: group.get(key) for key in ("algorithm", *STATIC)}
         self._seen = [_traits(p) for p in self.params]
         names = [name_of(group, i) for i in range(len(self.params))]
         self.shards = (
@@ -141,7 +141,7 @@ class GroupStep(ABC):
         params = group["params"]
         same = len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
         listed = {key: self.per_parameter[key] for key in ("matrices", "lmo")} if same else {}
-        for key, value in (self._planned | listed).items():
+        for key, value in (self._static | listed).items():
             if group.get(key) != value:
                 raise ConfigError(
                     f"{key} of a parameter group was changed from {value!r} to {group.get(key)!r} after construction; "

@@ -43,13 +43,13 @@ from earthshine.optim.options import (
     check_keys,
     complete,
     group_differences,
-    initial_options,
     name_of,
     realign,
     resolve_group,
     resolve_numbers,
     saved_groups,
     scheduled,
+    settable_options,
     warn_of_lost_updates,
 )
 from earthshine.optim.rules import ScaleRule, scale_name
@@ -61,7 +61,7 @@ _ALGORITHMS: dict[str, type[GroupStep]] = {step.algorithm: step for step in (Muo
 
 class Muon(torch.optim.Optimizer):
     """Muon for hidden matrices and AdamW, or Scion, for the rest; the equations: `optim.rules`. Raises ConfigError for
-    what it cannot take.
+    parameters and options that it cannot take.
 
     params: parameters, (name, parameter) pairs, or dicts of them with algorithm="muon", "adamw" or "scion" and, where
         a parameter is not one matrix, "matrices": a specification of `optim.logical_matrices` per parameter
@@ -128,10 +128,10 @@ class Muon(torch.optim.Optimizer):
             )
         self._process_group, self._reduce, self._bucket_bytes = process_group, reduce_gradients, max_bucket_bytes
         self._stepped = False  # or loaded: whether state may hold anything
-        self._made = False
-        # Why each parameter has its algorithm, as `param_groups` said: for `describe`.
+        self._made = False  # whether the groups that come are added later
+        # Why each parameter has its algorithm, by `param_groups`: for `describe`.
         self.reasons: dict[Tensor, str] = {}
-        self._reset_plans()
+        self._reset_group_steps()
         super().__init__(params, {"algorithm": "muon"} | defaults)
         self._made = True
         warn_of_lost_updates(self.param_groups, stacklevel=4)
@@ -148,51 +148,50 @@ class Muon(torch.optim.Optimizer):
         for options in (self.defaults, *self.param_groups):
             complete(options)
         self._process_group = None
-        self._reset_plans()
+        self._reset_group_steps()
 
-    def _reset_plans(self) -> None:
-        """Forget what is derived from the groups: their plans, and the last step's numbers."""
-        self._plans: dict[int, GroupStep] = {}
+    def _reset_group_steps(self) -> None:
+        """Forget what is derived from the groups: their steps, and the last step's numbers."""
+        self._group_steps: dict[int, GroupStep] = {}
         self._last: list[StepNumbers] = []
         self._measures: list[Measure] = []
         self._readings: Readings | None = None
 
-    def _plan(self, index: int) -> GroupStep:
-        """The static plan of group `index`, and its state; made at construction, and again after unpickling.
+    def _group_step(self, index: int) -> GroupStep:
+        """What steps group `index`, its state made: at construction, and again after unpickling.
 
-        Also when somebody exchanged, moved, cast or removed its parameters since, as trainers do that wrap a model
-        after its optimizer was made, and where somebody cleared its state, which starts from zero then. Raises
-        ConfigError where momentum would be lost.
+        Again, too, when somebody has exchanged, moved, cast or removed its parameters, as trainers do that wrap a model
+        after making its optimizer; and cleared state starts from zero. Raises ConfigError where momentum would be lost.
         """
         group = self.param_groups[index]
-        plan = self._plans.get(index)
-        if plan is not None and plan.group is not group:
-            plan = None  # of a group that was removed
-        if plan is None or not plan.is_current():
-            before = plan.params if plan is not None else []
-            if plan is not None:
-                realign(group, before, plan.per_parameter)
+        group_step = self._group_steps.get(index)
+        if group_step is not None and group_step.group is not group:
+            group_step = None  # of a group that was removed
+        if group_step is None or not group_step.is_current():
+            before = group_step.params if group_step is not None else []
+            if group_step is not None:
+                realign(group, before, group_step.per_parameter)
                 check_group(group)
-            plan = _ALGORITHMS[group["algorithm"]](group, self._process_group, self._reduce, self._bucket_bytes)
-            self.state.update(self._states(group, plan, before))
+            group_step = _ALGORITHMS[group["algorithm"]](group, self._process_group, self._reduce, self._bucket_bytes)
+            self.state.update(self._states(group, group_step, before))
             self._drop_others(before)
-            self._plans[index] = plan
+            self._group_steps[index] = group_step
         for i, p in enumerate(group["params"]):
             state = self.state.setdefault(p, {})
-            for key in plan.state_keys:
+            for key in group_step.state_keys:
                 if key not in state:
-                    state[key] = plan.new_state(i, key)
-        return plan
+                    state[key] = group_step.new_state(i, key)
+        return group_step
 
     def _states(
-        self, group: Mapping[str, Any], plan: GroupStep, before: Sequence[Tensor]
+        self, group: Mapping[str, Any], group_step: GroupStep, before: Sequence[Tensor]
     ) -> dict[Tensor, dict[str, Tensor]]:
-        """State for a group's new plan: what fits stays, zeros are made for the rest. before: its last parameters."""
+        """State for a group's new step: what fits stays, the rest is zeros. before: the parameters that it had."""
         grouped = {id(p) for g in self.param_groups for p in g["params"]}
         states = {}
         for i, p in enumerate(group["params"]):
             state = self.state.get(p, {})
-            fresh = {key: plan.new_state(i, key) for key in plan.state_keys}
+            fresh = {key: group_step.new_state(i, key) for key in group_step.state_keys}
             stays = {k: v for k, v in state.items() if k in fresh and (k == "step" or state_fits(v, fresh[k]))}
             gone = [value for key, value in state.items() if key not in stays]
             if not state and len(before) == len(group["params"]) and id(before[i]) not in grouped:
@@ -227,8 +226,8 @@ class Muon(torch.optim.Optimizer):
         try:
             resolve_group(self.param_groups[-1])
             check_group(self.param_groups[-1])
-            self.param_groups[-1]["initial_options"] = initial_options(self.param_groups[-1])
-            self._plan(len(self.param_groups) - 1)
+            self.param_groups[-1]["initial_options"] = settable_options(self.param_groups[-1])
+            self._group_step(len(self.param_groups) - 1)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -255,22 +254,22 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans = [self._plan(index) for index in range(len(self.param_groups))]
-        for group, plan in zip(self.param_groups, plans, strict=True):  # before anything is updated
+        group_steps = [self._group_step(index) for index in range(len(self.param_groups))]
+        for group, group_step in zip(self.param_groups, group_steps, strict=True):  # before anything is updated
             resolve_numbers(group)
-            if initial_options(group) != plan.options:  # a loop has set some
+            if settable_options(group) != group_step.options:  # a loop has set some
                 resolve_group(group)
                 check_group(group)
-                plan.options = initial_options(group)
-            plan.shards.check_gradients()
+                group_step.options = settable_options(group)
+            group_step.shards.check_gradients()
         self._last, self._readings = [], None
-        for group, plan in zip(self.param_groups, plans, strict=True):
-            grads, sent = plan.shards.gradients()
+        for group, group_step in zip(self.param_groups, group_steps, strict=True):
+            grads, sent = group_step.shards.gradients()
             self._stepped |= bool(grads)
             options = {**group, "lr": float(group["lr"])}  # a tensor of a device: waited for once
-            with _without_autocast(plan.shards.params):
-                numbers = plan.step(options, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
-            numbers.sent |= {"reduce_gradients": sent, "gather_parameters": plan.shards.gather_weights()}
+            with _without_autocast(group_step.shards.params):
+                numbers = group_step.step(options, {i: self.state[p] for i, p in enumerate(group["params"])}, grads)
+            numbers.sent |= {"reduce_gradients": sent, "gather_parameters": group_step.shards.gather_weights()}
             self._last.append(numbers)
         return loss
 
@@ -282,7 +281,7 @@ class Muon(torch.optim.Optimizer):
         """
         total: dict[str, int] = {}
         for index in range(len(self.param_groups)):
-            for key, n in self._plan(index).predicted_bytes().items():
+            for key, n in self._group_step(index).predicted_bytes().items():
                 total[key] = total.get(key, 0) + n
         return {key: n for key, n in total.items() if n}
 
@@ -292,7 +291,7 @@ class Muon(torch.optim.Optimizer):
         Ask before the next step, and before loading another state.
         """
         if self._readings is None:
-            self._measures = [step.measure() for step in self._last]
+            self._measures = [numbers.measure() for numbers in self._last]
             self._readings = Readings(*(norm for m in self._measures for norm in m.norms))
         return self._readings
 
@@ -311,32 +310,32 @@ class Muon(torch.optim.Optimizer):
         total: dict[str, list[float]] = {}
         by_group: list[float | None] = []
         sent: dict[str, int] = {}
-        for step, measured in zip(self._last, self._measures, strict=True):
+        for numbers, measured in zip(self._last, self._measures, strict=True):
             squares, elements = measured.total([next(values) for _ in measured.norms])
             by_group.append((squares / elements) ** 0.5 if elements else None)
             if elements:
-                sums = total.setdefault(step.algorithm, [0.0, 0.0])
+                sums = total.setdefault(numbers.algorithm, [0.0, 0.0])
                 sums[0], sums[1] = sums[0] + squares, sums[1] + elements
-            for key, n in step.sent.items():
+            for key, n in numbers.sent.items():
                 sent[key] = sent.get(key, 0) + n
         return {
             "update_rms": {name: (squares / n) ** 0.5 for name, (squares, n) in total.items()},
             "update_rms_by_group": by_group,
             "bytes_sent": {key: n for key, n in sent.items() if n},
-            "ns_flops": sum(step.flops for step in self._last),
-            "ns_seconds": sum(step.seconds() for step in self._last),
-            "imbalance": max((step.imbalance for step in self._last), default=1.0),
+            "ns_flops": sum(numbers.flops for numbers in self._last),
+            "ns_seconds": sum(numbers.seconds() for numbers in self._last),
+            "imbalance": max((numbers.imbalance for numbers in self._last), default=1.0),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; state of ZeRO-1 parameters as DTensors, Shard(0) over the process group (then collective)."""
         for index in range(len(self.param_groups)):
-            self._plan(index)
+            self._group_step(index)
         self._drop_others(self.state)
         state_dict = super().state_dict()
         if self._process_group is not None:  # else state is saved as it is
             for index, saved in enumerate(state_dict["param_groups"]):
-                states = self._plan(index).to_dtensor([state_dict["state"][number] for number in saved["params"]])
+                states = self._group_step(index).to_dtensor([state_dict["state"][number] for number in saved["params"]])
                 state_dict["state"] |= zip(saved["params"], states, strict=True)
         return state_dict
 
@@ -364,7 +363,7 @@ class Muon(torch.optim.Optimizer):
             [self._checked_state(index, i, states.get(number)) for i, number in enumerate(saved["params"])]
             for index, saved in enumerate(groups)
         ]
-        arrived = [self._plan(index).from_dtensor(states) for index, states in enumerate(checked)]
+        arrived = [self._group_step(index).from_dtensor(states) for index, states in enumerate(checked)]
         for index, values in enumerate(taken):
             self._take_over(index, arrived[index])
             for key, value in values.items():
@@ -390,10 +389,11 @@ class Muon(torch.optim.Optimizer):
 
     def _checked_state(self, index: int, i: int, saved: Any) -> dict[str, Tensor]:
         """The saved state of a parameter, checked; zeros where it is zero, and so may be placed in any way."""
-        group, plan, saved = self.param_groups[index], self._plan(index), saved if isinstance(saved, Mapping) else {}
+        group, group_step = self.param_groups[index], self._group_step(index)
+        saved = saved if isinstance(saved, Mapping) else {}
         checked = {}
-        for key in plan.state_keys:
-            expected = plan.state_shape(i, key)
+        for key in group_step.state_keys:
+            expected = group_step.state_shape(i, key)
             if key in saved and not isinstance(saved[key], Tensor):
                 raise CheckpointError(
                     f"the saved optimizer state {key} of parameter {name_of(group, i)} is a "
@@ -407,13 +407,13 @@ class Muon(torch.optim.Optimizer):
                 )
             checked[key] = saved[key]
             live = self.state[group["params"][i]][key]
-            if not plan.shards.state_fits(i, live, saved[key]):
+            if not group_step.shards.state_fits(i, live, saved[key]):
                 if _holds_anything(saved[key], everywhere=True):
                     raise CheckpointError(
                         f"the saved optimizer state {key} of parameter {name_of(group, i)} is placed otherwise than "
                         f"the parameter: load through torch.distributed.checkpoint, which moves it to where it belongs."
                     )
-                checked[key] = plan.saved_zeros(i, key, live)
+                checked[key] = group_step.saved_zeros(i, key, live)
         return checked
 
 

@@ -20,12 +20,12 @@ from earthshine.optim.flattened import FLATTENED
 from earthshine.optim.logical_matrices import logical_matrices, normalize
 from earthshine.optim.rounding import NARROW
 
-# What a group may hold beside the options: what it is of, and what torch's schedulers and other people's tools note.
-_KEPT = ("params", "param_names", "algorithm", "matrices", "lmo", "initial_options")
-_NOTED = ("name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+# What a group holds beside its options: its parameters, and the notes of torch's schedulers and other people's tools.
+_MEMBERS = ("params", "param_names", "algorithm", "matrices", "lmo", "initial_options")
+_NOTES = ("name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 # Every option of a group with its default, in the form in which a group holds it.
 DEFAULTS = GroupOptions().as_group()
-# Options that plan and state are made by.
+# Options that plan and state are made by: they stay as they are.
 STATIC = tuple(
     option.name for option in fields(GroupOptions) if option.metadata.get("static") and option.name in DEFAULTS
 )
@@ -45,7 +45,7 @@ def name_of(group: Mapping[str, Any], i: int) -> str:
 
 def check_keys(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """ConfigError for an entry of a group that nobody would read."""
-    known = {*_KEPT, *_NOTED, *defaults}
+    known = {*_MEMBERS, *_NOTES, *defaults}
     for key in group:
         if key not in known:
             raise ConfigError(f"a parameter group has the unknown option {key!r}.{nearest(key, known)}")
@@ -67,7 +67,7 @@ def scheduled(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
 
 
 def resolve_group(group: dict[str, Any]) -> None:
-    """Options in the form that is kept and saved: numbers for None, names for functions, tuples for lists."""
+    """Options as a group holds and a checkpoint saves them: 0 for None, names for functions, tuples for lists."""
     group["scale"] = rules.scale_name(group["scale"])
     muon = group["algorithm"] == "muon"
     for key in ("schatten_p", "normuon_beta2"):
@@ -131,7 +131,7 @@ def _tuple(name: str, value: Any, holds: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def initial_options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+def settable_options(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The options of a resolved group that a loop may set, as they are now."""
     return tuple((key, group[key]) for key in _SETTABLE)
 
@@ -144,7 +144,7 @@ def complete(group: dict[str, Any]) -> None:
     group |= {key: default for key, default in DEFAULTS.items() if key != "lr" and key not in group}
     if "params" in group:
         resolve_group(group)
-        group.setdefault("initial_options", initial_options(group))
+        group.setdefault("initial_options", settable_options(group))
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -183,11 +183,11 @@ def _check_matrices(group: Mapping[str, Any]) -> None:
     params, specs = group["params"], group["matrices"]
     if len(specs) != len(params):
         raise ConfigError(f"{len(specs)} 'matrices' for {len(params)} parameters: one each is needed.")
-    places = {p.device for p in params}
-    if len(places) > 1:
+    devices = {p.device for p in params}
+    if len(devices) > 1:
         raise ConfigError(
-            f"a muon group on {', '.join(sorted(map(str, places)))}: matrices are orthogonalized together, so make one "
-            f"group per device."
+            f"a muon group on {', '.join(sorted(map(str, devices)))}: matrices are orthogonalized together, so make "
+            f"one group per device."
         )
     for i, (p, spec) in enumerate(zip(params, specs, strict=True)):
         if p.ndim == 1:
@@ -209,15 +209,15 @@ def _check_matrices(group: Mapping[str, Any]) -> None:
 
 
 def realign(group: dict[str, Any], before: Sequence[Tensor], was: Mapping[str, Any]) -> None:
-    """Names and matrices of a group whose list of parameters somebody shortened or put in another order.
+    """Bring names and matrices of a group in line with its list of parameters, which somebody shortened or reordered.
 
-    before: its parameters when `was`, the entries that hold one value per parameter, was true.
+    before: its parameters when `was`, the entries with a value per parameter, described them.
     Raises ConfigError for a parameter that was put in without such entries.
     """
-    params, places = group["params"], {id(p): i for i, p in enumerate(before)}
+    params, indices = group["params"], {id(p): i for i, p in enumerate(before)}
     present = {id(p) for p in params}
     exchanged = [i if len(params) == len(before) and id(before[i]) not in present else None for i in range(len(params))]
-    known = [places.get(id(p), i) for p, i in zip(params, exchanged, strict=True)]
+    known = [indices.get(id(p), i) for p, i in zip(params, exchanged, strict=True)]
     for key in PER_PARAMETER:
         if key in group and group[key] == was[key]:
             if None in known:
@@ -242,13 +242,13 @@ def saved_groups(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
     if not all(isinstance(group, Mapping) and isinstance(group.get("params"), Sequence) for group in groups):
         raise CheckpointError("a saved parameter group lists no 'params': it is not one of Muon.state_dict().")
-    options = DEFAULTS | {"algorithm": "adamw", "params": []}
-    resolve_group(options)
-    options = {key: options[key] for key in (*STATIC, *_SETTABLE)}
-    groups = [{OLD_NAMES.get(key, key): value for key, value in group.items()} for group in groups]
-    plain = [{"matrices": (("matrix",),) * len(g["params"])} if g.get("algorithm") == "muon" else {} for g in groups]
-    groups = [options | unsaid | group for unsaid, group in zip(plain, groups, strict=True)]
+    defaults = DEFAULTS | {"algorithm": "adamw", "params": []}
+    resolve_group(defaults)
+    defaults = {key: defaults[key] for key in (*STATIC, *_SETTABLE)}
+    groups = [defaults | {OLD_NAMES.get(key, key): value for key, value in group.items()} for group in groups]
     for group in groups:
+        if group.get("algorithm") == "muon":
+            group.setdefault("matrices", (("matrix",),) * len(group["params"]))
         if group["schatten_p"] == str(math.inf):  # as JSON has it
             group["schatten_p"] = math.inf
     return groups
@@ -272,9 +272,9 @@ def warn_of_lost_updates(groups: Sequence[Mapping[str, Any]], stacklevel: int) -
 
 
 def group_differences(current: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a checkpoint's groups say otherwise, as 'group 0 momentum: 0.9 (saved) -> 0.95'.
+    """Where a checkpoint's groups differ, as 'group 0 momentum: 0.9 (saved) -> 0.95'.
 
-    Of options that a loop may set, the values at construction count: what they became since is no difference.
+    Of options that a loop may set, the values at construction are compared, not what a schedule has made of them.
     """
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in current]:
         sizes = [[len(g["params"]) for g in groups] for groups in (saved, current)]
@@ -283,8 +283,8 @@ def group_differences(current: Sequence[Mapping[str, Any]], saved: Sequence[Mapp
     for index, (new, old) in enumerate(zip(current, saved, strict=True)):
         unnamed = {"param_names"} if "param_names" not in old or "param_names" not in new else set()
         initially = [{key: _plain(v) for key, v in g.get("initial_options", ())} for g in (old, new)]
-        # Entries that are neither ours nor what we keep are a scheduler's.
-        compared = {*_KEPT, *STATIC, *_SETTABLE} - {"params", "initial_options"} - unnamed
+        # Any other entry is a scheduler's.
+        compared = {*_MEMBERS, *STATIC, *_SETTABLE} - {"params", "initial_options"} - unnamed
         for key in sorted(key for key in compared if key in new or key in old):
             was, now = _plain(old.get(key, "(absent)")), _plain(new.get(key, "(absent)"))
             first = [values.get(key, value) for values, value in zip(initially, (was, now), strict=True)]
