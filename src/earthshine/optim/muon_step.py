@@ -68,34 +68,34 @@ def step_matrices(
     options: the group's. states, grads, noises: by the parameter's index in the group; a gradient is this process's
     shard of it, and so are the elements whose rounding a noise decides (`rules.step_`).
     """
-    run = _Run(plan, options, states, grads, noises)
+    step = _Step(plan, options, states, grads, noises)
     # One shard group after the other: ranks may share several, and each has its own communicator.
     local = plan.local
     for shard_group in plan.shard_groups:
         transfers = [t for t in plan.transfers if t.shard_group is shard_group]
-        travelling = [run.send(t) for t in transfers[:1]]
-        if travelling:
+        in_flight = [step.send(t) for t in transfers[:1]]
+        if in_flight:
             for batch in local:
-                run.local_batch(batch)
+                step.local_batch(batch)
             local = ()
         apply: Callable[[], None] | None = None
-        for number, transfer in enumerate(transfers):
-            messages = travelling.pop()
-            travelling += [run.send(t) for t in transfers[number + 1 : number + 2]]
-            apply_next = run.orthogonalize_owned(transfer, messages)
+        for n, transfer in enumerate(transfers):
+            messages = in_flight.pop()
+            in_flight += [step.send(t) for t in transfers[n + 1 : n + 2]]
+            apply_next = step.orthogonalize_owned(transfer, messages)
             if apply is not None:
                 apply()
             apply = apply_next
         if apply is not None:
             apply()
     for batch in local:
-        run.local_batch(batch)
-    run.write_back()
-    return run.numbers
+        step.local_batch(batch)
+    step.write_back()
+    return step.numbers
 
 
-class _Run:
-    """One step under way: two-dimensional views of the local shards of everything that has a gradient."""
+class _Step:
+    """One step under way, on two-dimensional views of the local shards of all parameters that have a gradient."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _Run:
         self.local_weights = {i: shards.weight(i) for i in grads}
         self.weights = {i: shards.view2d(i, weight) for i, weight in self.local_weights.items()}
         self.moments: dict[int, Tensor] = {}
-        if plan.moments:
+        if plan.normuon:
             # Of every parameter: copies of a row's moment must stay alike where only some holders have a gradient.
             rows = {i: to_local(state["row_second_moment"]) for i, state in states.items()}
             self.moments = {i: shards.view2d(i, v, per_row=True) for i, v in rows.items()}
@@ -148,15 +148,15 @@ class _Run:
         X_BSL = self._new_batch(batch, complete=len(present) == len(batch.sources))
         for (piece, slot), g, m in zip(present, grads, sums, strict=True):
             rules.direction_(piece.in_batch(X_BSL, slot), g, m, self.options)
-        busy_B = self._flags(batch)
+        busy_B = self._new_busy(batch)
         if busy_B is not None:
             for (piece, slot), g in zip(present, grads, strict=True):
                 busy_B[slot : slot + piece.count] |= (g != 0).flatten(1).any(dim=1)
-        moment_BL = self._moments(batch)
-        rows = [] if moment_BL is None else [piece.rows_in_batch(moment_BL, slot) for piece, slot in present]
+        v_BL = self._new_moments(batch)
+        rows = [] if v_BL is None else [piece.rows_in_batch(v_BL, slot) for piece, slot in present]
         for piece, rows_CR in zip(pieces, rows, strict=False):
             rows_CR.copy_(piece.rows_of(self.moments))
-        O_BSL = self._update(X_BSL, batch, busy_B, moment_BL)
+        O_BSL = self._update(X_BSL, batch, busy_B, v_BL)
         self._apply(pieces, [piece.in_batch(O_BSL, slot) for piece, slot in present])
         for piece, rows_CR in zip(pieces, rows, strict=False):
             piece.rows_of(self.moments).copy_(rows_CR)
@@ -172,12 +172,12 @@ class _Run:
         for out, g, m in zip(compress(_split(buffer, t.outgoing), present), grads, sums, strict=True):
             rules.direction_(out, g, m, self.options)
         stats = None
-        if self.plan.flags or self.plan.moments:
+        if self.plan.skip_idle or self.plan.normuon:
             stats_buffer = torch.zeros(sum(t.stats_sends), dtype=torch.float32, device=self.plan.device)
             of_each = self._split_stats(stats_buffer, t.outgoing)
-            for stats_of_piece, g in zip(compress(of_each, present), grads, strict=True) if self.plan.flags else ():
+            for stats_of_piece, g in zip(compress(of_each, present), grads, strict=True) if self.plan.skip_idle else ():
                 stats_of_piece[0] = (g != 0).any()
-            for piece, stats_of_piece in zip(t.outgoing, of_each, strict=True) if self.plan.moments else ():
+            for piece, stats_of_piece in zip(t.outgoing, of_each, strict=True) if self.plan.normuon else ():
                 self._rows(stats_of_piece).copy_(piece.rows_of(self.moments)[0])
             stats = self._message(t, stats_buffer, t.stats_sends, t.stats_receives)
         return self._message(t, buffer, t.sends, t.receives), stats
@@ -188,13 +188,13 @@ class _Run:
         back = torch.empty_like(arrived)
         pieces, updates = _split(arrived, t.incoming), _split(back, t.incoming)
         stats_of = self._split_stats(stats, t.incoming) if stats is not None else []
-        for batch, numbers in t.owned:
-            received = [pieces[n] for n in numbers]
-            returning = [updates[n] for n in numbers]
-            self._owned_batch(batch, received, [stats_of[n] for n in numbers if stats_of], returning)
+        for batch, indices in t.owned:
+            received = [pieces[n] for n in indices]
+            returning = [updates[n] for n in indices]
+            self._owned_batch(batch, received, [stats_of[n] for n in indices if stats_of], returning)
         returned = self._message(t, back, t.receives, t.sends)
         moments = None
-        if stats is not None and self.plan.moments:
+        if stats is not None and self.plan.normuon:
             moments = self._message(t, stats, t.stats_receives, t.stats_sends)
 
         def apply() -> None:
@@ -211,58 +211,58 @@ class _Run:
         self, batch: Batch, received: Sequence[Tensor], stats: Sequence[Tensor], returning: Sequence[Tensor]
     ) -> None:
         """Matrices that arrived in pieces; `stats` then holds their new statistics, `returning` their updates."""
-        X_BSL, busy_B, moment_BL = self._new_batch(batch, complete=True), self._flags(batch), self._moments(batch)
+        X_BSL, busy_B, v_BL = self._new_batch(batch, complete=True), self._new_busy(batch), self._new_moments(batch)
         for (piece, slot), part in zip(batch.sources, received, strict=True):
             piece.in_batch(X_BSL, slot).copy_(part)
         for (piece, slot), stats_of_piece in zip(batch.sources, stats, strict=False):
             if busy_B is not None:
                 busy_B[slot] |= stats_of_piece[0] > 0
-            if moment_BL is not None:
-                piece.rows_in_batch(moment_BL, slot)[0] = self._rows(stats_of_piece)
-        O_BSL = self._update(X_BSL, batch, busy_B, moment_BL)
+            if v_BL is not None:
+                piece.rows_in_batch(v_BL, slot)[0] = self._rows(stats_of_piece)
+        O_BSL = self._update(X_BSL, batch, busy_B, v_BL)
         for (piece, slot), part in zip(batch.sources, returning, strict=True):
             part.copy_(piece.in_batch(O_BSL, slot))
         for (piece, slot), stats_of_piece in zip(batch.sources, stats, strict=False):
-            if moment_BL is not None:
-                self._rows(stats_of_piece).copy_(piece.rows_in_batch(moment_BL, slot)[0])
+            if v_BL is not None:
+                self._rows(stats_of_piece).copy_(piece.rows_in_batch(v_BL, slot)[0])
 
     def _split_stats(self, stats: Tensor, pieces: Sequence[Piece]) -> Sequence[Tensor]:
-        """The statistics of each piece: its flag, and a second moment per row, as far as they are asked for."""
+        """The statistics of each piece: with skip_idle whether it is busy, with NorMuon a second moment per row."""
         parts: Sequence[Tensor] = stats.split([self.plan.num_stats(piece) for piece in pieces])
         return parts
 
     def _rows(self, stats_of_piece: Tensor) -> Tensor:
-        return stats_of_piece[int(self.plan.flags) :]
+        return stats_of_piece[int(self.plan.skip_idle) :]
 
     def _message(self, t: Transfer, buffer: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Message:
         message = Message(t.shard_group.ranks, buffer, sends, receives, t.shard_group.position)
         self.numbers.sent["orthogonalize"] += message.bytes_sent
         return message
 
-    # ----------------------------------------------------------------------------------------- what both have in common
+    # --------------------------------------------------------------------------------------------------- of both kinds
 
     def _new_batch(self, batch: Batch, complete: bool) -> Tensor:
-        """A matrix that nothing fills, because its parameter has no gradient, is zero."""
+        """Matrices to be filled. One that nothing fills, because its parameter has no gradient, is zero."""
         make = torch.empty if complete else torch.zeros
         return make(batch.size, dtype=self.plan.acc_dtype, device=self.plan.device)
 
-    def _flags(self, batch: Batch) -> Tensor | None:
-        """Per matrix whether any holder's gradient is anything but zero; None where nobody asks."""
-        return torch.zeros(len(batch.shapes), dtype=torch.bool, device=self.plan.device) if self.plan.flags else None
+    def _new_busy(self, batch: Batch) -> Tensor | None:
+        """Whether any element of each matrix's gradient is not zero, False so far; None without skip_idle."""
+        return (
+            torch.zeros(len(batch.shapes), dtype=torch.bool, device=self.plan.device) if self.plan.skip_idle else None
+        )
 
-    def _moments(self, batch: Batch) -> Tensor | None:
-        """NorMuon's second moment per row, from the left, of each matrix; None without NorMuon."""
-        if not self.plan.moments:
+    def _new_moments(self, batch: Batch) -> Tensor | None:
+        """NorMuon's second moment, of M rows from the left in each matrix, zeros so far; None without NorMuon."""
+        if not self.plan.normuon:
             return None
         return torch.zeros(batch.size[0], batch.size[2], dtype=torch.float32, device=self.plan.device)
 
-    def _update(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, moment_BL: Tensor | None) -> Tensor:
-        """The updates before their scale, and their norms; new values into `moment`. May overwrite X."""
+    def _update(self, X_BSL: Tensor, batch: Batch, busy_B: Tensor | None, v_BL: Tensor | None) -> Tensor:
+        """The updates before their scale, whose norms are noted; the new second moments into v. May overwrite X."""
         if self.options["norm"] == "spectral":
             self.numbers.flops += sum(self.plan.cost(M, N) for M, N in batch.shapes)
-        O_BSL = rules.update(
-            X_BSL, batch.by_shape(), self.options, self.plan.ns_dtype, busy_B, moment_BL, self.stopwatch
-        )
+        O_BSL = rules.update(X_BSL, batch.by_shape(), self.options, self.plan.ns_dtype, busy_B, v_BL, self.stopwatch)
         norms_B = torch.linalg.vector_norm(O_BSL, dim=(1, 2), dtype=self.plan.acc_dtype)
         self.norms.append((norms_B, [(rules.scale(self.options, M, N), M * N) for M, N in batch.shapes]))
         return O_BSL

@@ -1,9 +1,9 @@
 """The static plan of one Muon group: which matrices lie in which batch, and what every message holds.
 
 Made at construction from shapes and layouts alone, never from values: every rank of a shard group sends and receives
-the same messages whatever gradients it has. A matrix that is whole here is local: it goes into a batch with others of
-its shape. Of a matrix that is spread over ranks every holder sends its pieces to the owner (`ownership`), and
-gets the same pieces of the update back: messages are mirror images of each other.
+the same messages whatever gradients it has. A matrix that this rank holds whole is local: it goes into a batch with
+others of its shape. Of a matrix that is spread over ranks every holder sends its pieces to the owner (`ownership`),
+and gets the same pieces of the update back: messages are mirror images of each other.
 
 Legend: B matrices of a batch, S = min(rows, cols), L = max(rows, cols); tall matrices lie in a batch transposed.
 """
@@ -58,7 +58,7 @@ class Transfer:
 
     outgoing, incoming: pieces in the order in which they lie in a message, nothing between them.
     sends, receives: elements per position of the shard group; with `stats_`, the fp32 statistics beside the pieces.
-    owned: the batches of what arrives, each with the numbers of its pieces in `incoming`.
+    owned: the batches of what arrives, each with the indices of its pieces in `incoming`.
     """
 
     shard_group: ShardGroupPlan
@@ -80,7 +80,7 @@ class MatrixPlan:
         self.ns_dtype = resolve_ns_dtype(group["ns_dtype"], self.device)
         self.acc_dtype = functools.reduce(torch.promote_types, (p.dtype for p in shards.params), torch.float32)
         self.comm_dtype = self._comm_dtype(group["comm_dtype"])
-        self.flags, self.moments = bool(group["skip_idle"]), group["normuon_beta2"] > 0
+        self.skip_idle, self.normuon = bool(group["skip_idle"]), group["normuon_beta2"] > 0
         self._form, self._table, self._steps = group["ns_form"], group["ns_coefficients"], group["ns_steps"]
         self._costs: dict[tuple[int, int], int] = {}
         matrices = [
@@ -89,8 +89,8 @@ class MatrixPlan:
         ]
         layouts = [shards.layout(i) for i in range(len(matrices))]
         self.shard_groups = plan_ownership(layouts, matrices, self.cost, max_bucket_bytes, self.acc_dtype.itemsize)
-        types = (self.ns_dtype, self.acc_dtype, self.comm_dtype)  # ns_dtype="auto" is a measurement on a CPU
-        options = repr([types, *((key, group[key]) for key in sorted(group) if key not in _NOT_COMPARED)])
+        dtypes = (self.ns_dtype, self.acc_dtype, self.comm_dtype)  # ns_dtype="auto" is a measurement on a CPU
+        options = repr([dtypes, *((key, group[key]) for key in sorted(group) if key not in _NOT_COMPARED)])
         for plan in self.shard_groups:
             if len(plan.ranks) > 1:
                 check_agreement(plan.ranks, plan.fingerprint() + options, self.device)
@@ -136,7 +136,7 @@ class MatrixPlan:
         owned = by_owner[position]
         outgoing: list[Piece] = []
         incoming: list[Piece] = []
-        numbers: dict[Task, list[int]] = {task: [] for task in owned}  # of a task's pieces in `incoming`
+        indices: dict[Task, list[int]] = {task: [] for task in owned}  # of a task's pieces in `incoming`
         sends, receives, stats_sends, stats_receives = ([0] * len(order) for _ in range(4))
         for k in order:
             leaving = [piece for task in by_owner[k] for piece in plan.pieces(task, position)]
@@ -145,16 +145,16 @@ class MatrixPlan:
             start = len(incoming)
             for task in owned:
                 for piece in plan.pieces(task, k):
-                    numbers[task].append(len(incoming))
+                    indices[task].append(len(incoming))
                     incoming.append(piece)
             arriving = incoming[start:]
             receives[k], stats_receives[k] = sum(p.numel for p in arriving), sum(map(self.num_stats, arriving))
         batches = []
         for tasks in self._in_batches(owned):
-            members = [(slot, number) for slot, task in enumerate(tasks) for number in numbers[task]]
-            sources = tuple((incoming[number], slot) for slot, number in members)
+            members = [(slot, n) for slot, task in enumerate(tasks) for n in indices[task]]
+            sources = tuple((incoming[n], slot) for slot, n in members)
             shapes = tuple((task.M, task.N) for task in tasks)
-            batches.append((Batch(shapes, sources), tuple(number for _, number in members)))
+            batches.append((Batch(shapes, sources), tuple(n for _, n in members)))
         return Transfer(
             plan,
             tuple(outgoing),
@@ -178,7 +178,7 @@ class MatrixPlan:
 
     def num_stats(self, piece: Piece) -> int:
         """fp32 numbers beside a piece: whether its gradient is anything but zero; NorMuon's moment per row."""
-        return int(self.flags) + piece.size[0] * int(self.moments)
+        return int(self.skip_idle) + piece.size[0] * int(self.normuon)
 
 
 def _extend(sources: list[tuple[Piece, int]], piece: Piece, slot: int) -> bool:

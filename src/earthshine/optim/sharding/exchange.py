@@ -1,7 +1,7 @@
 """Carries an ownership plan out: packed, unpadded all-to-alls between the ranks of a shard group, counted in bytes.
 
-A message holds, for each rank in turn, the blocks that it is to have, one after the other and nothing else. Rank order
-is that of the process group, which torch sorts by global rank. Bytes are those that leave this rank: what a rank
+A message holds, for each rank in turn, the pieces that it is to have, one after the other and nothing else. Ranks are
+in the order of the process group, which torch sorts by global rank. Bytes are those that leave this rank: what a rank
 "sends" to itself is copied in memory and not counted.
 """
 
@@ -34,7 +34,7 @@ def create_group(ranks: Sequence[int], parts: Sequence[Any], device: torch.devic
         return
     if _groups.get(tuple(ranks), (None, None))[0] is dist.group.WORLD:
         return
-    # torch names a group that only its members make by how many groups they have, and waits for ever where they have
+    # torch names a group that only its members make by how many groups they have, and waits forever where they have
     # not equally many: give everybody as many as the one with the most.
     names = torch.tensor([len(dist.distributed_c10d._world.pg_names)], device=device)
     most = names.clone()
@@ -54,7 +54,7 @@ def register_group(ranks: Sequence[int], group: Any) -> None:
 def check_agreement(ranks: Sequence[int], fingerprint: str, device: torch.device) -> None:
     """Raise ConfigError, on every rank, unless all `ranks` hold the same fingerprint of their plan.
 
-    Ranks that disagree about who owns what would wait for each other for ever, or mix up matrices.
+    Ranks that disagree about who owns what would wait for each other forever, or mix up matrices.
     """
     number = int.from_bytes(hashlib.sha256(fingerprint.encode()).digest()[:7], "big")
     extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
@@ -69,7 +69,7 @@ def check_agreement(ranks: Sequence[int], fingerprint: str, device: torch.device
 class Message:
     """One all-to-all under way: `wait()` gives what arrived, in rank order.
 
-    sends, receives: elements per position of `ranks`. The buffer is packed in `order`.
+    sends, receives: elements per position of `ranks`. The buffer is packed in `send_order`.
     """
 
     def __init__(

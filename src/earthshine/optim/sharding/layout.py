@@ -84,11 +84,11 @@ def read_layout(p: Tensor, spec: Spec, name: str) -> Layout:
     ranks = tuple(mesh.mesh[tuple(index)].flatten().tolist())
     local_shape = _spread(shape, flatten, tuple(cuts))[2][position]
     with torch.no_grad():
-        got = tuple(p.to_local().shape)
-    if got != local_shape:
+        actual = tuple(p.to_local().shape)
+    if actual != local_shape:
         raise ConfigError(
             f"{name} of shape {list(shape)} with placements {tuple(p.placements)} on a mesh of {tuple(mesh.shape)} "
-            f"has a local tensor of {list(got)} where {list(local_shape)} was expected: build it by torch's "
+            f"has a local tensor of {list(actual)} where {list(local_shape)} was expected: build it by torch's "
             f"distribute_tensor, fully_shard or parallelize_module, whose division this optimizer reads."
         )
     return _layout(shape, flatten, tuple(cuts), ranks, position)

@@ -181,7 +181,7 @@ def _check_gradient(shard: LocalShard, grad: Tensor) -> None:
     if grad.shape != p.shape or grad.device != p.device or not grad.is_floating_point():
         raise ConfigError(
             f"{name} of shape {list(p.shape)} on {p.device} has a gradient of shape {list(grad.shape)} and "
-            f"type {grad.dtype} on {grad.device}: it was exchanged, moved or cast after the backward pass."
+            f"dtype {grad.dtype} on {grad.device}: it was exchanged, moved or cast after the backward pass."
         )
 
 

@@ -22,7 +22,7 @@ def of_matrices(plan: MatrixPlan) -> int:
             for both in ((t.sends, t.receives), (t.stats_sends, t.stats_receives))
         )
         # Statistics are fp32; only the moments among them come back.
-        total += sum(elements) * plan.comm_dtype.itemsize + 4 * (sum(stats) if plan.moments else stats[0])
+        total += sum(elements) * plan.comm_dtype.itemsize + 4 * (sum(stats) if plan.normuon else stats[0])
     return total
 
 

@@ -299,7 +299,7 @@ def test_what_one_position_sends_is_what_the_other_expects(
         for k, t in enumerate(transfers):
             # Updates go back to where directions came from; of the stats, only NorMuon's moments.
             elements = [*away(t.sends, k), *away(t.receives, k), *away(t.stats_sends, k)]
-            bytes_sent[k] += 4 * sum(elements + (away(t.stats_receives, k) if plans[k].moments else []))
+            bytes_sent[k] += 4 * sum(elements + (away(t.stats_receives, k) if plans[k].normuon else []))
             arrived = torch.cat([outgoing[j][k] for j in order])
             assert sum(map(plan.num_stats, t.incoming)) == sum(t.stats_receives)
             parts = arrived.split([piece.numel for piece in t.incoming])
