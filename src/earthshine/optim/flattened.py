@@ -30,16 +30,16 @@ _OF_MATRICES = (
 )
 
 
-def check_shapes(model: nn.Module, places: Iterable[tuple[str, nn.Module, str, Tensor]]) -> None:
+def check_shapes(model: nn.Module, parameters: Iterable[tuple[str, nn.Module, str, Tensor]]) -> None:
     """ConfigError for (name, module, local name, parameter) in which the matrix that the module makes cannot be seen.
 
     Named is a parameter that must have been a matrix; only where none is known to be, one that FSDP1 has marked.
     """
     handles: list[Any] = [getattr(module, "_handle", None) for module in model.modules()]
     # With NO_SHARD parameters keep their shapes, although they are marked.
-    pieces = any(getattr(handle, "uses_sharded_strategy", False) is True for handle in handles)
+    sharded = any(getattr(handle, "uses_sharded_strategy", False) is True for handle in handles)
     marked = []
-    for name, module, local, p in places:
+    for name, module, local, p in parameters:
         if is_lazy(p):
             raise ConfigError(
                 f"{name} of {type(module).__name__} has no shape yet: run one forward pass, then call param_groups."
@@ -51,7 +51,7 @@ def check_shapes(model: nn.Module, places: Iterable[tuple[str, nn.Module, str, T
         # ds_shape: ZeRO-3's note of the shape.
         if matrix or (callable(declare) and local in declare()) or len(getattr(p, "ds_shape", ())) > 1:
             raise _flattened(name, module, p)
-        if getattr(p, "_is_flat_param", False) or (pieces and getattr(p, "_fsdp_flattened", False)):
+        if getattr(p, "_is_flat_param", False) or (sharded and getattr(p, "_fsdp_flattened", False)):
             marked.append((name, module, p))
     if marked:
         raise _flattened(*marked[0])

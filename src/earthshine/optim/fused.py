@@ -45,20 +45,20 @@ class Fused:
 
 def fused_layers(model: nn.Module) -> dict[int, Fused]:
     """id of the weight -> what it holds, of each linear layer that shows it."""
-    found: dict[int, Fused] = {}
+    fused: dict[int, Fused] = {}
     for path, module in model.named_modules():
         linears = {name: m for name, m in module.named_children() if isinstance(m, nn.Linear)}
         by_shape = _by_shape(list(linears.values()))
         for name, linear in linears.items():
-            own = layer_name(f"{path}.{name}")
-            parts = parts_of(own)
+            local_name = layer_name(f"{path}.{name}")
+            parts = parts_of(local_name)
             if parts and _is_one_projection(module, parts, linear.out_features):
                 continue
             parts = parts or by_shape.get(id(linear), "")
             if parts:
-                spec = _known_layout(module, own, parts, linear)
-                found[id(linear.weight)] = Fused(parts, spec or ("matrix",), spec is not None)
-    return found
+                spec = _known_layout(module, local_name, parts, linear)
+                fused[id(linear.weight)] = Fused(parts, spec or ("matrix",), spec is not None)
+    return fused
 
 
 def parts_of(name: str) -> str:
@@ -179,10 +179,10 @@ def expert_factors(model: nn.Module) -> dict[int, Spec]:
 
     A holds [experts * rank, in], expert by expert; B holds [out, rank * experts], rank by rank.
     """
-    found: dict[int, Spec] = {}
+    specs: dict[int, Spec] = {}
     for module in model.modules():
         experts, a, b = (getattr(module, name, None) for name in ("num_experts", "lora_A", "lora_B"))
         if isinstance(experts, int) and experts > 1 and isinstance(a, nn.ModuleDict) and isinstance(b, nn.ModuleDict):
-            found |= {id(factor.weight): ("heads", experts) for factor in a.values()}
-            found |= {id(factor.weight): ("interleaved_cols", experts) for factor in b.values()}
-    return found
+            specs |= {id(factor.weight): ("heads", experts) for factor in a.values()}
+            specs |= {id(factor.weight): ("interleaved_cols", experts) for factor in b.values()}
+    return specs

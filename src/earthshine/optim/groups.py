@@ -140,28 +140,28 @@ def assign(
     heads: str = "whole",
 ) -> list[Assignment]:
     """What `param_groups` decides, parameter by parameter in the model's order; freezes what `freeze` matches."""
-    places = list(_places(model))
+    parameters = list(_named_parameters_with_module(model))
     freeze, adamw = tuple(freeze), tuple(adamw)
     buffers = list(_trained_buffers(model))
-    names = [name for name, *_ in places]
+    names = [name for name, *_ in parameters]
     _check_patterns(names, adamw=adamw, matrices=matrices)
     _check_patterns([*names, *(name for name, *_ in buffers)], freeze=freeze)
     left = (*freeze, *adamw)
-    check_shapes(model, (place for place in places if place[3].requires_grad and not _matches(place[0], left)))
+    check_shapes(model, (entry for entry in parameters if entry[3].requires_grad and not _matches(entry[0], left)))
     heads_known = head_weights(model)
     facts = _Facts(heads_known, possible_heads(model, heads_known), fused_layers(model), expert_factors(model))
     routers = _routers(model) if router == "adamw" else set()
     split = _split_heads(model) if heads == "split" else {}
-    for name, _, _, p in places:
+    for name, _, _, p in parameters:
         if _matches(name, freeze):
             p.requires_grad_(False)
     for name, module, local, _ in buffers:
         if _matches(name, freeze):
             module.freeze_buffer(local)
-    found: dict[int, Assignment] = {}
+    assignments: dict[int, Assignment] = {}
     asked: dict[int, _Question] = {}
     answered: set[int] = set()
-    for name, module, local, p in places:
+    for name, module, local, p in parameters:
         if not p.requires_grad:
             continue
         given = [spec for pattern, spec in matrices.items() if fnmatch.fnmatchcase(name, pattern)]
@@ -183,10 +183,10 @@ def assign(
             continue
         if new.algorithm == _NON_MATRIX:
             new = replace(new, algorithm=non_matrix)
-        found[id(p)] = _tie(found[id(p)], new) if id(p) in found else new
+        assignments[id(p)] = _tie(assignments[id(p)], new) if id(p) in assignments else new
     if questions := [question for i, question in asked.items() if i not in answered]:
-        raise ConfigError(_ask(questions, [name for name, _, _, p in places if p.requires_grad]))
-    return list(found.values())
+        raise ConfigError(_ask(questions, [name for name, _, _, p in parameters if p.requires_grad]))
+    return list(assignments.values())
 
 
 def describe(groups: Sequence[Mapping[str, Any]] | torch.optim.Optimizer, model: nn.Module | None = None) -> str:
@@ -373,37 +373,37 @@ def _tie(old: Assignment, new: Assignment) -> Assignment:
 
 def _routers(model: nn.Module) -> set[int]:
     """ids of the parameters of routers; ConfigError where there is none."""
-    found = [m for m in model.modules() if is_router(m)]
+    routers = [m for m in model.modules() if is_router(m)]
     for parent in model.modules():
         children = dict(parent.named_children())
         if "experts" in children:
-            found += [children[name] for name in ROUTER_NAMES if name in children]
-    if not found:
+            routers += [children[name] for name in ROUTER_NAMES if name in children]
+    if not routers:
         raise ConfigError(
             f"optimizer.router='adamw' finds no router in {type(model).__name__}: set is_router = True on its class, "
             f"or name the weights by adamw=[...]; router='muon' is right for a model without experts."
         )
-    return {id(p) for module in found for p in module.parameters()}
+    return {id(p) for module in routers for p in module.parameters()}
 
 
 def _split_heads(model: nn.Module) -> dict[str, tuple[Spec, str]]:
     """Full parameter name -> (specification by heads, reason), of all modules that declare their heads."""
-    found: dict[str, tuple[Spec, str]] = {}
+    split: dict[str, tuple[Spec, str]] = {}
     for prefix, module in model.named_modules():
         declare = getattr(module, "query_key_heads", None)
         for local, (n, sizes) in declare()["rows"].items() if callable(declare) else ():
             spec = ("heads", n) if len(sizes) == 1 else ("heads", n, tuple(sizes))
             name = f"{prefix}.{local}" if prefix else local
-            found[name] = (spec, f"by heads ({type(module).__name__})")
-    if not found:
+            split[name] = (spec, f"by heads ({type(module).__name__})")
+    if not split:
         raise ConfigError(
             f"optimizer.heads='split' finds no heads in {type(model).__name__}: give its attention a method "
             f"query_key_heads(), or pass matrices={{'*.q_proj.weight': ('heads', number of heads)}} and heads='whole'."
         )
-    return found
+    return split
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def _named_parameters_with_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """(full name, owning module, local name, parameter), a tied parameter once per place."""
     for prefix, module in model.named_modules():
         for local, p in module.named_parameters(recurse=False):

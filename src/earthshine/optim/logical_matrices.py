@@ -103,8 +103,8 @@ def _find(shape: tuple[int, ...], spec: Spec) -> tuple[LogicalMatrix, ...] | Non
     if kind == "cols" and len(args) == 1:
         sizes = _sizes(args[0], cols)
         starts = range(0, math.prod(shape[:-1]), rows) if rows and sizes else ()
-        found = [LogicalMatrix(((top, top + rows),), span) for top in starts for span in _spans(sizes)]
-        return tuple(found) if sizes else None
+        matrices = [LogicalMatrix(((top, top + rows),), span) for top in starts for span in _spans(sizes)]
+        return tuple(matrices) if sizes else None
     if kind == "interleaved_cols" and len(args) == 1:
         if not _positive(args[0]) or cols % args[0]:
             return None

@@ -146,8 +146,8 @@ class _Survey:
 
     def _is_taken(self, linear: nn.Linear) -> bool:
         """Whether another layer takes as many features as this one makes."""
-        own = linear.in_features == linear.out_features
-        return self.taken[linear.out_features] > own or self.returns(linear)
+        itself = linear.in_features == linear.out_features
+        return self.taken[linear.out_features] > itself or self.returns(linear)
 
     def outside(self) -> list[nn.Linear]:
         """The linear layers that no block contains."""

@@ -52,8 +52,8 @@ class Noise:
         piece = _CPU_PIECE if self.cols_C.is_cpu else _ACCELERATOR_PIECE
         rows = max(1, piece // max(1, len(self.cols_C)))
         for start in range(0, len(self.starts_R), rows):
-            here = slice(start, start + rows)
-            yield here, random_bits(self.starts_R[here, None] + self.cols_C, self.key).bitwise_and_(0xFFFF).int()
+            which = slice(start, start + rows)
+            yield which, random_bits(self.starts_R[which, None] + self.cols_C, self.key).bitwise_and_(0xFFFF).int()
 
 
 # No random bits for any parameter: all are rounded to nearest.
@@ -95,8 +95,8 @@ def write_(weight: Tensor, exact: Tensor, noise: Noise | None) -> None:
         return
     exact_RC = exact.reshape(len(noise.starts_R), len(noise.cols_C))
     rounded_RC = torch.empty_like(exact_RC, dtype=weight.dtype)
-    for here, bits in noise.pieces():
-        rounded_RC[here] = stochastic(exact_RC[here], bits, weight.dtype)
+    for which, bits in noise.pieces():
+        rounded_RC[which] = stochastic(exact_RC[which], bits, weight.dtype)
     weight.copy_(rounded_RC.view(weight.shape))
 
 
