@@ -111,6 +111,30 @@ def test_distributed_checkpoint_to_disk_without_processes(tmp_path: Path, flatte
     assert_same(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_distributed_checkpoint_that_lacks_an_option_is_loaded_in_part(tmp_path: Path, flatten: bool) -> None:
+    """As docs/muon.md has it: an older one, from before `payload_dtype` was called `comm_dtype`."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    a, b = Small(), Small()
+    opt_a, opt_b = muon(a, comm_dtype="float32"), muon(b, comm_dtype="float32")
+    train(a, opt_a, range(2))
+    model_state, saved = get_state_dict(a, opt_a, options=options)
+    for part in [saved] if flatten else saved["param_groups"]:
+        for key in [key for key in part if key.endswith("comm_dtype")]:
+            part[key.replace("comm_dtype", "payload_dtype")] = part.pop(key)
+    dcp.save({"model": model_state, "optimizer": saved}, checkpoint_id=tmp_path)
+    model_state, optimizer_state = get_state_dict(b, opt_b, options=options)
+    loaded = {"model": model_state, "optimizer": optimizer_state}
+    with pytest.raises(dcp.api.CheckpointException, match="Missing key in checkpoint state_dict: .*comm_dtype"):
+        dcp.load(loaded, checkpoint_id=tmp_path)
+    dcp.load(loaded, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    set_state_dict(b, opt_b, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=options)
+    train(a, opt_a, range(2, 4))
+    train(b, opt_b, range(2, 4))
+    assert_same(a, b)
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 def test_a_hyper_parameter_that_differs_is_refused_from_a_distributed_checkpoint(flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
