@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from earthshine.console import human_bytes
+from earthshine.console import human_bytes, log
 from earthshine.errors import ConfigError, DiskFullError
 
 _HASH_CHUNK_BYTES = 1 << 20
@@ -71,6 +71,16 @@ def try_lock(fd: int) -> bool:
             raise
         return False
     return True
+
+
+def take_lock(fd: int, folder: Path, busy: str) -> None:
+    """`try_lock`, or ConfigError with the message `busy`; a file system without locks is warned of."""
+    try:
+        locked = try_lock(fd)
+    except BlockingIOError as e:
+        raise ConfigError(busy) from e
+    if not locked:
+        log(f"warning: the file system of {folder} has no locks; make sure that no other process writes there.")
 
 
 def make_folder(path: Path) -> None:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from earthshine.config import diff, read_json
-from earthshine.console import log
 from earthshine.errors import ConfigError, OutputExistsError
 from earthshine.files import (
     make_folder,
     naming_full_disk,
     remove_temporary_files,
     sync_folder,
-    try_lock,
+    take_lock,
     write_json,
 )
 
@@ -102,12 +101,7 @@ def _locked(staging: Path, out_dir: Path) -> Iterator[None]:
     """Hold a lock on the directory itself: it dies with the process, so a kill leaves nothing to clean up."""
     fd = os.open(staging, os.O_RDONLY)
     try:
-        try:
-            locked = try_lock(fd)
-        except BlockingIOError as e:
-            raise ConfigError(f"{out_dir} is being written by another process; wait for it or stop it.") from e
-        if not locked:
-            log(f"warning: the file system of {out_dir} has no locks; make sure that no other process writes there.")
+        take_lock(fd, out_dir, f"{out_dir} is being written by another process; wait for it or stop it.")
         require_absent(out_dir)  # a writer that ended since we looked has put what we have locked there, or removed it
         if not staging.exists():
             raise ConfigError(f"another process has just given up writing {out_dir}; run the same command again.")

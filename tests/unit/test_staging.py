@@ -141,11 +141,10 @@ def test_a_writer_that_ends_between_the_look_and_the_lock(tmp_path, monkeypatch,
     """The lock is then on what is no longer the hidden directory."""
     out = tmp_path / "out"
 
-    def locked_after(fd):
+    def locked_after(*_):
         staging_path(out).rename(out) if ended == "complete" else staging_path(out).rmdir()
-        return True
 
-    monkeypatch.setattr("earthshine.staging.try_lock", locked_after)
+    monkeypatch.setattr("earthshine.staging.take_lock", locked_after)
     message = "out exists" if ended == "complete" else "run the same command again"
     with pytest.raises(ConfigError, match=message), staged_directory(out):
         raise AssertionError("two at once")

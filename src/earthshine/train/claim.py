@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from earthshine.console import log
-from earthshine.errors import ConfigError, OutputExistsError
-from earthshine.files import make_folder, remove_temporary_files, try_lock
+from earthshine.errors import OutputExistsError
+from earthshine.files import make_folder, remove_temporary_files, take_lock
 from earthshine.run_folder import CONFIG, DAMAGED, ENV, EVAL, METRICS, ORIGIN, PLAN, STARTS
 
 _LOCK = ".lock"
@@ -32,7 +31,7 @@ def claim(run_dir: Path) -> Iterator[None]:
     fd = os.open(lock, os.O_WRONLY | os.O_CREAT, 0o666)
     locked = False
     try:
-        _lock(fd, run_dir)
+        take_lock(fd, run_dir, f"another process is training in {run_dir}: wait for it, or choose another --run.")
         locked = True
         yield
     finally:
@@ -62,12 +61,3 @@ def remove_leftovers(run_dir: Path) -> None:
     """Delete the temporary files of interrupted writes. Only for the process that has claimed the folder."""
     for folder in (run_dir, run_dir / EVAL):
         remove_temporary_files(folder)
-
-
-def _lock(fd: int, run_dir: Path) -> None:
-    try:
-        locked = try_lock(fd)
-    except BlockingIOError as e:
-        raise ConfigError(f"another process is training in {run_dir}: wait for it, or choose another --run.") from e
-    if not locked:
-        log(f"warning: the file system of {run_dir} has no locks; make sure that no other process trains there.")

@@ -59,7 +59,7 @@ def test_who_is_kept_out_of_a_new_folder_leaves_it(tmp_path: Path, monkeypatch: 
     def other_was_faster(*_: object) -> None:
         raise ConfigError("another process is training")
 
-    monkeypatch.setattr(claim_module, "_lock", other_was_faster)
+    monkeypatch.setattr(claim_module, "take_lock", other_was_faster)
     with pytest.raises(ConfigError, match="another process"), claim(tmp_path / "run"):
         pass
     assert (tmp_path / "run" / ".lock").exists()
