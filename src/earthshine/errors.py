@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """To end a message about an unknown name with: " Did you mean 'X'?", or all choices when none is near."""
+    """The end of a message about an unknown name: " Did you mean 'X'?", or all choices when none is near."""
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
@@ -18,7 +18,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def divisors(n: int) -> str:
-    """To end a message about a number that does not divide n: those that do, "1, 2, 4"."""
+    """The end of a message about a number that does not divide n: the numbers that do, "1, 2, 4"."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
@@ -29,7 +29,7 @@ class EarthshineError(Exception):
 
 
 class ConfigError(EarthshineError, ValueError):
-    """A config, an option or a usage that cannot be carried out; exit code 2."""
+    """A config, an option or a command that cannot be carried out; exit code 2."""
 
     exit_code = 2
 
@@ -39,7 +39,7 @@ class UnsupportedModelError(ConfigError):
 
 
 class OutputExistsError(ConfigError, FileExistsError):
-    """The output path exists and is not ours to continue; exit code 2."""
+    """The output path exists and is not ours to resume or replace; exit code 2."""
 
 
 class WeightsError(EarthshineError, ValueError):

@@ -1,4 +1,4 @@
-"""Files: written so that nothing half-written is ever visible, locks, hashes."""
+"""Files, written so that nothing half-written is ever visible; locks, hashes and free space."""
 
 import errno
 import fcntl
@@ -18,8 +18,8 @@ from earthshine.errors import ConfigError, DiskFullError
 
 _HASH_CHUNK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# What file systems without flock say: NFS without a lock daemon, Lustre mounted without it, FUSE; and EBADF where NFS
-# makes it a byte-range lock, which cannot be had on a directory.
+# What file systems without flock answer: NFS without a lock daemon, Lustre mounted without it, FUSE; and EBADF where
+# NFS turns it into a byte-range lock, which a directory cannot have.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF, errno.EISDIR}
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
@@ -46,7 +46,7 @@ def expand_home(path: str) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder (a rename just done) survive a loss of power, where its file system can do that."""
+    """Make the names in a folder, as after a rename, survive a power loss, where its file system can do that."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -84,7 +84,7 @@ def take_lock(fd: int, folder: Path, busy: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder for output, and those above it. Raises ConfigError where it cannot be, DiskFullError."""
+    """Make an output folder and those above it. Raises ConfigError where that is impossible, DiskFullError."""
     with naming_full_disk(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -97,8 +97,8 @@ def make_folder(path: Path) -> None:
 def atomic_write(path: Path, data: str | bytes) -> None:
     """Write a whole file, or leave what was there: temporary in the same folder, fsync, rename, fsync of the folder.
 
-    Text is written as UTF-8; what cannot be (surrogates, of names in other encodings) as escapes. The folder is made
-    when it is missing. Raises DiskFullError, naming `path`.
+    Text is written as UTF-8, and surrogates (of file names in other encodings) as escapes. The folder is made when it
+    is missing. Raises DiskFullError, naming `path`.
     """
     path = Path(path)
     raw = data.encode(errors="backslashreplace") if isinstance(data, str) else data
@@ -132,10 +132,10 @@ def _umask() -> int:
 
 
 def to_json(value: Any, indent: int | None = None, *, ascii_only: bool = False) -> str:
-    """`value` as JSON that any parser takes: it has no NaN and no infinity, so that such a number becomes null.
+    """`value` as JSON that any parser reads. JSON has no NaN and no infinity: such a number becomes null.
 
-    What of a file's name is not UTF-8 (surrogates) is escaped. Keys stay in their own order. Who writes a number that
-    may be one says beside it why it is null.
+    Whoever writes a number that may be null says why beside it. Surrogates, of file names that are not UTF-8, are
+    escaped. Keys keep their order.
     """
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
     return text.encode(errors="backslashreplace").decode()

@@ -2,7 +2,7 @@
 
 Conversions, exports, `prepare` and checkpoints write into a hidden sibling of their output, `.NAME.partial`, which is
 synced and renamed at the end. A kill at any moment leaves the whole directory, or a hidden one that the next start
-removes.
+removes or resumes.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None, rep
     """Yield a hidden sibling of `out_dir` to write into; on success it is synced and renamed to `out_dir`.
 
     On an error it is removed, so that nothing half-written stays. What a killed process left there is removed too,
-    unless `resume`, a JSON-ready description of the work, equals that process's: then it is kept for the caller to
-    continue, also after an interrupt.
+    unless `resume`, a JSON-ready description of the work, equals that process's: then the caller finds it there and
+    resumes the work; an interrupt, too, leaves it.
 
-    replace: `out_dir` may exist and is deleted just before the rename. For the process that holds the lock of a folder
-        around it, so that none is taken here.
+    replace: `out_dir` may exist and is deleted just before the rename. No lock is taken: the caller holds that of a
+        folder around it.
 
     Raises OutputExistsError when `out_dir` exists; ConfigError when another process is writing it, or what is there
     belongs to other work; DiskFullError.
@@ -51,7 +51,7 @@ def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None, rep
     staging = staging_path(out_dir)
     make_folder(staging)
     with contextlib.nullcontext() if replace else _locked(staging, out_dir):
-        if resume is not None and _is_continued(staging, resume):
+        if resume is not None and _is_resumable(staging, resume):
             remove_temporary_files(staging)
         else:
             _empty(staging)
@@ -69,7 +69,7 @@ def staged_directory(out_dir: Path, *, resume: dict[str, Any] | None = None, rep
                 staging.rename(out_dir)
                 sync_folder(out_dir.parent)
         except BaseException as e:
-            if resume is None or isinstance(e, Exception):  # an interrupt leaves what can be continued
+            if resume is None or isinstance(e, Exception):  # an interrupt leaves what can be resumed
                 shutil.rmtree(staging, ignore_errors=True)
             raise
 
@@ -110,7 +110,7 @@ def _locked(staging: Path, out_dir: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _is_continued(staging: Path, resume: dict[str, Any]) -> bool:
+def _is_resumable(staging: Path, resume: dict[str, Any]) -> bool:
     try:
         saved = read_json(staging / RESUME_FILE)
     except (FileNotFoundError, ValueError):

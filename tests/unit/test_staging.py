@@ -28,7 +28,7 @@ def test_an_error_leaves_nothing(tmp_path, resume):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupt_leaves_what_can_be_continued(tmp_path):
+def test_an_interrupt_leaves_what_can_be_resumed(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), staged_directory(out, resume={"job": 1}) as staging:
         (staging / "a").write_text("1")
@@ -41,7 +41,7 @@ def test_an_interrupt_leaves_what_can_be_continued(tmp_path):
     assert [p.name for p in out.iterdir()] == ["a"]
 
 
-def test_what_is_continued_has_no_temporary_files(tmp_path):
+def test_what_is_resumed_has_no_temporary_files(tmp_path):
     """A kill inside `atomic_write` leaves one; it would be in the finished directory for good."""
     staging = staging_path(tmp_path / "out")
     staging.mkdir()

@@ -18,8 +18,11 @@ from earthshine.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class TensorMatch:
-    """The tensors that a config demands, where in a store each stands (by its Hugging Face name), and what of the store
-    stays unused, with the reason."""
+    """How a store's tensors fit a config.
+
+    entries: every tensor that the config demands. locations: where each is in the store, by its Hugging Face name.
+    unused: the reason for each stored tensor that is left out, by its name.
+    """
 
     entries: list[Entry]
     locations: dict[str, Location]
@@ -29,9 +32,9 @@ class TensorMatch:
 def match_tensors(store: Store, config: ModelConfig) -> TensorMatch:
     """Match a store's tensors with those that `config` demands, per expert or stacked as transformers 5 holds them.
 
-    Unused may stay: buffers computed from the config, the copy of a tied matrix, tensors without elements, and a
-    DeepSeek's multi-token prediction layers, which predict further tokens beside the model (arXiv:2412.19437, section
-    2.2). They are known by their `eh_proj`: any other layer beyond the config's number is refused.
+    These may stay unused: buffers computed from the config, the copy of a tied matrix, tensors without elements, and
+    DeepSeek's layers for multi-token prediction (arXiv:2412.19437, section 2.2), which stand beside the model. These
+    layers are known by their `eh_proj`; any other layer beyond the config's number is refused.
 
     Raises WeightsError for a tensor that is missing, that nothing consumes, of another shape, or not of a
     floating-point dtype of at least 16 bits.
@@ -98,7 +101,7 @@ def _why_unused(store: Store, config: ModelConfig, name: str) -> str | None:
 
 
 def log_unused(path: Path, unused: Mapping[str, str]) -> None:
-    """Say what is left out of a directory, one line for each reason."""
+    """Log what is left out of a directory, one line for each reason."""
     for why in dict.fromkeys(unused.values()):
         names = [name for name, reason in unused.items() if reason == why]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

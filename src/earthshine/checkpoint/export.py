@@ -233,7 +233,7 @@ def _from_run(source: Path, dtype: torch.dtype, trust: bool) -> Source:
 def _origin(run_dir: Path, job: dict[str, Any]) -> Path | None:
     """The Hugging Face directory that a run's weights began in, through the runs between; None for random ones.
 
-    A relative path is meant from the folder in which the run was started; the run's origin.json has it whole.
+    A relative path begins in the folder in which the run was started; the run's origin.json has the absolute one.
     """
     seen: set[Path] = set()
     while True:

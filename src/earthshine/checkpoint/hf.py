@@ -30,7 +30,7 @@ from earthshine.staging import staged_directory
 if TYPE_CHECKING:
     from earthshine.model.transformer import Transformer
 
-SPARE_BYTES = 64 << 20  # for the small files and the file system's own
+SPARE_BYTES = 64 << 20  # for the small files and the file system's own needs
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -84,8 +84,8 @@ def save_model(
 def tensors_of_state(state: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> list[OutputTensor]:
     """The Hugging Face tensors of a state dict with our names, as `write_model` takes them.
 
-    Raises WeightsError when the state has other tensors or shapes than `config` demands; the rows, when a value is
-    beyond `dtype`.
+    Raises WeightsError when the state has other tensors or shapes than `config` demands; making the rows raises it for
+    a value beyond `dtype`.
     """
     demanded = entries(config)
     names = {e.ours for e in demanded}

@@ -1,12 +1,12 @@
-"""What makes a checkpoint folder believable, without torch: its manifest, and the key that says who made it.
+"""What makes a checkpoint folder trustworthy: its manifest, and the key that says who made it. Torch-free.
 
     RUN/checkpoints/step-000005/
         manifest.json    written last: step, model, job, the sha256 of each other file and of itself, a signature
         state.json       the numbers that are not tensors
         tensors/         torch.distributed.checkpoint
 
-The digest and the hashes find damage. The signature is an HMAC by a key of this user on this machine, so that a folder
-that came from elsewhere is recognized: its tensors' index is a pickle, which can run code when it is read.
+The digest and the hashes find damage. The signature is an HMAC by a key of this user on this machine, by which a folder
+that came from elsewhere is recognized: the index of its tensors is a pickle, which can run code when it is read.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _KEY_BYTES = 32
 class Manifest:
     """A manifest that was read and whose own digest holds; `trusted` says whether our key signed it.
 
-    tokenization: how the run's texts became ids (`data.tokenization`); None in a checkpoint from before it was kept.
+    tokenization: how the run's texts became ids (`data.tokenization`); None in a checkpoint that is too old to have it.
     """
 
     folder: Path
@@ -103,8 +103,8 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(f"{where} is not a readable manifest: {type(e).__name__}: {e}.") from e
     if not sound:
         raise CheckpointError(f"{where} does not have the sha256 written in it.")
-    key = signing_key() if key_path().exists() else b""  # reading makes none: without a key nothing was made here
-    ours = bool(key) and body["key"] == _key_id(key)  # the empty key is everybody's
+    key = signing_key() if key_path().exists() else b""  # reading creates no key: without one, nothing was made here
+    ours = bool(key) and body["key"] == _key_id(key)  # anybody can sign with the empty key
     if ours and not hmac.compare_digest(signature, _sign(key, digest).encode()):
         raise CheckpointError(f"{where} names this machine's key, but its signature is not by it.")
     try:
@@ -116,7 +116,7 @@ def read(folder: Path) -> Manifest:
 
 
 def _check_types(body: Mapping[str, Any], signature: Any) -> None:
-    """Raise TypeError or KeyError unless all fields are there and what they should be: anyone can write a digest."""
+    """Raise TypeError or KeyError unless every field is there and of its type: anyone can write a digest."""
     kinds = {"step": int, "model": dict, "job": dict, "files": dict, "key": str}
     wrong = [name for name, kind in kinds.items() if not isinstance(body[name], kind)]
     wrong += [name for name, f in body["files"].items() if not isinstance(f, dict) or {"bytes", "sha256"} - set(f)]

@@ -1,9 +1,10 @@
 """Hugging Face tensor names per family, as data. Both directions, all shapes, and what may be missing follow from it.
 
-{e} is an expert; a name of ours that several experts share is a stack over them. {s} is an s in DeepSeek's names. Shape
-letters: V vocabulary, D model, H heads * query width, G key-value heads * query width, O heads * value width, C query
-width, F dense width, E experts, M expert width, S width of the shared expert; of latent attention (DeepSeek): Q and L
-the latents of queries and of keys and values, R that latent and the rotary key, B each head's key without it and value.
+{e} is an expert; a name of ours that several experts share is a stack over them. {s} is the plural s of DeepSeek's
+names. Shape letters: V vocabulary, D model, H heads * query width, G key-value heads * query width, O heads * value
+width, C query width, F dense width, E experts, M expert width, S width of the shared expert; of latent attention
+(DeepSeek): Q and L the latents of queries and of keys and values, R that latent and the rotary key, B each head's key
+without it and value.
 """
 
 import re
@@ -14,7 +15,7 @@ import torch
 
 from earthshine.model.config import ModelConfig
 
-_AROUND = {
+_OUTSIDE_LAYERS = {
     "model.embed_tokens.weight": ("embed.weight", "VD"),
     "model.norm.weight": ("final_norm.weight", "D"),
     "lm_head.weight": ("head.weight", "VD"),
@@ -134,19 +135,19 @@ def entries(config: ModelConfig) -> list[Entry]:
     The same matrix of all experts stands together, so that a source they share is read once.
     """
     sizes = _sizes(config)
-    around = dict(_AROUND)
+    outside = dict(_OUTSIDE_LAYERS)
     if config.tie_word_embeddings:
-        around.pop("lm_head.weight")
-    table = [_entry("model.embed_tokens.weight", *around.pop("model.embed_tokens.weight"), sizes)]
+        outside.pop("lm_head.weight")
+    table = [_entry("model.embed_tokens.weight", *outside.pop("model.embed_tokens.weight"), sizes)]
     for layer in range(config.num_hidden_layers):
         for hf, (ours, letters) in _layer_table(config, layer).items():
             for expert in range(config.moe.num_experts) if "{e}" in hf else (-1,):
                 table.append(_layer_entry(layer, hf.format(e=expert), ours, letters, sizes, expert))
-    return [*table, *(_entry(hf, ours, letters, sizes) for hf, (ours, letters) in around.items())]
+    return [*table, *(_entry(hf, ours, letters, sizes) for hf, (ours, letters) in outside.items())]
 
 
 def _layer_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, str]]:
-    """The tensors of one decoder layer: name there, name here, shape letters."""
+    """The tensors of one decoder layer: Hugging Face name -> (our name, shape letters)."""
     if config.mla.kv_lora_rank:
         attention = (_Q_LATENT if config.mla.q_lora_rank else _Q_FULL) | _LATENT_ATTENTION
     else:

@@ -1,4 +1,4 @@
-"""What a run was trained with and whoever uses its model must share: its tokenizer, how texts became ids, its masks.
+"""What whoever uses a run's model must share with its training: tokenizer, how texts became ids, attention masks.
 
 Torch-free: it is in the manifest of each checkpoint.
 """
@@ -14,7 +14,7 @@ from earthshine.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunRule:
-    """path: the run. tokenization: None where its checkpoints are from before they kept it.
+    """path: the run. tokenization: None where its checkpoints are too old to have it.
 
     document_attention: whether attention stayed within documents.
     """
@@ -35,7 +35,7 @@ class RunRule:
 
 
 def run_rule(model: str | Path) -> RunRule | None:
-    """That of a run folder or a checkpoint; None for a Hugging Face directory, or where no manifest can be read."""
+    """The rule of a run folder or a checkpoint; None for a Hugging Face directory, or where no manifest can be read."""
     manifest = newest(Path(model))
     if manifest is None:
         return None

@@ -88,7 +88,7 @@ def save(
 def check_can_save(run_dir: Path, tensors: Mapping[str, Tensor], *, saves: int, keep: int) -> None:
     """Find out, before there is anything to lose, whether `save` could write a checkpoint of `tensors`.
 
-    saves: how many are planned. Warns when there is room for one and not for all that will lie there at once. Leaves
+    saves: how many are planned. Warns when there is room for one but not for all that will be there at once. Leaves
     nothing behind but the signing key. Raises ConfigError for the key, the folder or names in it, DiskFullError.
     """
     manifests.signing_key()
@@ -109,7 +109,7 @@ def check_can_save(run_dir: Path, tensors: Mapping[str, Tensor], *, saves: int, 
     most = min(present + saves, keep + 1) if keep else present + saves  # the oldest goes when the newest is complete
     if free < needed * (most - present):
         log(
-            f"warning: {most} checkpoints of {human_bytes(needed)} will lie in {parent} at once; {human_bytes(free)} "
+            f"warning: {most} checkpoints of {human_bytes(needed)} will be in {parent} at once; {human_bytes(free)} "
             f"are free there, enough for {free // needed} more. Free some space, or lower checkpoint.keep."
         )
 
@@ -143,8 +143,8 @@ def latest(path: Path, *, trust: bool = False) -> Checkpoint | None:
 def read_into(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], optional: Collection[str] = ()) -> set[str]:
     """Fill `tensors` in place.
 
-    optional: names that either side may lack, or hold in another shape or dtype. Returned are those that were left out
-    for such a reason.
+    optional: names that either side may lack, or hold in another shape or dtype. Those left out for such a reason are
+    returned.
     Raises CheckpointError unless all other names, shapes and dtypes are those of the checkpoint.
     """
     saved = _metadata(checkpoint.folder)
@@ -186,7 +186,7 @@ def load_model_state(path: str | Path, *, trust: bool = False) -> tuple[ModelCon
 
 
 def tidy(run_dir: Path, *, keep: int, newest: Path) -> None:
-    """What a save that was killed at any moment would have left to be deleted by the next one.
+    """Delete what a save that was killed, at any moment, would have left for the next one to delete.
 
     newest: the checkpoint that is resumed from. Where a damaged one is newer, none is deleted.
     """

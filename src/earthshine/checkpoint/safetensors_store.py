@@ -197,10 +197,10 @@ class Store:
 
     def _read_runs(self, fd: int, info: TensorInfo, bounds: list[tuple[int, int]], out: torch.Tensor) -> None:
         """Fill `out` by one pread per contiguous run of the wanted part; short runs are cut out of whole rows."""
-        whole = len(bounds)  # dimensions from `whole` on are wanted whole
-        while whole > 0 and bounds[whole - 1] == (0, info.shape[whole - 1]):
-            whole -= 1
-        last = max(whole - 1, 0)  # the dimension whose range, with everything inside it, is contiguous
+        num_cut = len(bounds)  # the dimensions after these are read whole
+        while num_cut > 0 and bounds[num_cut - 1] == (0, info.shape[num_cut - 1]):
+            num_cut -= 1
+        last = max(num_cut - 1, 0)  # the dimension whose range, with everything inside it, is contiguous
         inner = math.prod(info.shape[last + 1 :]) * info.dtype.itemsize
         start, stop = bounds[last] if bounds else (0, 1)
         run = (stop - start) * inner

@@ -90,7 +90,7 @@ def lay_out(tensors: Iterable[OutputTensor], max_shard_bytes: int) -> list[Shard
 
 
 class WriteOptions(TypedDict, total=False):
-    """Those of `write_sharded`, for who passes them on."""
+    """Options of `write_sharded`, for callers that pass them on."""
 
     max_shard_bytes: int
     on_bytes: Callable[[int], None]
@@ -220,7 +220,7 @@ class _HashingFile:
             view = view[os.write(self._fd, view) :]
         if self._unflushed >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
             if self._flushing:
-                self._flushing.result()  # raises what the disk said
+                self._flushing.result()  # raises the disk's error, if there was one
             self._unflushed = 0
             self._flushing = self._threads.submit(getattr(os, "fdatasync", os.fsync), self._fd)  # macOS: fsync only
 

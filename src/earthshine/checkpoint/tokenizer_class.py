@@ -26,7 +26,7 @@ _REGISTERED: dict[str, str] = {
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
 }
-_OVERRULED = ("qwen2",)  # whose declared class transformers does not believe
+_OVERRULED = ("qwen2",)  # whose declared class transformers ignores
 _REBUILD = (  # classes that rebuild a tokenizer; any other name is read as it stands
     "AlbertTokenizer",
     "BertTokenizer",
@@ -101,15 +101,15 @@ def keep_class(
     """The files with the tokenizer class that `target` needs to read them as `source_type` did.
 
     source_type: `model_type` of the config.json beside the files; None when there is none. declared_by_config: the
-    `tokenizer_class` in that config.json, which counts where the files declare none, and which is not written on.
+    `tokenizer_class` in that config.json, which counts where the files declare none, and which is not copied.
     Returns the files, tokenizer_config.json with another class where that helps, and who reads them; None without any.
     """
     if not has_tokenizer(files):
         return dict(files), None
     settings = _settings(files)
     code = _own_code(settings)
-    stands = settings.get("tokenizer_class")
-    in_files = stands if isinstance(stands, str) else ""
+    setting = settings.get("tokenizer_class")
+    in_files = setting if isinstance(setting, str) else ""
     declared = in_files or declared_by_config
     byte_level = b'"ByteLevel"' in files.get("tokenizer.json", b"")
     before = class_of(source_type, declared, byte_level)
@@ -152,7 +152,7 @@ def num_ids(tokenizer_json: bytes) -> int:
 
 
 def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """tokenizer_config.json; empty when there is none, or none that can be read (which then travels as it is)."""
+    """tokenizer_config.json; empty when there is none, or none that can be read (which is then copied as it is)."""
     try:
         settings = parse_json(files.get(TOKENIZER_CONFIG, b"{}"))
     except ValueError:

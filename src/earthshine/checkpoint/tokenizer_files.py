@@ -1,6 +1,6 @@
 """What travels beside the weights: tokenizer, templates, generation config and licenses of a model's directory.
 
-Never weights, optimizer state or hidden files, and never what a link fetches from outside of the model's folder.
+Never weights, optimizer state or hidden files, and no link that leads out of the model's folder.
 """
 
 import re
@@ -81,10 +81,10 @@ def check_token_ids(files: Mapping[str, bytes], config: ModelConfig, where: str 
         return
     generation = parse_object(files[GENERATION], Path(where) / GENERATION)
     for key, value in generation.items():
-        for one in value if isinstance(value, list) else (value,):
-            if key.endswith("_token_id") and type(one) is int and not -1 <= one < config.vocab_size:
+        for token_id in value if isinstance(value, list) else (value,):
+            if key.endswith("_token_id") and type(token_id) is int and not -1 <= token_id < config.vocab_size:
                 raise ConfigError(
-                    f"{Path(where) / GENERATION}: {key}={one} is not in the vocabulary: with vocab_size="
+                    f"{Path(where) / GENERATION}: {key}={token_id} is not in the vocabulary: with vocab_size="
                     f"{config.vocab_size} ids are 0 to {config.vocab_size - 1}. Correct it, or remove the field."
                 )
 
@@ -128,15 +128,15 @@ def _code(root: Path) -> list[str]:
                 if isinstance(reference, str) and "--" not in reference:  # that would be another repository's
                     wanted.append(reference.split(".")[0] + ".py")
     wanted += [name for name, path in _files(root) if path.suffix == ".py" and _travels(name, path)]
-    done: list[str] = []
+    collected: list[str] = []
     while wanted:
         name = wanted.pop()
-        if name in done or "/" in name or not (root / name).is_file():
+        if name in collected or "/" in name or not (root / name).is_file():
             continue
-        done.append(name)
+        collected.append(name)
         text = (root / name).read_text(encoding="utf-8", errors="replace")
         wanted += [f"{a or b}.py" for a, b in _RELATIVE_IMPORT.findall(text)]
-    return done
+    return collected
 
 
 def _inside(root: Path, path: Path) -> Path:

@@ -11,7 +11,7 @@ from earthshine.files import expand_home
 class SourceConfig:
     """One folder of token shards, as `earthshine prepare` writes them; a `~` in its path is the home folder.
 
-    weight: this source's share of the samples (and so of the tokens), relative to the other sources' weights.
+    weight: this source's fraction of the samples (and so of the tokens) is its weight over the sum of all weights.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Tokens that steer a model rather than spell text, and tokenizers that never make one out of a text. Torch-free.
+"""Special tokens, which steer a model rather than spell text, kept out of the reach of texts. Torch-free.
 
 The library's own `encode_special_tokens` is not enough: it leaves alone the special tokens that stand in the model's
 vocabulary (Unigram, WordLevel and WordPiece find their spelling there, as does BPE that may skip its merges) and the
@@ -31,9 +31,9 @@ def control_tokens(backend: "Backend", folder: Path) -> dict[int, str]:
     contents = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         for content in _named(folder / name):
-            number = backend.token_to_id(content)
-            if number is not None:
-                contents[number] = content
+            token_id = backend.token_to_id(content)
+            if token_id is not None:
+                contents[token_id] = content
     return {i: content for i, content in contents.items() if content}
 
 
@@ -68,10 +68,12 @@ def text_backend(backend: "Backend", file: Path, control: Mapping[int, str], eod
     spec = read_json(file)
     hidden = {i: c for i, c in hidden.items() if i in control or not _is_built_upon(c, spec["model"])}
     while hidden:
-        made = _renamed(spec, hidden)
-        lost = {i: c for i, c in hidden.items() if made is None or _is_lost(made, c, must_stay_text=i not in control)}
-        if made is not None and not lost:
-            return made
+        renamed = _renamed(spec, hidden)
+        lost = {
+            i: c for i, c in hidden.items() if renamed is None or _is_lost(renamed, c, must_stay_text=i not in control)
+        }
+        if renamed is not None and not lost:
+            return renamed
         if any(i in control for i in lost):
             log(f"warning: {file} can spell {_listed(lost.values())} only as that token: in texts it stays what it is.")
         hidden = {i: c for i, c in hidden.items() if i not in lost}
@@ -128,15 +130,15 @@ def _renamed(spec: Mapping[str, Any], hidden: Mapping[int, str]) -> "Backend | N
         prefix = model.get("continuing_subword_prefix") or ""
         model["merges"] = [m for m in model["merges"] if not _touches(_parts(m), prefix, names)]
     added = [t | {"content": names.get(t["content"], t["content"])} for t in spec.get("added_tokens") or ()]
-    made: Backend = Backend.from_str(
+    renamed: Backend = Backend.from_str(
         json.dumps({**spec, "model": model, "added_tokens": added, "post_processor": None})
     )
-    made.no_truncation()
-    made.no_padding()
-    made.encode_special_tokens = True
-    if any(made.token_to_id(names[content]) != i for i, content in hidden.items()):
+    renamed.no_truncation()
+    renamed.no_padding()
+    renamed.encode_special_tokens = True
+    if any(renamed.token_to_id(names[content]) != i for i, content in hidden.items()):
         return None
-    return made
+    return renamed
 
 
 def _touches(parts: tuple[str, str], prefix: str, names: Mapping[str, str]) -> bool:
@@ -144,12 +146,12 @@ def _touches(parts: tuple[str, str], prefix: str, names: Mapping[str, str]) -> b
     return left in names or right in names or left + right.removeprefix(prefix) in names
 
 
-def _is_lost(made: "Backend", content: str, *, must_stay_text: bool) -> bool:
+def _is_lost(renamed: "Backend", content: str, *, must_stay_text: bool) -> bool:
     """Whether a text loses the spelling of a hidden token: nothing is left of it, or no longer the same text."""
-    ids = _encoded(made, content)
+    ids = _encoded(renamed, content)
     if not ids or not must_stay_text:
         return not ids
-    return "".join(made.decode(ids, skip_special_tokens=False).split()) != "".join(content.split())
+    return "".join(renamed.decode(ids, skip_special_tokens=False).split()) != "".join(content.split())
 
 
 def spelling_pattern(contents: Iterable[str]) -> str:

@@ -85,7 +85,7 @@ def find_files(inputs: Sequence[str | Path]) -> tuple[list[Path], Counter[str]]:
 def _walk(folder: Path, aside: Counter[str], seen: set[str]) -> Iterator[Path]:
     """Files below a folder: a folder's own, sorted by name, and then its subfolders' in the same way.
 
-    Links to folders are followed, each folder once. Raises DataError when a folder is closed to us.
+    Links to folders are followed, each folder once. Raises DataError for a folder that cannot be listed.
     """
 
     def refuse(e: OSError) -> None:
@@ -120,11 +120,11 @@ def refuse_unreadable(files: Sequence[Path], formats: Sequence[Format]) -> None:
 
 def refuse(skipped: Sequence[Skipped]) -> None:
     """Raise DataError when something that looks like data would be left out."""
-    wanted = [s for s in skipped if s.fix]
-    if not wanted:
+    fixable = [s for s in skipped if s.fix]
+    if not fixable:
         return
-    shown = "; ".join(f"{s.name} ({s.reason}: {s.fix})" for s in wanted[:_NAMED])
-    more = f"; and {len(wanted) - _NAMED} more" if len(wanted) > _NAMED else ""
+    shown = "; ".join(f"{s.name} ({s.reason}: {s.fix})" for s in fixable[:_NAMED])
+    more = f"; and {len(fixable) - _NAMED} more" if len(fixable) > _NAMED else ""
     raise DataError(
         f"input that looks like data cannot be read as it is: {shown}{more}. Do that, name other inputs, or leave "
         f"such files out with --skip-unreadable."
@@ -163,18 +163,18 @@ def make_tasks(files: Sequence[Path], text_key: str, formats: Iterable[Format] |
 
 def _line_tasks(file: Path) -> Iterator[EncodingTask]:
     """Whole lines, about TASK_BYTES a task; a longer line is a task of its own."""
-    first, seen, rest = 1, 0, bytearray()
+    first, seen, unfinished = 1, 0, bytearray()
     with reading(file), open(file, "rb") as raw:
         stream = plain(file, raw)
         while block := stream.read(TASK_BYTES):
-            whole, newline, tail = block.rpartition(b"\n")
+            ended, newline, tail = block.rpartition(b"\n")
             if not newline:
-                rest += block
+                unfinished += block
                 continue
-            lines, rest = b"".join((rest, whole, newline)), bytearray(tail)
+            lines, unfinished = b"".join((unfinished, ended, newline)), bytearray(tail)
             yield EncodingTask(raw.tell() - seen, name=str(file), first=first, lines=lines)
             first, seen = first + lines.count(b"\n"), raw.tell()
-        yield EncodingTask(raw.tell() - seen, name=str(file), first=first, lines=bytes(rest))
+        yield EncodingTask(raw.tell() - seen, name=str(file), first=first, lines=bytes(unfinished))
 
 
 def _record_tasks(file: Path, text_key: str) -> Iterator[EncodingTask]:
@@ -210,7 +210,7 @@ def _records(file: Path, stream: BinaryIO) -> Iterator[Any]:
             except json.JSONDecodeError as e:
                 if ended or not (e.pos >= len(text) - 12 or e.msg.startswith("Unterminated string")):
                     raise DataError(
-                        f"{file}, record {number} is not JSON ({e.msg}); get it again, or leave it out."
+                        f"{file}, record {number} is not JSON ({e.msg}); fetch it again, or leave it out."
                     ) from e
             else:
                 number += 1
@@ -218,9 +218,8 @@ def _records(file: Path, stream: BinaryIO) -> Iterator[Any]:
                 continue
         elif ended:
             break
-        block = stream.read(
-            max(TASK_BYTES, len(text) - at)
-        )  # twice as much each time: a long value is not parsed often
+        # Twice as much each time, so that a long value is not parsed often.
+        block = stream.read(max(TASK_BYTES, len(text) - at))
         ended = not block
         text, at = text[at:] + utf8.decode(block, final=ended), 0
     if in_array:

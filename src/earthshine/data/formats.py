@@ -35,7 +35,7 @@ _DATA |= {".tfrecords", ".br", ".lz4", ".snappy", *_LINES, *_TABLES}
 _UNPACK = "unpack it"
 _CONVERT = "convert it to JSON lines or parquet"
 TO_UTF8 = "convert it to UTF-8, for example with iconv"
-_MEND_JSON = "mend it, or name it .txt if it is a text"
+_REPAIR_JSON = "repair it, or name it .txt if it is a text"
 # Where the bytes stand, what they are, its name, and what makes it readable.
 _CONTAINERS: tuple[tuple[int, bytes, str, str], ...] = (
     (257, b"ustar", "tar archive", _UNPACK),
@@ -102,7 +102,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def damaged(file: Path, e: Exception | str) -> DataError:
-    return DataError(f"{file} is damaged ({e}); get it again, or leave it out.")
+    return DataError(f"{file} is damaged ({e}); fetch it again, or leave it out.")
 
 
 def plain(file: Path, stored: BinaryIO) -> BinaryIO:
@@ -213,7 +213,7 @@ def recognize(file: Path, text_key: str) -> Format:
 def _of_head(file: Path, head: bytes, stream: BinaryIO, packed: bool, text_key: str) -> Format:
     suffixes = [s.lower() for s in file.suffixes]
     inner = next((s for s in reversed(suffixes) if s not in _PACKED), "")
-    whole, binary = len(head) < HEAD_BYTES, b"\0" in head
+    complete, binary = len(head) < HEAD_BYTES, b"\0" in head
     for at, magic, name, fix in _CONTAINERS:
         if head.startswith(magic, at) and (binary or not magic.isalnum()):  # a text may begin with such letters
             return Format("none", name, fix)
@@ -227,12 +227,12 @@ def _of_head(file: Path, head: bytes, stream: BinaryIO, packed: bool, text_key: 
     if binary:
         if _is_utf16(head):
             return Format("none", "UTF-16 without a byte order mark", TO_UTF8)
-        return Format("none", "binary", "get it again: its name promises other contents" if inner in _DATA else "")
-    json_format = _json(head, stream, whole, inner, text_key)
+        return Format("none", "binary", "fetch it again: its name promises other contents" if inner in _DATA else "")
+    json_format = _json(head, stream, complete, inner, text_key)
     if json_format:
         return json_format
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=whole)
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=complete)
     except UnicodeDecodeError:
         return _not_utf8(head)
     if inner in _TABLES and head.strip():
@@ -252,14 +252,14 @@ def _is_utf16(head: bytes) -> bool:
     return len(head) >= 16 and zeros[0] < 0.02 and zeros[1] > 0.5 and not _CONTROL.search(head.replace(b"\0", b""))
 
 
-def _json(head: bytes, stream: BinaryIO, whole: bool, inner: str, text_key: str) -> Format | None:
+def _json(head: bytes, stream: BinaryIO, complete: bool, inner: str, text_key: str) -> Format | None:
     """The kind of JSON; None for what is none, or is text that happens to be JSON (a notebook)."""
     body = head.lstrip()
     if inner in _LINES:
         line = body.partition(b"\n")[0].rstrip()
         return Format("records" if re.match(rb"\[\s*\{", body) or line.endswith((b"{", b"[", b",")) else "lines")
     if inner != ".json":
-        return _json_unnamed(body, stream, whole, text_key)
+        return _json_unnamed(body, stream, complete, text_key)
     if not body:
         return Format("text")
     if body.startswith(b"["):
@@ -268,26 +268,26 @@ def _json(head: bytes, stream: BinaryIO, whole: bool, inner: str, text_key: str)
         empty = re.fullmatch(rb"\[\s*\]\s*", body)
         return Format("none", *(("empty",) if empty else ("JSON without records", "make it an array of objects")))
     if not body.startswith(b"{"):
-        return Format("none", "not JSON", _MEND_JSON)
-    line, newline, rest = body.partition(b"\n")
-    if newline and rest.strip() and isinstance(_parsed(line), dict):
+        return Format("none", "not JSON", _REPAIR_JSON)
+    line, newline, following = body.partition(b"\n")
+    if newline and following.strip() and isinstance(_parsed(line), dict):
         return Format("lines")
-    if newline and not line.rstrip().endswith((b"{", b"[", b",")) and rest.lstrip().startswith(b"{"):
+    if newline and not line.rstrip().endswith((b"{", b"[", b",")) and following.lstrip().startswith(b"{"):
         return Format("lines")  # the first line is damaged; reading says how
-    if not newline and not whole:
+    if not newline and not complete:
         return Format("records")  # a line longer than the head
-    return _json_object(body if whole else body + stream.read(_CONFIG_BYTES), whole, text_key)
+    return _json_object(body if complete else body + stream.read(_CONFIG_BYTES), complete, text_key)
 
 
-def _json_object(body: bytes, whole: bool, text_key: str) -> Format:
+def _json_object(body: bytes, complete: bool, text_key: str) -> Format:
     """An object over several lines: a record, the first of several, or a config, which is no text."""
     try:
         text = body.decode()
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        if not whole and len(body) >= _CONFIG_BYTES:
+        if not complete and len(body) >= _CONFIG_BYTES:
             return Format("records")
-        return Format("none", "not JSON", _MEND_JSON)
+        return Format("none", "not JSON", _REPAIR_JSON)
     if text_key in value or text[end:].strip():
         return Format("records")
     return Format(
@@ -297,7 +297,7 @@ def _json_object(body: bytes, whole: bool, text_key: str) -> Format:
     )
 
 
-def _json_unnamed(body: bytes, stream: BinaryIO, whole: bool, text_key: str) -> Format | None:
+def _json_unnamed(body: bytes, stream: BinaryIO, complete: bool, text_key: str) -> Format | None:
     """JSON under another name: only what cannot well be anything else."""
     if not body.startswith((b"{", b"[")):
         return None
@@ -305,7 +305,7 @@ def _json_unnamed(body: bytes, stream: BinaryIO, whole: bool, text_key: str) -> 
     first = _parsed(lines[0])
     if isinstance(first, dict):
         second = _parsed(lines[1]) if len(lines) > 1 else None
-        cut = len(lines) == 2 and not whole and _OBJECT.match(lines[1])
+        cut = len(lines) == 2 and not complete and _OBJECT.match(lines[1])
         if isinstance(second, dict) or cut or (len(lines) == 1 and text_key in first):
             return Format("lines")
         return None
@@ -313,7 +313,7 @@ def _json_unnamed(body: bytes, stream: BinaryIO, whole: bool, text_key: str) -> 
     try:
         value, _ = json.JSONDecoder().raw_decode(body[start.end() :].decode(errors="replace")) if start else (None, 0)
     except (ValueError, RecursionError):
-        if whole or len(body) >= _CONFIG_BYTES or not _OBJECT.match(body):
+        if complete or len(body) >= _CONFIG_BYTES or not _OBJECT.match(body):
             return None
         more = stream.read(_CONFIG_BYTES)  # a record may be longer than the head
         return _json_unnamed(body + more, stream, len(more) < _CONFIG_BYTES, text_key) if more else None

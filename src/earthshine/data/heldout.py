@@ -1,4 +1,4 @@
-"""Held-out text (a validation set): its windows in file order, and whether it may be judged by beside a run's data.
+"""Held-out text (a validation set): its windows in file order, and whether a run may be judged by it.
 
 Shapes: B sequences, T = S + 1 tokens of a window of sequence length S, N documents.
 """

@@ -166,7 +166,7 @@ class Loader:
         ]
 
     def next_step(self) -> Batch:
-        """The next step's sequences, all ranks' together. A source that is used up starts its next epoch."""
+        """The next step's sequences, for all ranks together. A source that is used up starts its next epoch."""
         batch, taken = self._ahead or self._read()
         self._ahead = None
         self._taken = taken

@@ -29,10 +29,10 @@ def encode_in_pieces(text: str, limit: int, encode: Encode) -> list[NDArray[np.u
             break
         ids, start, context_ids = step
         pieces.append(np.array(ids, dtype=np.uint32))
-    rest = encode([text[max(0, start - _CONTEXT_CHARS) :]])[0]
-    if rest[: len(context_ids)] != context_ids:  # what comes later does reach back further than was looked
+    last = encode([text[max(0, start - _CONTEXT_CHARS) :]])[0]
+    if last[: len(context_ids)] != context_ids:  # what follows reaches back farther than the context
         return [np.array(encode([text])[0], dtype=np.uint32)]
-    return [*pieces, np.array(rest[len(context_ids) :], dtype=np.uint32)]
+    return [*pieces, np.array(last[len(context_ids) :], dtype=np.uint32)]
 
 
 def _next_piece(

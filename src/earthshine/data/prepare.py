@@ -268,7 +268,7 @@ def _write_all(
             writer.add(result.tokens, result.lengths_N, result.bytes_N)
             for skip in result.skipped:
                 tally.skipped[skip.reason] += 1
-                if skip.reason != "empty" and tally.skipped[skip.reason] <= _SKIPS_NAMED:  # that is in the sum
+                if skip.reason != "empty" and tally.skipped[skip.reason] <= _SKIPS_NAMED:  # those are in the total
                     log(f"prepare: skipped {printable(skip.name, one_line=True)}: {skip.reason}")
             tally.in_pieces += result.in_pieces
             tally.counts.update(result.counts)
@@ -305,11 +305,11 @@ def _finish(
             f"inputs hold no document: {len(files)} files were read{f' ({reasons})' if reasons else ''}; "
             f"name files with text, or the right text_key."
         )
-    _say_counts(encoder, index)
+    _log_counts(encoder, index)
     return index
 
 
-def _say_counts(encoder: Encoder, index: dict[str, Any]) -> None:
+def _log_counts(encoder: Encoder, index: dict[str, Any]) -> None:
     """Log what the tokens lose of the texts, and where they hold special tokens that a reader may not expect."""
     tokenizer, unknown, dropped, inside, spelling = encoder.tokenizer, *(index[name] for name in _COUNTED)
     if unknown:
@@ -358,7 +358,7 @@ def _encode_all(
         yield from _in_order(lambda task: pool.submit(_encode_task, task), tasks, workers * _TASKS_PER_WORKER)
     except BrokenProcessPool as e:
         raise DataError(
-            f"a worker process ended unexpectedly, for want of memory perhaps; try fewer than workers={workers}."
+            f"a worker process ended unexpectedly, perhaps for lack of memory; try fewer than workers={workers}."
         ) from e
     except BaseException:
         alive.close()

@@ -3,9 +3,9 @@
 A folder holds `index.json` and for each shard `shard-00000.bin` (the documents' tokens end to end, each document closed
 by the end-of-document token; little-endian uint16, or uint32 for vocabularies beyond 65,536) and `shard-00000.idx`
 (for each document two little-endian int64: its first token in the shard, and the UTF-8 bytes of its text). A document
-is never split over shards. The index holds sizes and sha256 of every file, so nothing short or altered is read unseen,
-and under "tokenization" how the texts became ids (`tokenization` has the rule). Where it does not, which was so once,
-a document's tokens count as ending at each end-of-document token among them.
+is never split over shards. The index holds the size and sha256 of every file, so that nothing short or altered is read
+unnoticed, and under "tokenization" how the texts became ids (`tokenization` has the rule). Without the latter, as in
+older shards, a document is taken to end at each end-of-document token.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _TOTALS = ("tokens", "documents", "bytes")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type that holds ids 0 to vocab_size - 1."""
+    """The dtype that holds ids 0 to vocab_size - 1."""
     return _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
 
 
@@ -281,7 +281,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], str]:
             raise
         raise DataError(f"{file} is not the index of token shards ({type(e).__name__}: {e}); run prepare again.") from e
     if not sound:
-        raise DataError(f"{file} contradicts itself (totals, type or shards); run prepare again.")
+        raise DataError(f"{file} contradicts itself (totals, dtype or shards); run prepare again.")
     return index, hashlib.sha256(raw).hexdigest()
 
 

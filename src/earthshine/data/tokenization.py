@@ -2,7 +2,7 @@
 
 One rule for data, evaluation and prompts: what a special token's spelling inside a text is, which ids begin a text,
 which id ends a document, and what tells where a document ends. Shards written before the index recorded it, or by a
-`ShardWriter` that was told nothing of it, keep the rule of then: a document ends at each end token.
+`ShardWriter` that was told nothing of it, keep the old rule: a document ends at each end token.
 """
 
 from dataclasses import asdict, dataclass

@@ -177,8 +177,8 @@ class Tokenizer:
 
     def decode_continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         """The text of new ids after those of a prompt: with the space that a decoder takes off the start of a text."""
-        prompt, whole = self.decode(prompt_ids), self.decode([*prompt_ids, *new_ids])
-        return whole[len(prompt) :] if whole.startswith(prompt) else self.decode(new_ids)
+        prompt, text = self.decode(prompt_ids), self.decode([*prompt_ids, *new_ids])
+        return text[len(prompt) :] if text.startswith(prompt) else self.decode(new_ids)
 
     def _declared_eod(self) -> int | None:
         """The end token that the files beside the tokenizer.json name, the most specific file first."""
@@ -234,7 +234,7 @@ def warn_of_missing_rows(tokenizer: Tokenizer) -> None:
     if type(rows) is int and tokenizer.vocab_size > rows:
         log(
             f"warning: {tokenizer.path} has {tokenizer.vocab_size} ids and the config.json beside it {rows} rows: "
-            f"shards with an id from {rows} on cannot be used with that model. To mend it, {MORE_IDS_THAN_ROWS}"
+            f"shards with an id from {rows} on cannot be used with that model. To repair that, {MORE_IDS_THAN_ROWS}"
         )
 
 

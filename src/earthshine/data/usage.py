@@ -1,4 +1,4 @@
-"""How often a run goes through its data: from index.json alone, before anything is loaded. numpy only when asked."""
+"""How often a run goes through its data: from index.json alone, before anything is loaded; numpy only when asked."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -37,9 +37,9 @@ def heldout_loss(
     other texts are told apart; `lost` says in words what the tokenizer could not spell of the text, "" for nothing:
     where it is not empty, bits per byte are lossy, because they are over the bytes of a text that the model never saw.
 
-    Raises ConfigError for a `seq_len` beyond the model's positions, where the loss would be of something that it never
-    learned; DataError when there is no whole window or a token is outside the vocabulary; TrainingDivergedError,
-    naming the sequence, when a loss is not finite.
+    Raises ConfigError for a `seq_len` beyond the model's positions, of which it learned nothing; DataError when there
+    is no whole window or a token is outside the vocabulary; TrainingDivergedError, naming the sequence, when a loss is
+    not finite.
     """
     limit = model.config.max_position_embeddings
     if not 1 <= seq_len <= limit:

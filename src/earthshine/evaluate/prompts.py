@@ -1,4 +1,4 @@
-"""Prompts as the model's data was: the same tokenizer, beginning, and treatment of special tokens' spellings."""
+"""Prompts encoded as the model's data was: same tokenizer, same beginning, special tokens' spellings treated alike."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from earthshine.files import sha256_file
 class Prompts:
     """Encodes prompts for one model.
 
-    A run's prompts follow the rule that its data records. Where there is none (a Hugging Face directory, or a run from
-    before it was kept), a prompt begins as the tokenizer begins a text, and a special token's spelling is text.
+    A run's prompts follow the rule that its data records. Where there is none (a Hugging Face directory, or an older
+    run), a prompt begins as the tokenizer begins a text, and a special token's spelling is text.
     """
 
     def __init__(self, model: str | Path, tokenizer: str | Path | None = None, *, special_tokens: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The offline execution of a plan: every target tensor is streamed into a Hugging Face directory."""
+"""Carries out a plan offline: every target tensor is streamed into a Hugging Face directory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict

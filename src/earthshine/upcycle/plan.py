@@ -57,7 +57,7 @@ class Target:
 class LedgerRow(TypedDict):
     """A role, ready for JSON: one parameter of the new model, what it is made of, and all output tensors it becomes.
 
-    recipe: the kind of its rule; the key's name is that of the files that hold it. A source that is not used has a row
+    recipe: the kind of its rule; every earthshine.json has it under this name. A source that is not used has a row
     without targets, whose role is the reason.
     """
 
@@ -249,7 +249,7 @@ def _target(entry: Entry, sources: dict[str, str], store: Store, options: Upcycl
     dtype = store.info(sources[f"blocks.{layer}.ffn.gate_proj.weight"]).dtype
     if part == "moe.router.weight":
         finite = torch.finfo(dtype)
-        if not finite.tiny <= options.router_std <= finite.max / 16:  # no draw is beyond 9 standard deviations
+        if not finite.tiny <= options.router_std <= finite.max / 16:  # no sample is beyond 9 standard deviations
             raise ConfigError(f"upcycle.router_std={options.router_std} gives zeros or infinities in {dtype}.")
         normal = Normal(entry.shape, dtype, options.router_std, options.seed, int(layer), "router")
         return Target(entry, normal, dtype)

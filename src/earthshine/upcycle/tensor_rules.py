@@ -1,4 +1,4 @@
-"""How to make any slice of a target tensor: the core idea of upcycling here.
+"""Tensor rules, the core of upcycling: how to make any slice of a target tensor.
 
 A rule is a pure function of (dense tensors, slices). Whatever part is asked for, its bits are those of the same part
 of the whole, so one process that streams every target to disk and many that fill only their own shards agree by

@@ -53,17 +53,19 @@ def _rows(folder: Path, trust: bool) -> list[dict[str, Any]]:
         return [hashes, row(f"{folder.name}: not made here", 1, 0, "not read; --trust if you know where it is from")]
     checkpoint = run_store.latest(folder, trust=trust)
     assert checkpoint is not None
-    bad = sum(int((~t.isfinite()).sum()) for t in run_store.read_tensors(checkpoint).values() if t.is_floating_point())
-    return [hashes, row(f"{folder.name}: values that are not finite", bad, 0)]
+    not_finite = sum(
+        int((~t.isfinite()).sum()) for t in run_store.read_tensors(checkpoint).values() if t.is_floating_point()
+    )
+    return [hashes, row(f"{folder.name}: values that are not finite", not_finite, 0)]
 
 
 def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str, Any]]:
     """Resume from `before` in a copy of the run and compare with what the run itself did."""
     job = decode(TrainJob, parse_object((run / CONFIG).read_bytes(), run / CONFIG))
-    made = manifests.read(newest)
-    # It may have changed since, and lines can only be compared that stand for the same steps.
-    job = replace(job, log_every=made.job.get("log_every", 1))
-    last = made.step
+    manifest = manifests.read(newest)
+    # It may have changed since, and only lines that stand for the same steps can be compared.
+    job = replace(job, log_every=manifest.job.get("log_every", 1))
+    last = manifest.step
     log(f"replaying from {before.name} to {newest.name}")
     with tempfile.TemporaryDirectory(dir=run.parent) as scratch:
         copy = Path(scratch) / "run"
@@ -77,8 +79,8 @@ def _replay(run: Path, newest: Path, before: Path, trust: bool) -> list[dict[str
         assert theirs is not None and ours is not None
         a, b = run_store.read_tensors(theirs), run_store.read_tensors(ours)
         different = [name for name in a if not torch.equal(a[name], b[name])]
-        done_again = range(manifests.read(before).step + 1, last + 1)
-        lines_a, lines_b = (_step_lines(folder / METRICS, done_again) for folder in (run, copy))
+        replayed = range(manifests.read(before).step + 1, last + 1)
+        lines_a, lines_b = (_step_lines(folder / METRICS, replayed) for folder in (run, copy))
     rows = [
         row(
             "replay: tensors that differ",

@@ -76,4 +76,5 @@ def row(name: str, measured: float, tolerance: float, note: str = "") -> dict[st
 
 
 def result(check: str, subject: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A proof, JSON-ready: what was compared, its rows, and whether all of them hold."""
     return {"kind": "verify", "check": check, "subject": subject, "ok": all(r["ok"] for r in rows), "rows": rows}

@@ -35,7 +35,8 @@ def verify_upcycle(
     The rows: the largest difference relative to the largest logit, against 1e-5 and against three times the dense
     model's own float32 error (its distance from its float64 self). `fp64` adds both models in float64, against 1e-9;
     `bf16` adds the mean KL divergence with bfloat16 compute, against twice that of the dense model alone. Last, where
-    there is an earthshine.json, whether every file is as the conversion wrote it: few tokens do not reach every expert.
+    there is an earthshine.json, whether every file is as the conversion wrote it: a few tokens do not reach every
+    expert.
 
     Raises WeightsError for damaged weights, ConfigError when the two models do not fit each other.
     """

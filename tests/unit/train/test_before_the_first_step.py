@@ -105,7 +105,7 @@ def test_room_for_one_checkpoint_and_not_for_all(
     free(monkeypatch, 3 << 19)
     run_store.check_can_save(tmp_path, {}, saves=1 + (5 // every if every else 0), keep=keep)
     err = capsys.readouterr().err
-    assert (f"{most} checkpoints of 1.0 MiB will lie in" in err) == bool(most)
+    assert (f"{most} checkpoints of 1.0 MiB will be in" in err) == bool(most)
     assert bool(err) == bool(most)
     assert key_path().exists()
 
