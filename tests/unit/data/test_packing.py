@@ -44,8 +44,8 @@ def test_every_token_of_an_epoch_is_an_input_once(sizes: list[int], seq_len: int
     assert all(len(w) == seq_len + 1 for w in windows)
     inputs = sorted(t for w in windows for t in w[:-1])
     tail = stream[one.num_samples * seq_len :]
-    assert len(tail) == one.left_out
-    assert 1 <= one.left_out <= seq_len
+    assert cut(len(stream), seq_len) == (one.num_samples, len(tail))
+    assert 1 <= len(tail) <= seq_len
     assert sorted(inputs + tail) == sorted(stream)
     assert all(stream[stream.index(w[0]) :][: seq_len + 1] == w for w in windows)  # a window is whole and in order
 
