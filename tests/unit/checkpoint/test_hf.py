@@ -102,7 +102,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(dense, h
     state = load_model(source).state_dict()
     num_bytes = sum(t.nbytes for t in state.values()) + SPARE_BYTES
     for spare in (0, -1):
-        free = SimpleNamespace(f_bavail=num_bytes + spare, f_frsize=1)
+        free = SimpleNamespace(f_bavail=num_bytes + spare, f_frsize=1, f_blocks=1)
         monkeypatch.setattr(os, "statvfs", lambda path, free=free: free)
         for write in (lambda out: save_model(state, dense, out), lambda out: export(source, out)):
             out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
