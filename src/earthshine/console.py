@@ -1,7 +1,7 @@
 """What people read while something runs: log lines, progress and tables.
 
 Everything here but `table` and the `human_*` functions writes to stderr; results go to stdout and are the callers'.
-On a terminal rich draws (and honours NO_COLOR); elsewhere the output is plain lines. Work never ends because nobody
+On a terminal rich draws (and honors NO_COLOR); elsewhere the output is plain lines. Work never ends because nobody
 reads of it any more: a log that cannot be written stops, silently.
 """
 
@@ -31,7 +31,7 @@ def printable(text: str, *, one_line: bool = False) -> str:
 
     Control characters are spelled as Python does (`\\x1b`); with `one_line`, ends of lines and tabs, too.
     """
-    shown = _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    shown = _CONTROLS.sub(lambda control: ascii(control[0])[1:-1], text)
     return shown.replace("\n", "\\n").replace("\t", "\\t") if one_line else shown
 
 

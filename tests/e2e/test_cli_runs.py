@@ -104,13 +104,13 @@ def test_train_leaves_a_run_folder(run, run_dir, tiny_job, shards):
 
 
 def test_verify_checkpoint(run, run_dir):
-    kept = run_dir / "eval" / "verify-checkpoint.json"
-    code, out, err = run("verify", "checkpoint", run_dir, "--replay", "--json", "--out", kept)
+    written = run_dir / "eval" / "verify-checkpoint.json"
+    code, out, err = run("verify", "checkpoint", run_dir, "--replay", "--json", "--out", written)
     assert code == 0, err
     result = json.loads(out)
     assert result["ok"] is True
     assert any(row["name"].startswith("replay") for row in result["rows"])
-    assert json.loads(kept.read_text()) == result
+    assert json.loads(written.read_text()) == result
 
 
 @pytest.mark.parametrize("what", ["dense_dir", "run_dir"])
@@ -155,8 +155,8 @@ def test_a_run_is_evaluated_with_its_own_masks(run, tiny_job, shards, tmp_path):
     for within, flags, masks in ((False, [], "across"), (True, [], "within"), (True, ["--across-documents"], "across")):
         folder = tmp_path / f"run-{within}"
         command = ["train", *tiny_job, f"data.document_attention={str(within).lower()}", "num_steps=2"]
-        own = ["--heldout", shards, "heldout.max_sequences=4", "sequences_per_micro_batch=4", "--run", folder]
-        assert run(*command, "--data", shards, *own)[0] == 0
+        with_heldout = ["--heldout", shards, "heldout.max_sequences=4", "sequences_per_micro_batch=4", "--run", folder]
+        assert run(*command, "--data", shards, *with_heldout)[0] == 0
         check = ["eval", folder, "--shards", shards, "--seq-len", 32, "--max-sequences", 4, *flags]
         out = run(*check)[1]
         assert f"{masks} documents" in out

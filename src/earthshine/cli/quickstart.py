@@ -8,8 +8,8 @@ from earthshine.cli.options import print_outcome
 
 DESCRIPTION = """Everything on a real model, from pip packages alone, in minutes on a laptop.
 
-SmolLM2-135M becomes a Mixture-of-Experts model, is verified, trained side by side with the dense one, evaluated,
-exported, loaded by transformers and reported on."""
+The last four layers of SmolLM2-135M become Mixture-of-Experts layers, which are verified and trained side by side with
+the dense ones; both models are evaluated, and the MoE is exported, loaded by transformers and reported on."""
 EXAMPLES = (
     ("as it is", "earthshine quickstart"),
     (

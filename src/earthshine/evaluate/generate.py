@@ -59,8 +59,8 @@ def generate(
     total = len(prompt_ids) + max_new_tokens
     if not 0 <= temperature < math.inf or top_k < 0 or max_new_tokens < 1:
         raise ConfigError(
-            f"temperature={temperature} and top_k={top_k} must not be negative, "
-            f"max_new_tokens={max_new_tokens} must be at least 1."
+            f"temperature={temperature} must be a finite number of at least 0, top_k={top_k} at least 0 and "
+            f"max_new_tokens={max_new_tokens} at least 1."
         )
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed={seed} must be between 0 and 2**63 - 1.")

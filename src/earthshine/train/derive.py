@@ -67,6 +67,7 @@ class Derived:
             return f"{flops:.3g} ({flops / once:.1%} of forward and backward)"
 
         repeated, biases = self.repeated_forward_flops_per_step, self.frozen_router_biases
+        micro_batches = f"{self.micro_batches} micro-batch{'es' if self.micro_batches > 1 else ''}"
         rows: list[tuple[str, str]] = [
             ("parameters", f"{self.parameters:,}"),
             ("active per token", f"{self.active_parameters:,}"),
@@ -77,7 +78,7 @@ class Derived:
             *([("router bias frozen in layers", ", ".join(map(str, biases)))] if biases else []),
             *([("QK-Clip", self._clipping())] if self.qk_clip_threshold else []),
             ("steps", f"{self.num_steps:,}"),
-            ("tokens per step", f"{self.tokens_per_step:,} in {self.micro_batches} micro-batches"),
+            ("tokens per step", f"{self.tokens_per_step:,} in {micro_batches}"),
             ("total tokens", human_count(self.total_tokens)),
             *((f"epochs of {use.path}", f"{use.epochs:.2f}") for use in self.sources),
             ("forward and backward, FLOPs per step", f"{once:.3g}"),

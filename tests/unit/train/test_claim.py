@@ -77,14 +77,14 @@ def test_what_a_kill_left_goes_at_the_next_start(tmp_path: Path, make_job: JobMa
     """Also when nothing will be saved any more: files of an unfinished write, and one checkpoint too many."""
     run, job = tmp_path / "run", make_job(num_steps=2, checkpoint=CheckpointConfig(every_steps=1, keep=2))
     fit(job, run, device="cpu")
-    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    checkpoints = sorted(p.name for p in (run / "checkpoints").iterdir())
     shutil.copytree(run / "checkpoints" / "step-000001", run / "checkpoints" / ".step-000000.old")
     (run / "checkpoints" / ".step-000003.tmp" / "tensors").mkdir(parents=True)
     (run / "eval").mkdir(exist_ok=True)
     for name in (".plan.json.x1.tmp", "eval/.heldout-after.json.x2.tmp", ".metrics.jsonl.x3.tmp"):
         (run / name).write_text("{")
     fit(job, run, device="cpu")
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == kept == ["step-000001", "step-000002"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == checkpoints == ["step-000001", "step-000002"]
     assert not list(run.rglob("*.tmp"))
     fit(replace(job, checkpoint=CheckpointConfig(every_steps=1, keep=1)), run, device="cpu")
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]

@@ -156,8 +156,8 @@ def router_gradient(model: ModelConfig) -> torch.Tensor:
 def test_the_model_of_a_warm_start_is_read_from_its_json(tmp_path: Path, make_job: JobMaker) -> None:
     model = llama3_tiny()
     (tmp_path / "config.json").write_text(json.dumps(to_hf(model)))
-    found = model_config(make_job(init=FromHuggingFace(path=str(tmp_path))))
-    assert found.hidden_size == model.hidden_size and found.vocab_size == model.vocab_size
+    read = model_config(make_job(init=FromHuggingFace(path=str(tmp_path))))
+    assert read.hidden_size == model.hidden_size and read.vocab_size == model.vocab_size
     run = tmp_path / "run"
     run_store.save(run, step=1, tensors={"model.x": torch.zeros(1)}, state={}, model=model, job={}, keep=0)
     assert model_config(make_job(init=FromCheckpoint(path=str(run)))) == model

@@ -116,8 +116,8 @@ def test_a_replay_is_logged_as_the_run_was(make_job: JobMaker, tmp_path: Path) -
     fit(make_job(), tmp_path / "run")
     fit(make_job(log_every=7), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["log_every"] == 7
-    found = verify_checkpoint(tmp_path / "run", replay=True)
-    assert found["ok"] and any(row.get("note") == "2 steps" for row in found["rows"])
+    proof = verify_checkpoint(tmp_path / "run", replay=True)
+    assert proof["ok"] and any(row.get("note") == "2 steps" for row in proof["rows"])
 
 
 @pytest.mark.parametrize("value", [0, -1])

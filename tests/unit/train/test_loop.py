@@ -22,21 +22,24 @@ def test_a_run_folder_is_complete(make_job: JobMaker, tmp_path: Path) -> None:
     assert summary.finished and (summary.step, summary.num_steps) == (6, 6)
     present = {p.name for p in (tmp_path / "run").iterdir() if not p.name.startswith(".")}
     assert present == {"config.json", "plan.json", "env.json", "starts.jsonl", "metrics.jsonl", "checkpoints", "eval"}
-    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step-000004", "step-000006"] and summary.checkpoint == tmp_path / "run" / "checkpoints" / kept[1]
-    found = records(tmp_path / "run")
-    assert [r["step"] for r in found if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in found if r["kind"] == "heldout"] == [0, 3, 6]
-    step = found[1]
+    checkpoints = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert (
+        checkpoints == ["step-000004", "step-000006"]
+        and summary.checkpoint == tmp_path / "run" / "checkpoints" / checkpoints[1]
+    )
+    lines = records(tmp_path / "run")
+    assert [r["step"] for r in lines if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in lines if r["kind"] == "heldout"] == [0, 3, 6]
+    step = lines[1]
     assert set(step["expert_load"]) == {"1"} and sum(step["expert_load"]["1"]) == pytest.approx(1)
     assert step["max_violation"] == pytest.approx(4 * max(step["expert_load"]["1"]) - 1)
     assert step["dead_experts"] == step["expert_load"]["1"].count(0.0)
     assert step["balance"] >= 0.9 and step["balance_loss"] == pytest.approx(1e-3 * step["balance"])
     assert not {"drop_rate", "z_loss"} & set(step)  # there is neither
     assert set(step["update_rms"]) == {"muon", "adamw"}
-    assert summary.total_tokens == found[-2]["total_tokens"] == sum(r["tokens"] for r in found if r["kind"] == "step")
-    assert summary.loss == found[-2]["loss"]
-    assert summary.heldout_after["loss"] == found[-1]["loss"] < summary.heldout_before["loss"] == found[0]["loss"]
+    assert summary.total_tokens == lines[-2]["total_tokens"] == sum(r["tokens"] for r in lines if r["kind"] == "step")
+    assert summary.loss == lines[-2]["loss"]
+    assert summary.heldout_after["loss"] == lines[-1]["loss"] < summary.heldout_before["loss"] == lines[0]["loss"]
 
 
 def test_a_dense_run_says_nothing_of_experts(make_job: JobMaker, tmp_path: Path) -> None:

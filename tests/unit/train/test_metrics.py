@@ -119,8 +119,8 @@ def test_a_damaged_line_costs_no_other(
     lines[number - 1] = damage(lines[number - 1].rstrip(b"\n")) + b"\n"
     metrics.path.write_bytes(b"".join(lines))
     metrics.truncate_after(3)
-    kept = lines[: number - 1] + lines[number:]
-    assert metrics.path.read_bytes() == b"".join(kept)
+    others = lines[: number - 1] + lines[number:]
+    assert metrics.path.read_bytes() == b"".join(others)
     assert len(list(metrics.read())) == 4
     assert (tmp_path / "metrics.damaged").read_bytes() == lines[number - 1]
     err = capsys.readouterr().err

@@ -67,7 +67,7 @@ def job(request: pytest.FixtureRequest, make_job: JobMaker, moonlight_model: Mod
 # ------------------------------------------------------------------------------------------------ the equation by hand
 
 
-def turned(x: Tensor, c: ModelConfig) -> Tensor:
+def rotated(x: Tensor, c: ModelConfig) -> Tensor:
     """Rotary positions of (B, n, S, width), as complex numbers."""
     R = x.shape[-1] // 2
     angles = torch.outer(torch.arange(x.shape[2]).double(), rope_frequencies(c).double())
@@ -87,16 +87,16 @@ def scores_of(attention: nn.Module, x_BSD: Tensor, c: ModelConfig) -> Tensor:
 
     H = c.num_attention_heads
     if not c.mla.kv_lora_rank:
-        q = turned(heads(x_BSD @ w["q_proj.weight"].T + w["q_proj.bias"], H), c)
-        k = turned(heads(x_BSD @ w["k_proj.weight"].T + w["k_proj.bias"], c.num_key_value_heads), c)
+        q = rotated(heads(x_BSD @ w["q_proj.weight"].T + w["q_proj.bias"], H), c)
+        k = rotated(heads(x_BSD @ w["k_proj.weight"].T + w["k_proj.bias"], c.num_key_value_heads), c)
         return q @ k.repeat_interleave(H // c.num_key_value_heads, 1).mT / math.sqrt(c.head_dim)
     N, L = c.mla.qk_nope_head_dim, c.mla.kv_lora_rank
     q = heads(x_BSD @ w["q_proj.weight"].T, H)
     down = x_BSD @ w["kv_a_proj_with_mqa.weight"].T
-    latent, shared = down[..., :L], turned(down[..., L:].unsqueeze(1), c)
+    latent, shared = down[..., :L], rotated(down[..., L:].unsqueeze(1), c)
     latent = latent * (latent.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w["kv_a_norm.weight"]
     k = heads(latent @ w["kv_b_proj.weight"].T, H)[..., :N]
-    return (q[..., :N] @ k.mT + turned(q[..., N:], c) @ shared.mT) / math.sqrt(c.head_dim)
+    return (q[..., :N] @ k.mT + rotated(q[..., N:], c) @ shared.mT) / math.sqrt(c.head_dim)
 
 
 def maxima(job: TrainJob) -> Tensor:

@@ -96,11 +96,11 @@ def test_a_run_that_was_only_interrupted_repeats(job: TrainJob, tmp_path: Path) 
 
 def test_another_environment_is_told(job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(job, tmp_path, device="cpu", stop_after=3)
-    here = loop.environment
+    environment = loop.environment
 
     def elsewhere(device: Any) -> dict[str, Any]:
-        found = here(device)
-        return found | {"threads": 64, "versions": found["versions"] | {"torch": "9.9"}, "memory_bytes": 1}
+        place = environment(device)
+        return place | {"threads": 64, "versions": place["versions"] | {"torch": "9.9"}, "memory_bytes": 1}
 
     monkeypatch.setattr(loop, "environment", elsewhere)
     fit(job, tmp_path, device="cpu")

@@ -74,10 +74,10 @@ def test_a_run_begun_on_a_cpu_resumes_on_an_accelerator(
     generator = pretend(monkeypatch, [1, 2, 3])
     assert restored(job, tmp_path, ACCELERATOR).step == 2
     assert generator.restored is None
-    said = (
+    line = (
         "step-000002 was saved on another kind of device than cuda:0: of the random states only the CPU's is restored"
     )
-    assert said in capsys.readouterr().err
+    assert line in capsys.readouterr().err
 
 
 def test_a_run_begun_on_an_accelerator_resumes_on_a_cpu_bit_for_bit(
