@@ -1,6 +1,6 @@
 """Read a run folder with nothing but the standard library: python examples/read_run_folder.py RUN
 
-A run folder is complete without the program: JSON for machines, HTML for people. Without RUN,
+A run folder is complete without the program: JSON for programs, HTML for readers. Without RUN,
 examples/train_tiny_moe.py makes one first.
 """
 

@@ -107,10 +107,10 @@ def cpu_seconds_of_children() -> float:
 def probe(args: list[str], env: dict[str, str]) -> tuple[dict, float, str]:
     """What was loaded, the seconds of processor time (which other work on the machine adds little to), and stdout."""
     start = cpu_seconds_of_children()
-    done = subprocess.run([sys.executable, "-c", PROBE, *args], capture_output=True, text=True, env=env)
+    process = subprocess.run([sys.executable, "-c", PROBE, *args], capture_output=True, text=True, env=env)
     seconds = cpu_seconds_of_children() - start
-    assert done.stderr, "the interpreter died"
-    return json.loads(done.stderr.splitlines()[-1]), seconds, done.stdout
+    assert process.stderr, "the interpreter died"
+    return json.loads(process.stderr.splitlines()[-1]), seconds, process.stdout
 
 
 HELPS = [
@@ -162,5 +162,7 @@ def test_every_recipe_is_shown_without_torch(earthshine_env):
 def test_import_is_instant(earthshine_env):
     """`import earthshine` loads nothing heavy; its names come when they are asked for."""
     code = "import sys, earthshine; print('torch' in sys.modules, 'numpy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=earthshine_env, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=earthshine_env, check=True
+    )
+    assert process.stdout.split() == ["False", "False"]

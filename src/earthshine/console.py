@@ -182,8 +182,8 @@ class _PlainProgress:
             self._last = now
             elapsed = now - self._start
             left = elapsed * (self._total / self._done - 1) if 0 < self._done <= self._total else 0.0
-            share = f"{100 * self._done / self._total:3.0f}%  " if self._total else ""
-            self._line(f"{share}{_amount(self._done, self._total, self._unit)}  eta {human_seconds(left)}")
+            percent = f"{100 * self._done / self._total:3.0f}%  " if self._total else ""
+            self._line(f"{percent}{_amount(self._done, self._total, self._unit)}  eta {human_seconds(left)}")
 
     def finish(self) -> None:
         took = human_seconds(time.monotonic() - self._start)

@@ -255,19 +255,19 @@ def earthshine(*args: object, env: dict[str, str], **options: object) -> subproc
 
 def test_a_full_disk_for_the_results_is_an_error(earthshine_env):
     with open("/dev/full", "w") as full:
-        done = earthshine("ls", "presets", env=earthshine_env, stdout=full)
-    assert done.returncode == 1
-    assert "No space left on device" in done.stderr
-    assert "Traceback" not in done.stderr
+        process = earthshine("ls", "presets", env=earthshine_env, stdout=full)
+    assert process.returncode == 1
+    assert "No space left on device" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_a_reader_that_leaves_is_not_an_error(earthshine_env):
     command = f"{sys.executable} -m earthshine.cli.main show llama3_8b | head -c 1 > /dev/null"
-    done = subprocess.run(["bash", "-c", command], text=True, env=earthshine_env, capture_output=True)
-    assert done.stderr == ""
+    process = subprocess.run(["bash", "-c", command], text=True, env=earthshine_env, capture_output=True)
+    assert process.stderr == ""
 
 
 def test_the_console_script_is_the_same_program(earthshine_env):
     script = Path(sys.executable).with_name("earthshine")
-    done = subprocess.run([script, "--version"], text=True, env=earthshine_env, capture_output=True)
-    assert (done.returncode, done.stdout.split()[0]) == (0, "earthshine")
+    process = subprocess.run([script, "--version"], text=True, env=earthshine_env, capture_output=True)
+    assert (process.returncode, process.stdout.split()[0]) == (0, "earthshine")

@@ -68,7 +68,7 @@ def test_a_wrong_set_of_tensors(run, damaged, shards, tmp_path, command, change,
 
 
 def visible(folder: Path) -> list[str]:
-    """Names that a user sees; what a killed conversion may go on from is hidden."""
+    """Names that a user sees; what a killed conversion may resume from is hidden."""
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
 
 
@@ -206,18 +206,18 @@ def test_a_full_disk(command, dense_dir, tokenizer_dir, tmp_path, earthshine_env
         f"mount -t tmpfs -o size=256k tmpfs {small} || exit 99; "
         f"{program}; code=$?; echo left: $(ls -A {small}); exit $code"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         ["unshare", "--mount", "--map-root-user", "bash", "-c", script],
         capture_output=True,
         text=True,
         env=earthshine_env,
     )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("earthshine: ")]
-    assert done.returncode == 1, done.stderr
+    lines = [line for line in process.stderr.splitlines() if line.startswith("earthshine: ")]
+    assert process.returncode == 1, process.stderr
     assert len(lines) == 1
     assert str(small) in lines[0]
-    assert "Traceback" not in done.stderr
-    assert done.stdout.strip() == "left:"
+    assert "Traceback" not in process.stderr
+    assert process.stdout.strip() == "left:"
 
 
 @pytest.mark.parametrize("command", ["eval", "verify hf", "verify upcycle", "verify checkpoint"])

@@ -23,17 +23,17 @@ def shell(line: str, *args: object, **env: str) -> "subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("line", ['exec "$@" 2>&-', 'exec "$@" <&- 2>&-', 'exec "$@" 2>/dev/full'])
 def test_without_stderr(line):
-    done = shell(line, "ls", "recipes")
-    assert done.returncode == 0
-    assert b"tiny" in done.stdout
+    process = shell(line, "ls", "recipes")
+    assert process.returncode == 0
+    assert b"tiny" in process.stdout
     assert shell(line, "show", "nothing").returncode == 2
 
 
 @pytest.mark.parametrize(("line", "code"), [('exec "$@" >&-', 0), ('exec "$@" >/dev/full', 1)])
 def test_without_stdout(line, code):
-    done = shell(line, "ls", "recipes")
-    assert done.returncode == code
-    assert b"bug" not in done.stderr and b"Traceback" not in done.stderr
+    process = shell(line, "ls", "recipes")
+    assert process.returncode == code
+    assert b"bug" not in process.stderr and b"Traceback" not in process.stderr
 
 
 def test_what_a_closed_stream_leaves_free_is_not_a_file_of_ours():
@@ -43,10 +43,10 @@ from earthshine.cli.main import main
 main(["ls", "recipes"])
 with open(sys.argv[1], "w") as file:
     sys.exit(file.fileno() < 3)"""
-    done = subprocess.run(
+    process = subprocess.run(
         ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code, os.devnull], capture_output=True
     )
-    assert done.returncode == 0
+    assert process.returncode == 0
 
 
 PROMPT = "\u65e5\u672c \U0001f319 \xe9"
@@ -143,5 +143,5 @@ def test_what_train_prints_can_be_pasted(run, shards, tiny_job, tmp_path, monkey
 def test_an_argument_in_utf8_is_read_in_any_locale(dense_dir):
     """Python hands over bytes that its locale cannot decode as surrogates."""
     env = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = shell('exec "$@"', "show", "\u65e5", **env)
-    assert rb"recipe or preset '\u65e5' is not known" in done.stderr
+    process = shell('exec "$@"', "show", "\u65e5", **env)
+    assert rb"recipe or preset '\u65e5' is not known" in process.stderr

@@ -18,11 +18,11 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, quickstart_env: dict[st
     """The folder, and what was logged."""
     root = tmp_path_factory.mktemp("quickstart") / "run"
     command = [sys.executable, "-m", "earthshine.cli.main", "quickstart", "--run", str(root)]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--steps", "2", "--tokens-per-step", "256"], capture_output=True, text=True, env=quickstart_env
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return root, done.stderr
+    assert process.returncode == 0, process.stderr[-4000:]
+    return root, process.stderr
 
 
 def test_the_plan_of_the_full_model_is_printed(quickstart: tuple[Path, str]) -> None:

@@ -14,8 +14,8 @@ import pytest
 def wheel(repository, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(repository)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     (built,) = out.glob("*.whl")
     return built
 
@@ -25,8 +25,8 @@ def site(wheel, tmp_path_factory) -> Path:
     """A folder with the wheel installed in it, alone."""
     target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
-    done = subprocess.run([*pip, str(wheel)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run([*pip, str(wheel)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
     return target
 
 
@@ -59,27 +59,27 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel, repository):
 
 
 def test_it_comes_from_the_wheel(site, tmp_path, earthshine_env):
-    done = python(site, "import earthshine; print(earthshine.__file__)", cwd=tmp_path, env=earthshine_env)
-    assert done.stdout.strip() == str(site / "earthshine" / "__init__.py")
+    process = python(site, "import earthshine; print(earthshine.__file__)", cwd=tmp_path, env=earthshine_env)
+    assert process.stdout.strip() == str(site / "earthshine" / "__init__.py")
 
 
 @pytest.mark.parametrize("args", [["--help"], ["upcycle", "--help"], ["ls", "presets"], ["show", "tiny"]], ids=" ".join)
 def test_looking_around(site, tmp_path, earthshine_env, args):
-    done = python(site, CLI, *args, cwd=tmp_path, env=earthshine_env)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout
+    process = python(site, CLI, *args, cwd=tmp_path, env=earthshine_env)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout
 
 
 def test_the_console_script_starts(site, tmp_path, earthshine_env):
     script = site / "bin" / "earthshine"
-    done = subprocess.run(
+    process = subprocess.run(
         [script, "--version"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env=earthshine_env | {"PYTHONPATH": str(site)},
     )
-    assert (done.returncode, done.stdout.split()[0]) == (0, "earthshine")
+    assert (process.returncode, process.stdout.split()[0]) == (0, "earthshine")
 
 
 DENSE = """
@@ -99,11 +99,11 @@ save_model(model, config, sys.argv[1])
 
 
 def test_a_conversion_from_the_wheel(site, tmp_path, earthshine_env):
-    done = python(site, DENSE, "dense", cwd=tmp_path, env=earthshine_env)
-    assert done.returncode == 0, done.stderr
+    process = python(site, DENSE, "dense", cwd=tmp_path, env=earthshine_env)
+    assert process.returncode == 0, process.stderr
     arguments = ["upcycle", "dense", "moe", "--experts", 4, "--top-k", 2]
-    done = python(site, CLI, *arguments, cwd=tmp_path, env=earthshine_env)
-    assert done.returncode == 0, done.stderr
-    done = python(site, CLI, "verify", "upcycle", "dense", "moe", "--json", cwd=tmp_path, env=earthshine_env)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ok"] is True
+    process = python(site, CLI, *arguments, cwd=tmp_path, env=earthshine_env)
+    assert process.returncode == 0, process.stderr
+    process = python(site, CLI, "verify", "upcycle", "dense", "moe", "--json", cwd=tmp_path, env=earthshine_env)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["ok"] is True

@@ -295,13 +295,13 @@ def test_a_package_that_is_not_installed_has_no_version():
 
 def test_what_goes_to_an_accelerator_is_page_locked_and_not_waited_for(monkeypatch):
     """Elsewhere nothing is copied twice."""
-    done = []
+    calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: done.append("page-locked") or x)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **options: done.append((*args, options)) or x)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append("page-locked") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **options: calls.append((*args, options)) or x)
     x, cuda = torch.zeros(2), torch.device("cuda")
     devices.to_device(x, cuda)
-    assert done == ["page-locked", (cuda, {"non_blocking": True})]
-    done.clear()
+    assert calls == ["page-locked", (cuda, {"non_blocking": True})]
+    calls.clear()
     devices.to_device(x, torch.device("cpu"))
-    assert done == [(torch.device("cpu"), {"non_blocking": True})]
+    assert calls == [(torch.device("cpu"), {"non_blocking": True})]

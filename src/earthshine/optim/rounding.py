@@ -8,7 +8,7 @@ x between the neighbors a < b becomes b with probability (x - a) / (b - a), so t
     x     = float32 with 16 (bfloat16) or 13 (float16) bits too many: add that many random bits, cut them off
 
 The counter is the element's number in the whole parameter, so the bits depend on no layout and on no order of work; the
-step is part of the state, so a resumed run draws what the uninterrupted one would have drawn.
+step is part of the state, so a resumed run samples what the uninterrupted one would have.
 
 Legend: R rows and C columns of what this process holds of a parameter, as `optim.sharding.layout` sees it.
 """

@@ -98,11 +98,11 @@ def routing_record(counts: Mapping[int, Sequence[int]], dropped: Mapping[int, in
         dropped: choices that found no room, by layer; None where there is no capacity.
 
     Returns:
-        expert_load: each expert's share of its layer's choices.
+        expert_load: each expert's fraction of its layer's choices.
         max_violation: max/mean - 1 of the load of the worst layer, MaxVio of arXiv:2408.15664: 0 is perfect
             balance, E/K - 1 is every token at the same experts.
         dead_experts: how many experts, over all layers, no token chose.
-        drop_rate: the share of all layers' choices that was dropped; only where there is a capacity.
+        drop_rate: the fraction of all layers' choices that was dropped; only where there is a capacity.
     """
     record: dict[str, Any] = {
         "expert_load": {

@@ -104,8 +104,8 @@ def test_layers_for_multi_token_prediction_are_left_out_and_reported(hf_dir, dee
 
     source = hf_dir(deepseek, with_mtp)
     assert load_model(source).config == deepseek
-    said = capsys.readouterr().err
-    assert "more left out: of a layer for multi-token prediction" in said and said.count("\n") == 1
+    log = capsys.readouterr().err
+    assert "more left out: of a layer for multi-token prediction" in log and log.count("\n") == 1
     with pytest.raises(WeightsError, match=r"holds the tensor model.layers.3.input_layernorm.weight, which nothing"):
         load_model(hf_dir(deepseek, lambda t: (with_mtp(t), t.pop("model.layers.3.eh_proj.weight")), name="b"))
 
@@ -145,9 +145,9 @@ def test_old_buffers_and_a_tied_copy_are_left_out_and_reported(hf_dir, dense, ca
 
     model = load_model(hf_dir(replace(dense, tie_word_embeddings=True), change))
     assert model.head is None
-    said = capsys.readouterr().err
-    assert "inv_freq left out: computed" in said
-    assert "lm_head.weight left out: a copy of the tied" in said
+    log = capsys.readouterr().err
+    assert "inv_freq left out: computed" in log
+    assert "lm_head.weight left out: a copy of the tied" in log
 
 
 def test_a_tied_copy_that_differs_is_refused(hf_dir, dense):

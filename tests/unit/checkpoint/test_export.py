@@ -75,8 +75,8 @@ def test_a_directory_in_half_the_size(config: ModelConfig, hf_dir, tmp_path):
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     assert set(before) == set(after)
     for name in before:
-        kept = name.endswith("e_score_correction_bias")
-        assert torch.equal(after[name], before[name] if kept else before[name].bfloat16()), name
+        keeps_float32 = name.endswith("e_score_correction_bias")
+        assert torch.equal(after[name], before[name] if keeps_float32 else before[name].bfloat16()), name
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -118,9 +118,9 @@ def test_the_tokenizer_is_read_as_in_the_folder_it_comes_from(models, hf_dir, tm
     export(hf_dir(models["qwen2_moe"]), tmp_path / "out", tokenizer_dir=named)
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings == {"tokenizer_class": "PreTrainedTokenizerFast"}
-    said = capsys.readouterr().err
-    assert "reads the tokenizer with TokenizersBackend, as before, for which tokenizer_class=PreTrained" in said
-    assert f"the tokenizer of {named} has 100 ids and the model 40 rows" in said
+    log = capsys.readouterr().err
+    assert "reads the tokenizer with TokenizersBackend, as before, for which tokenizer_class=PreTrained" in log
+    assert f"the tokenizer of {named} has 100 ids and the model 40 rows" in log
 
 
 def test_a_relative_origin_is_that_of_the_runs_start(origin, dense, tmp_path, monkeypatch, capsys):
@@ -154,8 +154,8 @@ def test_a_qwen2_moe_without_a_bias_gets_zeros_for_vllm(from_run, models, hf_dir
     tokens = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(before(tokens), after(tokens))
-    said = capsys.readouterr().err
-    assert "get a bias of zeros" in said and "serving: SGLang's Qwen2-MoE has experts in every layer" in said
+    log = capsys.readouterr().err
+    assert "get a bias of zeros" in log and "serving: SGLang's Qwen2-MoE has experts in every layer" in log
 
 
 def test_what_cannot_be_exported_leaves_nothing(origin, hf_dir, dense, tmp_path):
@@ -176,9 +176,9 @@ def test_what_cannot_be_exported_leaves_nothing(origin, hf_dir, dense, tmp_path)
     (beyond / "generation_config.json").write_text('{"eos_token_id": 40}')
     with pytest.raises(ConfigError, match=r"beyond/generation_config.json: eos_token_id=40 is not in the vocabulary"):
         export(beyond, tmp_path / "out")
-    wide = hf_dir(dense, lambda t: t["model.norm.weight"].fill_(3.4e38), name="wide")
+    huge = hf_dir(dense, lambda t: t["model.norm.weight"].fill_(3.4e38), name="huge")
     with pytest.raises(WeightsError, match=r"model.norm.weight holds values that torch.bfloat16 cannot"):
-        export(wide, tmp_path / "out", dtype="bfloat16")
+        export(huge, tmp_path / "out", dtype="bfloat16")
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 

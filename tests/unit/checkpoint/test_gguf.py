@@ -110,10 +110,10 @@ def test_ends_of_turns_and_scaling_that_scales_nothing(model: Transformer, tmp_p
 
 
 def test_a_weight_beyond_float32_is_refused(tmp_path: Path) -> None:
-    wide = Transformer(CONFIG)
-    initialize(wide, seed=0)
-    wide.double()
+    model = Transformer(CONFIG)
+    initialize(model, seed=0)
+    model.double()
     with torch.no_grad():
-        wide.state_dict()["blocks.1.ffn_norm.weight"].fill_(1e300)
+        model.state_dict()["blocks.1.ffn_norm.weight"].fill_(1e300)
     with pytest.raises(WeightsError, match="tensor blk.1.ffn_norm.weight holds values that torch.float32 cannot"):
-        convert_gguf(write(tmp_path / "m.gguf", wide), tmp_path / "hf")
+        convert_gguf(write(tmp_path / "m.gguf", model), tmp_path / "hf")

@@ -28,8 +28,8 @@ def test_it_comes_back_from_the_newest_checkpoint(dense: ModelConfig, tmp_path: 
     save(tmp_path, dense, 1, None)
     folder = save(tmp_path, dense, 2, RULE, document_attention=False)
     for path in (tmp_path, folder):
-        found = run_rule(path)
-        assert found and (found.tokenization, found.document_attention) == (RULE, False)
+        rule = run_rule(path)
+        assert rule and (rule.tokenization, rule.document_attention) == (RULE, False)
     checkpoint = run_store.latest(tmp_path)
     assert checkpoint and checkpoint.tokenization == RULE
     (folder / "manifest.json").write_text("{")

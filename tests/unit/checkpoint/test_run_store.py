@@ -55,13 +55,13 @@ def names(run_dir: Path) -> list[str]:
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     folder = save(tmp_path, 5)
     assert folder == tmp_path / "checkpoints" / "step-000005"
-    found = run_store.latest(tmp_path)
-    assert found is not None
-    assert (found.folder, found.step, found.model, found.job) == (folder, 5, MODEL, {"name": "x"})
-    assert found.state == {"step": 5, "number": 0.30000000000000004, "list": [1, 2]}
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.folder, checkpoint.step, checkpoint.model, checkpoint.job) == (folder, 5, MODEL, {"name": "x"})
+    assert checkpoint.state == {"step": 5, "number": 0.30000000000000004, "list": [1, 2]}
     filled = {name: torch.zeros_like(tensor) for name, tensor in tensors(5).items()}
-    run_store.read_into(found, filled)
-    new = run_store.read_tensors(found)
+    run_store.read_into(checkpoint, filled)
+    new = run_store.read_tensors(checkpoint)
     assert set(new) == set(filled)
     for name, tensor in tensors(5).items():
         assert torch.equal(filled[name], tensor) and torch.equal(new[name], tensor), name
@@ -91,8 +91,8 @@ def test_the_newest_k_are_kept(tmp_path: Path) -> None:
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000):
         save(tmp_path, step)
-    found = run_store.latest(tmp_path)
-    assert found is not None and found.step == 1_000_000
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1_000_000
 
 
 def test_nothing_saved_is_none_or_an_error_where_a_model_is_asked_for(tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(
 ) -> None:
     save(tmp_path, 1)
     damage(save(tmp_path, 2) / file)
-    found = run_store.latest(tmp_path)
-    assert found is not None and found.step == 1
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
     assert "checkpoint step-000002 is damaged and is skipped" in capsys.readouterr().err
 
 
@@ -216,8 +216,8 @@ def test_a_manifest_of_other_types_is_damage(changes: dict[str, Any], tmp_path: 
 def test_a_renamed_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
     save(tmp_path, 2).rename(tmp_path / "checkpoints" / "step-000099")
     save(tmp_path, 3)
-    found = run_store.latest(tmp_path)
-    assert found is not None and found.step == 3
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 3
 
 
 def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -268,21 +268,23 @@ def changed(what: str) -> dict[str, Tensor]:
 )
 def test_tensors_of_another_state_are_refused(what: str, message: str, tmp_path: Path) -> None:
     save(tmp_path, 1)
-    found = run_store.latest(tmp_path)
-    assert found is not None
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None
     with pytest.raises(CheckpointError, match=message):
-        run_store.read_into(found, changed(what))
+        run_store.read_into(checkpoint, changed(what))
 
 
 @pytest.mark.parametrize("what", ["missing", "unknown", "shape", "dtype"])
 def test_tensors_that_are_optional_may_differ(what: str, tmp_path: Path) -> None:
     save(tmp_path, 1)
-    found = run_store.latest(tmp_path)
-    assert found is not None
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None
     differs = {"missing": "model.new", "unknown": "rng.cpu"}.get(what, "model.embed.weight")
     wanted = changed(what)
     before = {name: tensor.clone() for name, tensor in wanted.items()}
-    assert run_store.read_into(found, wanted, optional=("optimizer.embed.weight.step", differs, "nowhere")) == {differs}
+    assert run_store.read_into(checkpoint, wanted, optional=("optimizer.embed.weight.step", differs, "nowhere")) == {
+        differs
+    }
     for name, tensor in wanted.items():
         assert torch.equal(tensor, before[name] if name == differs else tensors(1)[name])
 
@@ -320,8 +322,8 @@ def test_what_a_killed_save_left_is_not_a_checkpoint_and_goes_at_the_next(tmp_pa
     folder = save(tmp_path, 1)
     shutil.copytree(folder, folder.with_name(".step-000002.tmp"))
     shutil.copytree(folder, folder.with_name(".step-000000.old"))
-    found = run_store.latest(tmp_path)
-    assert found is not None and found.step == 1
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
     save(tmp_path, 3)
     assert names(tmp_path) == ["step-000001", "step-000003"]
 
@@ -371,8 +373,8 @@ def test_no_damage_of_the_newest_hides_an_older_sound_one(
     save(tmp_path, 1)
     damage(save(tmp_path, 2) / MANIFEST)
     (tmp_path / "checkpoints" / "step-\u00b2").mkdir()  # a digit to str.isdigit, no number to int
-    found = run_store.latest(tmp_path)
-    assert found is not None and found.step == 1
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
     assert "step-000002 is damaged and is skipped" in capsys.readouterr().err
 
 
@@ -387,8 +389,8 @@ def test_a_file_that_cannot_be_read_is_damage_too(tmp_path: Path, monkeypatch: p
         return real(path)
 
     monkeypatch.setattr(manifests, "sha256_file", sha256_file)
-    found = run_store.latest(tmp_path)
-    assert found is not None and found.step == 1
+    checkpoint = run_store.latest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1
 
 
 def test_what_a_killed_save_left_goes_when_the_run_is_resumed(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ def kept(tokenizer: bytes, source: str | None, target: str, declared: str = "", 
     files |= {"tokenizer_config.json": json.dumps(stated).encode()} if stated else {}
     after, reading = keep_class(files, source, target)  # type: ignore[arg-type]
     assert reading is not None
-    found = json.loads(after.get("tokenizer_config.json", b"{}"))
-    assert found == stated | ({"tokenizer_class": reading.written} if reading.written else {})
+    config = json.loads(after.get("tokenizer_config.json", b"{}"))
+    assert config == stated | ({"tokenizer_class": reading.written} if reading.written else {})
     assert {k: v for k, v in after.items() if k != "tokenizer_config.json"} == {
         "tokenizer.json": tokenizer,
         "LICENSE": b"x",
     }
     assert reading.written or after == files
-    assert class_of(target, found.get("tokenizer_class", ""), tokenizer is BYTES) == reading.after or reading.own_code
+    assert class_of(target, config.get("tokenizer_class", ""), tokenizer is BYTES) == reading.after or reading.own_code
     return reading
 
 

@@ -91,10 +91,10 @@ def test_the_longest_spelling_is_found_and_shared_beginnings_are_tried_once() ->
     contents = [*(f"<SPECIAL_{i}>" for i in range(1000)), "<s>", "[INST]", "a", "ab", "a.c", "ab" * 500]
     pattern = spelling_pattern(contents)
     for content in contents:
-        found = re.search(pattern, f"<x {content} y")
-        assert found is not None and found.group() == content
+        match = re.search(pattern, f"<x {content} y")
+        assert match is not None and match.group() == content
     assert re.search(pattern, "<SPECIAL_> [INS <SPECIAL_1000>") is None
     assert pattern.count("<SPECIAL_") == 0 and pattern.count("SPECIAL_") == 1
     deep = ["a" * i for i in range(1, 1500)]  # no deeper in parentheses than `re` can go
-    found = re.search(spelling_pattern(deep), "b" + "a" * 900)
-    assert found is not None and len(found.group()) == 900
+    match = re.search(spelling_pattern(deep), "b" + "a" * 900)
+    assert match is not None and len(match.group()) == 900

@@ -52,8 +52,8 @@ def test_what_is_not_a_document(tmp_path: Path) -> None:
     for name, raw in contents.items():
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "f.txt").symlink_to(tmp_path / "nowhere")
-    found = [(d.name.rpartition("/")[2], d.text if isinstance(d, Document) else d) for d in read(tmp_path)]
-    assert [(n, d if isinstance(d, str) else d.reason) for n, d in found] == [
+    results = [(d.name.rpartition("/")[2], d.text if isinstance(d, Document) else d) for d in read(tmp_path)]
+    assert [(n, d if isinstance(d, str) else d.reason) for n, d in results] == [
         ("a.txt", "text"),
         ("b.bin", "binary"),
         ("c.txt", "empty"),
@@ -103,10 +103,10 @@ def test_every_line_is_read_once_however_the_file_is_cut(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "TASK_BYTES", task_bytes)
         tasks = list(make_tasks([file], "text"))
-        found = [d for task in tasks for d in texts(task, "text")]
-    assert [d.text for d in found if isinstance(d, Document)] == lines
+        results = [d for task in tasks for d in texts(task, "text")]
+    assert [d.text for d in results if isinstance(d, Document)] == lines
     assert sum(t.input_bytes for t in tasks) == file.stat().st_size
-    numbers = [int(d.name.rpartition(" ")[2]) for d in found]
+    numbers = [int(d.name.rpartition(" ")[2]) for d in results]
     assert numbers == [i for i, line in enumerate(raw, start=1) if line]
 
 
@@ -129,8 +129,8 @@ def test_bad_lines(tmp_path: Path, line: str, message: str) -> None:
 def test_lines_without_text_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "a.ndjson"
     file.write_text('{"text": null}\n{"text": " "}\n{"text": "\\ud800"}\n{"text": "\\ud83c\\udf19"}\n')
-    found = read(file)
-    assert [d.reason if isinstance(d, Skipped) else d.text for d in found] == [
+    results = read(file)
+    assert [d.reason if isinstance(d, Skipped) else d.text for d in results] == [
         "empty",
         "empty",
         "not Unicode",
@@ -142,9 +142,9 @@ def test_parquet(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     wanted = [f"row {i}" for i in range(1500)]
     pq.write_table(pa.table({"text": [*wanted, None, ""], "id": list(range(1502))}), file, row_group_size=700)
-    found = read(file)
-    assert [d.text for d in found if isinstance(d, Document)] == wanted
-    assert [d for d in found if isinstance(d, Skipped)] == [
+    results = read(file)
+    assert [d.text for d in results if isinstance(d, Document)] == wanted
+    assert [d for d in results if isinstance(d, Skipped)] == [
         Skipped(f"{file}, row 1501", "empty"),
         Skipped(f"{file}, row 1502", "empty"),
     ]

@@ -208,13 +208,13 @@ def test_rotary_tables_are_made_once_and_are_those_of_each_forward(architecture:
     first = tables.rows(3, 100, like)
     for got, want in zip(first, rope_table(architecture, torch.arange(3, 100)), strict=True):
         assert torch.equal(got, want)
-    kept = tables._tables
+    cached = tables._tables
     for position in range(100, 128):  # a decoded token each
         for got, want in zip(
             tables.rows(position, position + 1, like), rope_table(architecture, torch.tensor([position])), strict=True
         ):
             assert torch.equal(got, want)
-    assert tables._tables is kept and tables.rows(0, 129, like)[0].shape[0] == 129
+    assert tables._tables is cached and tables.rows(0, 129, like)[0].shape[0] == 129
     assert tables.rows(0, 2, like.to("meta"))[0].is_meta and not tables.rows(0, 2, like)[0].is_meta
 
 

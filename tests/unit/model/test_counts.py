@@ -245,8 +245,8 @@ def assert_frozen_counts_hold(config: ModelConfig, pattern: str, *, causal: bool
     """Within 1 %, as above."""
     frozen = frozen_names(config, FROZEN[pattern])
     if len(frozen) < len(parameter_shapes(config)):  # a dense model has no router to train
-        said = train_flops_per_token(config, SEQ, causal=causal, frozen=frozen)
-        assert counted_training(config, frozen) == pytest.approx(said, rel=0.01)
+        expected = train_flops_per_token(config, SEQ, causal=causal, frozen=frozen)
+        assert counted_training(config, frozen) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", ["llama, tied", "qwen3", "qwen2_moe", "deepseek_v3, q LoRA"], indirect=True)

@@ -96,19 +96,19 @@ def test_round_trips(name: str) -> None:
 def variants(family: str) -> list[ModelConfig]:
     """A family's config, and with the other values of what it may choose."""
     config = MODELS[family]
-    found = [config, replace(config, tie_word_embeddings=True, eos_token_ids=(3, 5), bos_token_id=1, pad_token_id=0)]
+    configs = [config, replace(config, tie_word_embeddings=True, eos_token_ids=(3, 5), bos_token_id=1, pad_token_id=0)]
     for kind in ("llama3", "yarn"):
-        found.append(replace(config, rope_scaling=RopeScaling(kind=kind, original_max_position_embeddings=16)))
+        configs.append(replace(config, rope_scaling=RopeScaling(kind=kind, original_max_position_embeddings=16)))
     full = RopeScaling(kind="yarn", mscale=0.7, mscale_all_dim=0.9, beta_fast=16, beta_slow=2, attention_factor=1.25)
-    found.append(replace(config, rope_scaling=full))
+    configs.append(replace(config, rope_scaling=full))
     if family == "deepseek_v3":
-        found.append(replace(config, mla=replace(MLA, q_lora_rank=0, rope_interleaved=False)))
+        configs.append(replace(config, mla=replace(MLA, q_lora_rank=0, rope_interleaved=False)))
         bare = replace(SOME, gate="sigmoid_bias", renormalize=False, layers=(0, 1, 2))
-        found.append(replace(config, moe=bare))
-        found.append(config.dense())
+        configs.append(replace(config, moe=bare))
+        configs.append(config.dense())
     if family == "qwen2_moe":
-        found.append(replace(config, qkv_bias=False, moe=replace(config.moe, gate="softmax_topk", renormalize=False)))
-    return found
+        configs.append(replace(config, qkv_bias=False, moe=replace(config.moe, gate="softmax_topk", renormalize=False)))
+    return configs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,8 +149,8 @@ def test_old_and_new_places_of_rope_are_read() -> None:
     old = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16}
     assert from_hf({**to_hf(DENSE), "rope_parameters": None, "rope_scaling": old}).rope_scaling == yarn
     del old["original_max_position_embeddings"]  # then transformers takes the model's longest sequence
-    found = from_hf({**to_hf(DENSE), "rope_parameters": None, "rope_scaling": old}).rope_scaling
-    assert found == replace(yarn, original_max_position_embeddings=64)
+    configs = from_hf({**to_hf(DENSE), "rope_parameters": None, "rope_scaling": old}).rope_scaling
+    assert configs == replace(yarn, original_max_position_embeddings=64)
 
 
 @pytest.mark.parametrize(
@@ -207,15 +207,15 @@ def test_a_sliding_window_counts_only_where_it_is_in_force() -> None:
     qwen = to_hf(MODELS["qwen3"])
     assert from_hf(qwen | {"sliding_window": 8}) == MODELS["qwen3"]
     layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
-    wide = {"use_sliding_window": True, "sliding_window": 64, "layer_types": layer_types}
-    assert from_hf(qwen | wide) == MODELS["qwen3"]
+    windowed = {"use_sliding_window": True, "sliding_window": 64, "layer_types": layer_types}
+    assert from_hf(qwen | windowed) == MODELS["qwen3"]
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 16}
 
 
 @pytest.mark.parametrize(
-    "family, change, said",
+    "family, change, expected",
     [
         ("llama", {"pretraining_tp": 2}, "pretraining_tp=2 changes nothing"),
         ("deepseek_v3", {"pretraining_tp": 4}, "pretraining_tp=4 changes nothing"),
@@ -230,12 +230,12 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 16}
         ("llama", {"rope_scaling": {"type": "linear", "factor": 1.0}, "rope_parameters": None}, "by a factor of 1"),
     ],
 )
-def test_what_changes_nothing_is_accepted_and_reported(family: str, change: dict[str, Any], said: str) -> None:
+def test_what_changes_nothing_is_accepted_and_reported(family: str, change: dict[str, Any], expected: str) -> None:
     """transformers 5.23 gives the same logits with and without each of them."""
     hf = to_hf(MODELS[family])
     assert without_effect(hf) == []
     assert from_hf(hf | change) == MODELS[family]
-    assert said in " ".join(without_effect(hf | change))
+    assert expected in " ".join(without_effect(hf | change))
 
 
 @pytest.mark.parametrize(

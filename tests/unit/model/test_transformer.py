@@ -17,7 +17,7 @@ def build(name: str = "llama3_tiny_e8t2", **options: object) -> Transformer:
 
 
 def test_packed_documents_give_the_logits_of_each_alone() -> None:
-    """1e-5: masked and unmasked attention sum in another order. Positions go on, rotary attention does not see it."""
+    """1e-5: masked and unmasked attention sum in another order. Positions go through: rotary attention is relative."""
     model = build()
     tokens = torch.randint(0, 2048, (1, 12))
     documents = torch.tensor([[0] * 5 + [1] * 7])
@@ -28,7 +28,7 @@ def test_packed_documents_give_the_logits_of_each_alone() -> None:
 
 
 def test_a_full_cache_is_refused() -> None:
-    """One position past the end would broadcast into nothing, and attention would go on without it."""
+    """One position past the end would broadcast into nothing, and attention would be computed without it."""
     model = build("llama3_tiny")
     cache = model.new_cache(1, 4)
     with torch.no_grad():

@@ -18,11 +18,11 @@ def tables(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 def test_pairs_turn_as_complex_numbers_and_the_rest_stays(interleaved: bool) -> None:
     cos, sin = tables()
     x = torch.randn(B, S, H, C, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    kept, turned = x.transpose(1, 2).split((C - 2 * R, 2 * R), -1)
-    pairs = turned.unflatten(-1, (R, 2)) if interleaved else turned.unflatten(-1, (2, R)).transpose(-1, -2)
+    unrotated, rotated = x.transpose(1, 2).split((C - 2 * R, 2 * R), -1)
+    pairs = rotated.unflatten(-1, (R, 2)) if interleaved else rotated.unflatten(-1, (2, R)).transpose(-1, -2)
     product = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
     expected = product.flatten(-2) if interleaved else product.transpose(-1, -2).flatten(-2)
-    torch.testing.assert_close(rotate(x, cos, sin, interleaved=interleaved), torch.cat((kept, expected), -1))
+    torch.testing.assert_close(rotate(x, cos, sin, interleaved=interleaved), torch.cat((unrotated, expected), -1))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

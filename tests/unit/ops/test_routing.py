@@ -325,5 +325,5 @@ def test_each_expert_keeps_its_best_choices_up_to_its_capacity(
         wanted = [(t, k) for t in range(len(expert_TK)) for k in range(expert_TK.shape[1]) if expert_TK[t, k] == expert]
         if drop == "probability":
             wanted.sort(key=lambda at: (-float(weights_TK[at]), at[0]))
-        kept = [at for at in wanted if bool(keep_TK[at])]
-        assert kept == wanted[:capacity]  # none above, and nothing that fits is dropped
+        surviving = [at for at in wanted if bool(keep_TK[at])]
+        assert surviving == wanted[:capacity]  # none above, and nothing that fits is dropped

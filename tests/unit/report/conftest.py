@@ -153,9 +153,9 @@ def heldout_line(step: int, loss: float) -> dict[str, Any]:
 
 def heldout(loss: float, own_seed: int, noise: float = 0.01, sequences: int = 48) -> dict[str, Any]:
     """An evaluation whose sequences are hard or easy for every model alike, plus a little of each model's own."""
-    common, own = random.Random(3), random.Random(own_seed)
+    common, individual = random.Random(3), random.Random(own_seed)
     tokens = [511 - common.randrange(3) for _ in range(sequences)]
-    losses = [loss + common.gauss(0, 0.4) + own.gauss(0, noise) for _ in range(sequences)]
+    losses = [loss + common.gauss(0, 0.4) + individual.gauss(0, noise) for _ in range(sequences)]
     total = sum(tokens)
     mean = sum(x * n for x, n in zip(losses, tokens, strict=True)) / total
     residual = sum((n * (x - mean)) ** 2 for x, n in zip(losses, tokens, strict=True))

@@ -91,9 +91,9 @@ def test_a_line_over_its_like_is_dashed():
 
 
 def test_log_axis_only_for_positive_values():
-    x, wide = [1, 2, 3], [1000.0, 1.0, 0.01]
-    assert ">1,000<" in draw_chart(chart(Series("r", x, wide), log_y=True), 400, 300, "a")
-    check_inside(parse(draw_chart(chart(Series("r", x, [0.0, *wide[1:]]), log_y=True), 400, 300, "a")))
+    x, values = [1, 2, 3], [1000.0, 1.0, 0.01]
+    assert ">1,000<" in draw_chart(chart(Series("r", x, values), log_y=True), 400, 300, "a")
+    check_inside(parse(draw_chart(chart(Series("r", x, [0.0, *values[1:]]), log_y=True), 400, 300, "a")))
 
 
 @pytest.mark.parametrize("width", [330, 994])

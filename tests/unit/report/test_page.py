@@ -349,8 +349,8 @@ def test_balance_is_drawn_where_it_was_recorded(folder):
     sparse.write("metrics.jsonl", "".join(json.dumps(x | {"dead_experts": 3}) + "\n" for x in lines))
     assert "Dead experts received no token" in read(write_report([sparse.path])).text
     bare = folder("bare", sparse=True)
-    kept = [{k: v for k, v in x.items() if k not in ("balance", "drop_rate")} for x in lines]
-    bare.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in kept))
+    without_balance = [{k: v for k, v in x.items() if k not in ("balance", "drop_rate")} for x in lines]
+    bare.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in without_balance))
     assert "Balance by step" not in read(write_report([bare.path])).text
 
 

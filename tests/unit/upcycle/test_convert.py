@@ -124,10 +124,10 @@ def test_killed_twice_then_byte_identical(dense_dir, tmp_path):
     upcycle(source, tmp_path / "whole", SMALL_SHARDS)
     finished = []
     for where, count in (("shard", 2), ("block", 25)):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", KILLED_CHILD, source, out, where, str(count)], stderr=subprocess.PIPE
         )
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert process.returncode == -signal.SIGKILL, process.stderr.decode()
         assert not out.exists(), "half an output is visible"
         finished.append(len(list(staging_path(out).glob("*.safetensors"))))
     assert finished[0] == 2 < finished[1]
