@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 import earthshine
+from earthshine import run_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
@@ -40,6 +41,13 @@ def tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_results_are_kept_where_the_report_reads_them():
+    shown = {run_folder.HELDOUT_BEFORE, run_folder.HELDOUT_AFTER, run_folder.SAMPLES_BEFORE, run_folder.SAMPLES_AFTER}
+    for page in PAGES:
+        for name in re.findall(r"(?:runs/\w+|RUN)/eval/([\w-]+\.json)", text_of(page)):
+            assert name in shown or name.startswith("verify"), f"{page.name}: the report does not read eval/{name}"
 
 
 def anchors(page: Path) -> set[str]:

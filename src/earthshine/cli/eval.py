@@ -15,7 +15,7 @@ EXAMPLES = (
     ("a run's latest checkpoint, on 64 sequences", "earthshine eval runs/a --shards data/heldout --max-sequences 64"),
     (
         "keep the result where `report` finds it",
-        "earthshine eval runs/a --shards data/heldout --out runs/a/eval/mine.json",
+        "earthshine eval runs/a --shards data/heldout --out runs/a/eval/heldout-after.json",
     ),
 )
 

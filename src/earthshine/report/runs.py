@@ -28,6 +28,7 @@ from earthshine.run_folder import (
     json_lines,
 )
 
+_EVALUATIONS = f"{HELDOUT_BEFORE}, {HELDOUT_AFTER}, {SAMPLES_BEFORE}, {SAMPLES_AFTER} and verify-*.json"
 # Columns of the step lines of metrics.jsonl that are numbers.
 ROUTING = ("balance", "balance_loss", "z_loss", "max_violation", "dead_experts", "drop_rate")
 SPEED = ("tokens_per_second", "mfu", "memory_gib")
@@ -351,7 +352,7 @@ def _read_evaluations(folder: Path, run: Run) -> None:
         elif stem.startswith("verify"):
             run.verifications.append(_verification(data, path))
         else:
-            run.notes.append(f"eval/{path.name} is of a kind that the report does not show.")
+            run.notes.append(f"eval/{path.name} is not shown: it is none of {_EVALUATIONS}.")
 
 
 def _samples(data: dict[str, Any], where: str) -> Samples:
