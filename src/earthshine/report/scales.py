@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_ALIKE = 1e-5  # values that differ by less, relatively, are drawn as one: ticks between them would only show rounding
 MINUS = "\N{MINUS SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 
@@ -94,7 +95,7 @@ def linear_axis(
     low, high = min(finite), max(finite)
     if from_zero or (tight and 0 < low <= 0.05 * high):
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
+    if high - low <= _ALIKE * max(abs(low), abs(high)):
         pad = 1.0 if integers else (abs(high) * 0.05 or 1.0)
         low, high = low if from_zero else low - pad, high + pad
     step = _round_step((high - low) / max(1, target), integers)
@@ -138,7 +139,7 @@ def _labels(ticks: Sequence[float], step: float) -> tuple[str, ...]:
         return tuple(compact(t) for t in ticks)
     if 0 < largest < 1e-3:
         return tuple(short(t, 3) for t in ticks)
-    digits = next(d for d in range(9) if abs(step - round(step, d)) < 1e-6 * step)
+    digits = next(d for d in range(12) if abs(step - round(step, d)) < 1e-6 * step)  # enough, by `_ALIKE`
     return tuple(fixed(t, digits) for t in ticks)
 
 

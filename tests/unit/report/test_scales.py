@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from earthshine.report.scales import (
@@ -55,6 +55,14 @@ def test_a_linear_axis_holds_its_values(values, tight, from_zero):
     assert len(axis.labels) == len(axis.ticks)
     if not tight:
         assert len(set(axis.labels)) == len(axis.labels) or max(map(abs, values)) > 1e4  # rounded to 3 digits
+
+
+@given(st.floats(1e-3, 9e3), st.floats(-14, -1), st.booleans())
+@example(0.1999773785, -9.7, False)  # the sizes of Scion's updates in one run
+def test_values_that_hardly_differ_have_an_axis(value, magnitude, tight):
+    axis = linear_axis([value, value * (1 + 10**magnitude)], tight=tight)
+    assert axis.low <= value <= axis.high
+    assert len(set(axis.labels)) == len(axis.ticks) <= 14
 
 
 @pytest.mark.parametrize("integers", [False, True])
